@@ -1,0 +1,185 @@
+"""Models in and out of Hugging Face folders: a path or hub id -> CausalLM, and back, atomically.
+
+Only safetensors, only the files we name, no code from anywhere. What is saved loads in transformers and vLLM.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from allo_mini import UserError
+from allo_mini.model import CausalLM, parse_config
+from allo_mini.tokenizer import Tokenizer, read_json
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
+DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path):
+    """Yield a temporary sibling folder; it becomes `target` in one rename when the block ends well."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for path in temporary.iterdir():
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
+        if target.exists():
+            raise UserError(f"{target}: exists already; nothing was overwritten")
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path):
+    """Yield a temporary path in the same folder; it replaces `target` in one rename when the block ends well."""
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows) -> None:
+    """Write an iterable of dicts, one JSON object a line, atomically."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as f:
+        for row in rows:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def find_folder(path_or_id: str, revision: str | None = None) -> Path:
+    """A local folder as it is; otherwise a hub id, downloaded (or found in the cache) with only the files we need."""
+    if os.path.isdir(path_or_id):
+        return Path(path_or_id)
+    if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+        raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=DOWNLOADS))
+    except Exception as online:  # no network, no such repository, no access: the cache may still have it
+        try:
+            return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=DOWNLOADS,
+                                          local_files_only=True))
+        except Exception:
+            reason = str(online).strip().split("\n")[0][:200] or type(online).__name__
+            raise UserError(f"{path_or_id}: no such local folder, and the hub did not give it: {reason}") from None
+
+
+def shard_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it, from one file or from an index of shards."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict):
+            raise UserError(f"{index}: weight_map is missing")
+        for file in set(table.values()):
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{index}: {file!r} is not a plain file name")
+        return {name: folder / file for name, file in table.items()}
+    if not single.exists():
+        raise UserError(f"{folder}: no weights (model.safetensors or model.safetensors.index.json)")
+    with open_safetensors(single) as f:
+        return {name: single for name in f.keys()}
+
+
+def open_safetensors(path: Path):
+    """safe_open with a one-line error."""
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path}: not a complete safetensors file: {e}") from None
+
+
+def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu",
+               revision: str | None = None) -> CausalLM:
+    """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
+
+    Built on the meta device and filled tensor by tensor from memory-mapped files, so the peak is one model.
+    Raises UserError for anything missing, truncated, misshapen or unsupported.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    folder = find_folder(str(path_or_id), revision)
+    config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = CausalLM(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    files = shard_files(folder)
+    if missing := sorted(set(wanted) - set(files)):
+        raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} missing in all)")
+    ignored = {name for name in set(files) - set(wanted) if name.endswith("rotary_emb.inv_freq")
+               or (name == "lm_head.weight" and config.tie_word_embeddings)}
+    if extra := sorted(set(files) - set(wanted) - ignored):
+        raise UserError(f"{folder}: weight {extra[0]} does not belong to {config.raw['architectures'][0]}")
+    state = {}
+    for path in sorted(set(files[name] for name in wanted)):
+        with open_safetensors(path) as f:
+            held = set(f.keys())
+            for name in (n for n in wanted if files[n] == path):
+                if name not in held:
+                    raise UserError(f"{path}: weight {name} is missing, though the index names this file")
+                tensor = f.get_tensor(name)
+                if tuple(tensor.shape) != wanted[name]:
+                    raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
+                                    f"{list(wanted[name])}")
+                if not tensor.is_floating_point():
+                    raise UserError(f"{path}: {name} holds {tensor.dtype}, only floating point is supported")
+                state[name] = tensor.to(device=device, dtype=dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.folder = folder
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model folder. Raises UserError when it knows more ids than the model has rows."""
+    tokenizer = Tokenizer(folder)
+    if tokenizer.size > vocab_size:
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} tokens, config.json's vocab_size is {vocab_size}")
+    return tokenizer
+
+
+def write_model(model: CausalLM, folder: Path) -> None:
+    """Write config, weights and the tokenizer files of the model's own folder into an existing empty folder."""
+    state = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    raw = {k: v for k, v in model.config.raw.items() if k not in ("torch_dtype", "dtype")}
+    (folder / "config.json").write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for name in TOKENIZER_FILES:
+        if model.folder and (model.folder / name).is_file():
+            shutil.copyfile(model.folder / name, folder / name)
+
+
+def save_model(model: CausalLM, folder: str | Path) -> None:
+    """Save in Hugging Face format to a new folder, all or nothing. Raises UserError when the folder exists."""
+    with atomic_folder(Path(folder)) as temporary:
+        write_model(model, temporary)
+
+
+def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Every id that ends a response: config.json's, generation_config.json's and the tokenizer's."""
+    ids = set(model.config.eos_token_ids)
+    path = (model.folder or Path()) / "generation_config.json"
+    if path.is_file():
+        more = read_json(path).get("eos_token_id")
+        ids.update(more if isinstance(more, list) else [] if more is None else [more])
+    if tokenizer.eos_id is not None:
+        ids.add(tokenizer.eos_id)
+    return tuple(sorted(i for i in ids if isinstance(i, int)))

@@ -1,0 +1,309 @@
+"""Files -> rows -> token ids. JSONL task rows, preference rows in TRL's forms, official ALLO files.
+
+    task row         {"input", "output"[, "answer"][, "rewrite"]}      output ends "The answer is X"
+    preference row   {"prompt", "chosen", "rejected"} as strings or message lists; without "prompt" it is the
+                     common beginning of both (also Anthropic HH strings)
+    official ALLO    {"question", "prediction"} and {"input", "output", "reward"[, "ref_prob"]}
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from allo_mini import UserError
+from allo_mini.tokenizer import Tokenizer
+
+# The form ALLO's official scripts use for its tasks (from WizardMath, arXiv 2308.09583; github.com/RUCAIBox/ALLO).
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
+          "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
+MAX_LINE = 64 << 20  # characters; a longer line is no row of ours
+
+Messages = list[dict]
+Text = str | Messages
+
+
+class Example(NamedTuple):
+    """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
+
+    `weights`, when given, has one token weight for each token of the (single) response.
+    """
+    prompt: list[int]
+    responses: list[list[int]]
+    weights: list[float] | None = None
+
+
+@dataclass
+class Task:
+    """A question with its reference. `id` counts the rows kept, over all files."""
+    id: int
+    input: str
+    output: str | None
+    answer: str | None
+    rewrite: str | None = None
+
+
+@dataclass
+class Pair:
+    """A preference. `task` is the id of the question it came from, for pairs made from samples."""
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    task: int | None = None
+    rewrite: str | None = None
+
+
+@dataclass
+class Negative:
+    """A response to forget, the reference solution it should have been, and (if known) its token scores."""
+    prompt: Text
+    response: str
+    reference: str
+    rewrite: str | None = None
+    scores: list[float] | None = None
+
+
+def read_jsonl(path: str | Path):
+    """Yield (line number, object). Raises UserError `FILE:LINE: ...` for anything that is not one object a line."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a JSONL file")
+    try:
+        f = path.open("rb")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    with f:
+        for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1):
+            if len(raw) == MAX_LINE:
+                raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(line, object_pairs_hook=no_duplicates) if line else None
+            except UnicodeDecodeError as e:
+                raise UserError(f"{path}:{number}: not UTF-8 text (byte {e.start + 1} of the line)") from None
+            except (ValueError, RecursionError) as e:
+                hint = " (a JSON list? expected one object a line)" if number == 1 and line in "[{" else ""
+                raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}{hint}") from None
+            if row is None:
+                continue
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield number, row
+
+
+def no_duplicates(pairs):
+    """A JSON object hook that refuses {"a": 1, "a": 2} instead of silently keeping the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError(f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} appears twice")
+    return row
+
+
+def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
+    """row[key] as a string that can be encoded. Raises UserError naming the place and what was found."""
+    value = row.get(key)
+    if value is None and optional:
+        return None
+    if key not in row:
+        found = ", ".join(map(repr, list(row)[:6])) or "no keys"
+        raise UserError(f"{where}: missing key {key!r}; the row has {found}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and key == "answer":
+        value = str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: {key!r} holds half a surrogate pair, which no text file can hold")
+    return value
+
+
+def is_pairs(path: str | Path) -> bool:
+    """Whether the first row of a file is a preference row."""
+    for _, row in read_jsonl(path):
+        return "chosen" in row or "rejected" in row
+    raise UserError(f"{path}: no rows")
+
+
+def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_answer: bool = False) -> list[Task]:
+    """Task rows of several files, at most `limit` in all. `question`/`prediction` and bare `answer` rows are read too."""
+    tasks = []
+    for path in paths:
+        for number, row in read_jsonl(path):
+            where = f"{path}:{number}"
+            if limit and len(tasks) == limit:
+                break
+            question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
+            output = text_of(row, "output", where, optional=not need_output)
+            answer = text_of(row, "answer", where, optional=True)
+            if need_answer and answer is None and output is None:
+                raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
+            if not question.strip():
+                raise UserError(f"{where}: 'input' is empty")
+            tasks.append(Task(len(tasks), question, output, answer, text_of(row, "rewrite", where, optional=True)))
+    if not tasks:
+        raise UserError(f"{', '.join(map(str, paths))}: no rows")
+    return tasks
+
+
+def messages_of(value, key: str, where: str) -> Text:
+    """A string as it is, or a checked list of {"role", "content"}."""
+    if isinstance(value, str):
+        return text_of({key: value}, key, where)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string or a list of messages")
+    for m in value:
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+            raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
+        text_of(m, "content", f"{where}: {key!r}")
+    return value
+
+
+def split_implicit(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    """(prompt, chosen, rejected) of a pair whose prompt is the common beginning of both."""
+    if type(chosen) is not type(rejected):
+        raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings or both message lists")
+    if chosen == rejected:  # an identical pair: counted and dropped later
+        cut = len(chosen) - 1 if isinstance(chosen, list) else chosen.rfind("\n\nAssistant:") + 12
+        return chosen[:cut], chosen[cut:], rejected[cut:]
+    cut = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        turn = chosen.rfind("\n\nAssistant:", 0, cut)
+        cut = turn + len("\n\nAssistant:") if turn >= 0 else max(chosen.rfind(" ", 0, cut), chosen.rfind("\n", 0, cut), 0)
+    if not chosen[:cut] or not chosen[cut:] or not rejected[cut:]:
+        raise UserError(f"{where}: no 'prompt', and 'chosen' and 'rejected' do not begin with one in common")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def read_pairs(path: str, limit: int = 0) -> list[Pair]:
+    """Preference rows in any of TRL's forms."""
+    pairs = []
+    for number, row in read_jsonl(path):
+        where = f"{path}:{number}"
+        if limit and len(pairs) == limit:
+            break
+        for key in ("chosen", "rejected"):
+            if key not in row:
+                text_of(row, key, where)
+        chosen, rejected = (messages_of(row[key], key, where) for key in ("chosen", "rejected"))
+        if "prompt" in row:
+            prompt = messages_of(row["prompt"], "prompt", where)
+            if isinstance(prompt, list) and isinstance(chosen, list) and chosen[:len(prompt)] == prompt:
+                chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # the whole conversation was given
+        else:
+            prompt, chosen, rejected = split_implicit(chosen, rejected, where)
+        if len({isinstance(x, list) for x in (prompt, chosen, rejected)}) > 1:
+            raise UserError(f"{where}: 'prompt', 'chosen' and 'rejected' must all be strings or all message lists")
+        task = row.get("task")
+        pairs.append(Pair(prompt, chosen, rejected, task if isinstance(task, int) else None,
+                          text_of(row, "rewrite", where, optional=True)))
+    if not pairs:
+        raise UserError(f"{path}: no rows")
+    return pairs
+
+
+def plain(text: Text) -> str:
+    """A response or prompt as one string (message lists: the contents, one after the other)."""
+    return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
+
+
+# ---- text -> token ids -------------------------------------------------------------------------------------
+
+class Encoder:
+    """Turns prompts and responses into ids in one prompt style, counting what it has to drop and why.
+
+    style: "alpaca" wraps the question in ALPACA and sets a space before the response; "none" takes strings as they
+    are; "chat" applies the checkpoint's template. The closing token is the template's end of turn for chat, else
+    EOS; it is added once and always scored.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
+        self.tokenizer, self.style, self.max_length, self.dropped = tokenizer, style, max_length, Counter()
+        self.closing = self._closing()
+
+    def _closing(self) -> int:
+        t = self.tokenizer
+        if self.style == "chat":  # what the template writes after a response
+            ask = [{"role": "user", "content": "a"}]
+            full = t.render([*ask, {"role": "assistant", "content": "marker"}], False)
+            after = t.encode(full[full.rindex("marker") + len("marker"):], bos=False)
+            if after and t.decode(after[:1]) == "":  # a special token
+                return after[0]
+        if t.eos_id is None:
+            raise UserError(f"{t.folder / 'tokenizer_config.json'}: eos_token is missing; responses need an end")
+        return t.eos_id
+
+    def frame(self, prompt: Text) -> str:
+        """The prompt as text, in this style."""
+        if self.style == "chat":
+            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            return self.tokenizer.render(messages, True)
+        return ALPACA.format(plain(prompt)) if self.style == "alpaca" else plain(prompt)
+
+    def answer(self, prompt: Text, response: Text) -> str:
+        """The text that follows the framed prompt, closing token not included."""
+        if self.style == "chat" and isinstance(response, list):
+            framed = self.frame(prompt)
+            full = self.tokenizer.render([*prompt, *response], False)
+            return full[len(framed):] if full.startswith(framed) else plain(response)
+        return (" " if self.style == "alpaca" else "") + plain(response)
+
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """Ids to generate from; trimmed on the left to leave at least half of max_length for the response."""
+        ids = self.tokenizer.encode(self.frame(prompt), bos=self.style != "chat")
+        return self.trim(ids, self.max_length // 2) if len(ids) >= self.max_length else ids
+
+    def trim(self, ids: list[int], room: int) -> list[int]:
+        """The last `room` ids, BOS kept in front."""
+        head = self.tokenizer.prefix if ids[:1] == self.tokenizer.prefix[:1] else []
+        return head + ids[len(ids) - room + len(head):] if len(ids) > room else ids
+
+    def example(self, prompt: Text, responses: list[Text]) -> Example | None:
+        """(prompt ids, [response ids with closing token, ...]), or None when the row must be dropped (and counted).
+
+        Too long: the shared prompt loses its left side to the longest response.
+        """
+        if not all(plain(r).strip() for r in responses):
+            return self.drop("empty response")
+        if len({plain(r) for r in responses}) < len(responses):
+            return self.drop("identical pair")
+        framed = self.frame(prompt)
+        ids, answers = self.tokenizer.split(framed, [self.answer(prompt, r) for r in responses], self.style != "chat")
+        answers = [self.close(a) for a in answers]
+        if not ids:
+            return self.drop("empty prompt")
+        room = self.max_length - max(map(len, answers))
+        if room < 1 + len(self.tokenizer.prefix):
+            return self.drop("response longer than max_length")
+        if len(ids) > room:
+            self.dropped["(prompt trimmed, row kept)"] += 1
+        return Example(self.trim(ids, room), answers)
+
+    def response_ids(self, prompt: Text, response: Text) -> list[int]:
+        """Ids of a response on its own, closing token included."""
+        return self.close(self.tokenizer.encode(self.answer(prompt, response), bos=False))
+
+    def close(self, ids: list[int]) -> list[int]:
+        """The response up to its closing token; added when the text did not bring it."""
+        return ids[:ids.index(self.closing) + 1] if self.closing in ids else [*ids, self.closing]
+
+    def drop(self, why: str) -> None:
+        self.dropped[why] += 1
+
+    def report(self) -> str:
+        """'2 empty response, 4 identical pair' or 'nothing'."""
+        return ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "nothing"
+
+
+def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
+    """Row numbers of every optimizer step: each epoch is one seeded shuffle, cut into batches, the last one smaller."""
+    steps, rng = [], random.Random(seed)
+    total = round(count * epochs)
+    order: list[int] = []
+    while len(order) < total:
+        epoch = list(range(count))
+        rng.shuffle(epoch)
+        order += epoch
+    order = order[:total]
+    steps = [order[i:i + batch] for i in range(0, total, batch)]
+    return steps[:max_steps] if max_steps else steps

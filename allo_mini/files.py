@@ -1,0 +1,96 @@
+"""The artefacts stages hand to each other, read back and checked: samples, token weights, masks, importance."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from allo_mini import UserError
+from allo_mini.checkpoint import atomic_file, open_safetensors
+from allo_mini.data import Negative, read_jsonl, text_of
+from allo_mini.mask import pack_mask, unpack_mask
+
+
+def append_rows(path: Path, rows) -> None:
+    """Append JSON objects to a file in one go and make sure they are on the disk."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def keep_whole(path: Path, group: int, total: int) -> int:
+    """Cut a file that was being appended to back to whole groups of rows (or all `total`); how many rows stay."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().split(b"\n")[:-1]  # a torn last line has no newline
+    count = len(lines) if len(lines) == total else len(lines) - len(lines) % group
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines[:count]))
+    return count
+
+
+def read_samples(path: str | Path) -> dict[str, list[str]]:
+    """Question -> sampled responses. Raises UserError naming the line."""
+    samples = {}
+    for number, row in read_jsonl(path):
+        where, texts = f"{path}:{number}", row.get("samples")
+        if not isinstance(texts, list):
+            raise UserError(f"{where}: 'samples' is {type(texts).__name__}, expected a list of strings")
+        for text in texts:
+            text_of({"samples": text}, "samples", where)
+        samples.setdefault(text_of(row, "input", where), []).extend(texts)
+    return samples
+
+
+def read_weights(path: str | Path) -> list[Negative]:
+    """Rows {input, output, reward: one score in 0..1 a token, EOS included}; also the official release's files."""
+    negatives = []
+    for number, row in read_jsonl(path):
+        where, scores = f"{path}:{number}", row.get("reward")
+        if not isinstance(scores, list) or not all(isinstance(s, (int, float)) and 0 <= s <= 1.001 for s in scores):
+            raise UserError(f"{where}: 'reward' must be a list of probabilities, one for each token of 'output' and EOS")
+        prompt = row.get("input") if isinstance(row.get("input"), list) else text_of(row, "input", where)
+        output = row.get("output") if isinstance(row.get("output"), list) else text_of(row, "output", where)
+        negatives.append(Negative(prompt, output, "", None, [float(s) for s in scores]))
+    if not negatives:
+        raise UserError(f"{path}: no rows")
+    return negatives
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically."""
+    with atomic_file(path) as temporary:
+        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, temporary, metadata=metadata)
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata. Raises UserError when it is missing or broken."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: file not found")
+    with open_safetensors(Path(path)) as f:
+        return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+def save_mask(mask: dict[str, Tensor], path: Path) -> None:
+    """1 bit a weight."""
+    bits, metadata = pack_mask(mask)
+    save_tensors(bits, path, metadata)
+
+
+def load_mask(path: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """A mask that fits a model with these parameter shapes. Raises UserError naming what does not fit."""
+    try:
+        mask = unpack_mask(*load_tensors(path))
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: {e}") from None
+    for name, shape in shapes.items():
+        if name not in mask or mask[name].shape != shape:
+            found = list(mask[name].shape) if name in mask else "missing"
+            raise UserError(f"{path}: mask of {name} is {found}, the model has {list(shape)}")
+    if not any(bool(m.any()) for m in mask.values()):
+        raise UserError(f"{path}: the mask selects nothing")
+    return {name: mask[name] for name in shapes}

@@ -1,0 +1,63 @@
+"""What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
+    """A tqdm bar that is silent when the output is not a terminal."""
+    return tqdm(items, total=total, desc=label, unit=unit, disable=not sys.stderr.isatty(), leave=False,
+                dynamic_ncols=True)
+
+
+def say(*parts) -> None:
+    """Print a line without tearing a progress bar."""
+    tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Log:
+    """Writes metrics.jsonl (one object a training step, appended and flushed) and the printed step lines."""
+
+    def __init__(self, folder: Path | None):
+        self.path = Path(folder) / "metrics.jsonl" if folder else None
+        self.began = time.time()
+
+    def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
+        """Record all `values`; print those named in `shown` as one aligned line."""
+        row = {"stage": stage, "step": step, "time": round(time.time() - self.began, 2)}
+        row.update({k: v if math.isfinite(v) else str(v) for k, v in values.items()})
+        if self.path:
+            with self.path.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+        columns = "  ".join(f"{name.split('/')[-1] if name == 'tokens/s' else name} {values[name]:>9.4g}"
+                            for name in shown if name in values)
+        width = len(str(total))
+        say(f"{stage:>8} {step:>{width}}/{total}  {columns}")
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget the lines of a stage after `step`: they are about to be written again."""
+        if self.path and self.path.exists():
+            lines = self.path.read_text().splitlines()
+            keep = [x for x in lines if (row := json.loads(x)).get("stage") != stage or row.get("step", 0) <= step]
+            if len(keep) < len(lines):
+                self.path.write_text("".join(x + "\n" for x in keep))
+
+    def note(self, stage: str, **values) -> None:
+        """Record a fact about a stage (counts, densities, seconds) without printing it."""
+        if self.path:
+            with self.path.open("a") as f:
+                f.write(json.dumps({"stage": stage, **values}) + "\n")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned plain-text table; first column left, the others right."""
+    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
+             for r in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,0 +1,120 @@
+"""Log-probabilities of responses: examples -> one flat stream without padding -> log pi(y_t | x, y_<t).
+
+This is the only way the project ever scores text: reference and policy, training and evaluation, all through
+the same code, so that the ratio of a model to itself is exactly 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from allo_mini.model import CausalLM, TreeAttention
+
+HEAD_BYTES = 1 << 28  # at most this much fp32 logits at a time (0.27 GB)
+
+
+@dataclass
+class Batch:
+    """A packed micro-batch. N tokens in the stream, S scored tokens (all response tokens), R responses."""
+    input_ids: Tensor   # [N]
+    positions: Tensor   # [N]
+    predictors: Tensor  # [S] where in the stream the hidden state stands that predicts each scored token
+    targets: Tensor     # [S]
+    lengths: list[int]  # [R] tokens of each response; they sum to S
+    trees: list[tuple[int, tuple[int, ...]]]
+
+
+def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Batch:
+    """[(prompt ids, [response ids, ...]), ...] -> Batch.
+
+    One example ([5, 6], [[7, 8], [9]]) becomes
+
+        input_ids   5 6 7 8 9        (a response's last token is read too: nothing depends on its output)
+        positions   0 1 2 3 2        (the second response restarts right after the prompt)
+        predictors  1 2 1            targets  7 8 9        lengths  2 1        trees  (2, (2, 1))
+
+    Raises ValueError for an empty prompt or response: nothing would predict its first token.
+    """
+    ids, positions, predictors, lengths, trees = [], [], [], [], []
+    for prompt, responses, *_ in examples:
+        if not prompt or not all(responses):
+            raise ValueError("an example needs a prompt and responses of at least one token")
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        positions += range(len(prompt))
+        for response in responses:
+            predictors += [last, *range(len(ids), len(ids) + len(response) - 1)]
+            positions += range(len(prompt), len(prompt) + len(response))
+            ids += response
+            lengths.append(len(response))
+        trees.append((len(prompt), tuple(len(r) for r in responses)))
+    targets = [t for _, responses, *_ in examples for r in responses for t in r]
+    to = lambda values: torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+    return Batch(to(ids), to(positions), to(predictors), to(targets), lengths, trees)
+
+
+def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(weight @ hidden)[target], fp32.  hidden [S,H], weight [V,H], targets [S] -> [S].
+
+    The matrix product runs in the model's dtype, the softmax in fp32. Chunks of rows keep [S,V] from ever
+    existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
+    """
+    def one(hidden, targets):
+        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+    rows = max(1, HEAD_BYTES // (4 * weight.shape[0]))
+    if len(targets) <= rows:
+        return one(hidden, targets)
+    parts = zip(hidden.split(rows), targets.split(rows))
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(one, h, t, use_reentrant=False) for h, t in parts])
+    return torch.cat([one(h, t) for h, t in parts])
+
+
+def token_logps(model: CausalLM, batch: Batch) -> Tensor:
+    """log pi(y_t | x, y_<t) of every response token of the batch: [S], fp32, in the order of batch.targets."""
+    hidden = model(batch.input_ids, batch.positions, TreeAttention(batch.trees))  # [N,H]
+    return head_logps(hidden[batch.predictors], model.head_weight, batch.targets)
+
+
+def by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Flat values [S] -> rows [R,T] padded with zeros on the right, and the bool mask [R,T] of real tokens."""
+    rows = pad_sequence(list(values.split(lengths)), batch_first=True)
+    mask = torch.arange(rows.shape[1], device=values.device) < torch.tensor(lengths, device=values.device)[:, None]
+    return rows, mask
+
+
+def micro_batches(examples: list, rows: int = 0, tokens: int = 8192):
+    """Split examples, in order, into lists of `rows`, or (rows = 0) of at most `tokens` tokens but never empty."""
+    group, held = [], 0
+    for example in examples:
+        size = len(example[0]) + sum(len(r) for r in example[1])
+        if group and (len(group) == rows if rows else held + size > tokens):
+            yield group
+            group, held = [], 0
+        group.append(example)
+        held += size
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def score(model: CausalLM, examples: list, tokens: int = 8192, on_batch=lambda n: None) -> list[list[Tensor]]:
+    """Per-token log-probs on the CPU of every response of every example: [[Tensor [n], ...], ...], in order given.
+
+    Longest first inside, so that the first batch is the largest (and memory runs out at once or not at all).
+    """
+    device = model.head_weight.device
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]) - sum(map(len, examples[i][1])))
+    out = [None] * len(examples)
+    for group in micro_batches([(*examples[i][:2], i) for i in order], tokens=tokens):
+        batch = pack(group, device)
+        rows = iter(token_logps(model, batch).cpu().split(batch.lengths))
+        for _, responses, i in group:
+            out[i] = [next(rows) for _ in responses]
+        on_batch(len(group))
+    return out

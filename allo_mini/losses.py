@@ -1,0 +1,61 @@
+"""The equations of ALLO as pure functions of log-probabilities. No model, tokenizer or config in here.
+
+    pi_theta  the policy being trained          x   prompt
+    pi_ref    the policy at the stage's start   y   response, y_t its t-th token; y+ chosen, y- rejected
+    beta      how strongly pi_ref holds (0.1)   n   tokens of a response, the closing EOS included
+    sigma     the logistic function             B   responses or pairs; T the longest response's tokens
+
+Every function returns one loss per row or token, never a mean: the loop in train.py divides by the units of
+the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sft_loss(token_logps: Tensor) -> Tensor:
+    """-log pi_theta(y_t | x, y_<t).  token_logps [B,T] -> [B,T]."""
+    return -token_logps
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """DPO (Rafailov et al. 2023, eq. 7):  -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
+
+    All arguments [B]: sequence scores, log-probs summed over tokens (or averaged: the caller's choice).
+    Returns [B]. Its value while theta = ref is ln 2.
+    """
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return -F.logsigmoid(beta * margin)
+
+
+def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor, beta: float) -> Tensor:
+    """Token-weighted NPO, ALLO's forgetting loss:  -w_t log sigma( -beta log pi_theta(y_t)/pi_ref(y_t) )
+
+    token_logps, ref_token_logps, token_weights [B,T] -> [B,T]; a weight of 0 takes the token out entirely.
+    ALLO divides the sum by the number of tokens with w_t != 0. Value while theta = ref: w_t ln 2.
+    (Official NPO, Zhang et al. 2024, carries a factor 2/beta; the official ALLO code does not.)
+    """
+    ratio = token_logps - ref_token_logps
+    return -token_weights * F.logsigmoid(-beta * ratio)
+
+
+def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mask: Tensor, fraction: float) -> Tensor:
+    """Which rejected tokens count in the improving stage: the k with the lowest log pi_theta(y_t)/pi_ref(y_t).
+
+        k = max(1, floor(fraction * n)),  n the response's own tokens, EOS included (departure b)
+
+    These are the tokens that forgetting and training already push down: pushing on is useful; the others are
+    noise that chosen responses share. Tokens tied with the k-th are kept as well, so at theta = ref, where all
+    ratios are 0, every token counts and the loss is plain DPO's.
+
+    token_logps, ref_token_logps [B,T] float, response_mask [B,T] bool -> bool [B,T]. No gradient passes through.
+    """
+    ratio = (token_logps - ref_token_logps).detach().masked_fill(~response_mask, math.inf)
+    n = response_mask.sum(-1)  # [B]
+    # the small term keeps 0.3 * 10 = 3.0000000000000004 or 2.9999999999999996 at 3
+    k = (n.double() * fraction + 1e-9).floor().long().clamp(min=1)
+    kth = ratio.sort(-1).values.gather(-1, (k - 1)[:, None])  # [B,1]
+    return (ratio <= kth) & response_mask

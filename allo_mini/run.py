@@ -1,0 +1,185 @@
+"""The run object that all stages share: folder, rows, clock, checks, and the table at the end."""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from allo_mini import UserError
+from allo_mini.checkpoint import atomic_file, eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
+from allo_mini.config import Config
+from allo_mini.data import Encoder, Example, Pair, Task
+from allo_mini.log import Log, say, table
+from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
+from allo_mini.model import CausalLM
+from allo_mini.resume import StageProgress
+from allo_mini.tasks import evaluate, summary, summary_row
+
+
+@dataclass
+class Run:
+    """Everything the stages share. Models are not in here: each stage loads what it needs and lets it go."""
+    cfg: Config
+    folder: Path
+    base: Path
+    device: str
+    dtype: torch.dtype
+    shapes: dict[str, torch.Size]  # of the policy's parameters
+    encoder: Encoder
+    log: Log
+    tasks: list[Task] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+    val: list = field(default_factory=list)   # Tasks, or Pairs in a run that starts from pairs
+    test: list = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def load(self, folder: Path) -> CausalLM:
+        """A model of this run, on its device, with its activation checkpointing."""
+        model = load_model(str(folder), self.dtype, self.device)
+        blocks = self.cfg.checkpoint_blocks
+        model.checkpoint_blocks = blocks if blocks >= 0 else (10**9 if self.device.startswith("cuda") else 0)
+        return model
+
+    @contextmanager
+    def stage(self, name: str, artefact: str | None = None):
+        """Yield the artefact's path if it is still to be made, else None; say seconds and peak memory afterwards."""
+        target = self.folder / (artefact or name)
+        if target.exists():
+            say(f"{name}: found {target}, skipped")
+            yield None
+            return
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        began = time.monotonic()
+        yield target
+        self.state_file(name).unlink(missing_ok=True)
+        self.seconds[name] = time.monotonic() - began
+        peak = peak_gb()
+        self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
+        say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB\n")
+
+    def state_file(self, name: str) -> Path:
+        return self.folder / f".{name}.state.safetensors"
+
+    def checkpoint(self, name: str, optimizer, total: int) -> StageProgress:
+        """The stage's progress, read back when an earlier try was cut off; starts the tokens/s clock."""
+        self.clock = time.monotonic()
+        return StageProgress(self.state_file(name), name, total, optimizer, self.log, self.cfg.save_minutes)
+
+    def speed(self, tokens: int) -> dict[str, float]:
+        """tokens/s since the last call, and the peak memory so far."""
+        before, self.clock = self.clock, time.monotonic()
+        return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb()}
+
+    def check_loss(self, name: str, step: int, loss: float, expected: float | None) -> None:
+        """Stop on a loss that is no number; hold the first step's loss against what the mathematics says."""
+        if not math.isfinite(loss):
+            raise UserError(f"{name}, step {step + 1}: the loss is {loss}; lower --{name}-lr, or use --dtype fp32")
+        if expected is not None:
+            close = abs(loss - expected) <= 1e-4 * max(1.0, abs(expected))
+            say(f"{name}: first loss {loss:.6f}, expected {expected:.6f} where theta = theta_ref"
+                + ("" if close else "   <-- WARNING: reference and policy do not agree"))
+
+    def validator(self):
+        """model -> validation accuracy, or None when --eval-every is off."""
+        if not self.cfg.eval_every or not self.val:
+            return None
+
+        def validate(model):
+            items = evaluate(model, self.encoder, self.val, self.cfg, self.eos(model), "validate")
+            return summary(items)["accuracy"]
+        return validate
+
+    def eos(self, model: CausalLM) -> tuple[int, ...]:
+        """Ids that end a response of this model in this prompt style."""
+        return tuple({*eos_ids(model, self.encoder.tokenizer), self.encoder.closing})
+
+    def encode(self, rows, name: str) -> list[Example]:
+        """(prompt, responses) rows -> examples; says what was dropped and why, refuses to go on with nothing."""
+        self.encoder.dropped.clear()
+        examples = [self.encoder.example(prompt, responses) for prompt, responses in rows]
+        self.report_dropped(name, sum(e is not None for e in examples))
+        return [e for e in examples if e is not None]
+
+    def report_dropped(self, name: str, kept: int) -> None:
+        if self.encoder.dropped:
+            say(f"{name}: {kept} kept; dropped: {self.encoder.report()}")
+            self.log.note("data", rows=name, kept=kept, dropped=dict(self.encoder.dropped))
+        why, _ = self.encoder.report(), self.encoder.dropped.clear()
+        if not kept:
+            raise UserError(f"none of the {name} can be used: {why}")
+
+    def describe_mask(self, mask, percent: float) -> None:
+        """Print the achieved density: in total, per kind of matrix and per layer."""
+        total = selected(mask) / sum(m.numel() for m in mask.values())
+        kinds, layers = density_by(mask, kind_of), density_by(mask, layer_of)
+        self.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
+        say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
+        for label, groups in (("by kind ", kinds), ("by layer", layers)):
+            say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
+
+    def same_tokenizer(self, folder: Path | str) -> Path:
+        """A reward model's folder, checked to use the policy's vocabulary."""
+        folder = find_folder(str(folder))
+        if folder != self.base:
+            mine, theirs = self.encoder.tokenizer, load_tokenizer(folder, 10**9)
+            if mine.inner.get_vocab() != theirs.inner.get_vocab():
+                raise UserError(f"{folder}: its tokenizer is not the policy's; a rewriting model must share the vocabulary")
+        return folder
+
+    def reprint(self) -> bool:
+        """A finished run prints its table again."""
+        path = self.folder / "results.json"
+        if path.exists():
+            say(f"{self.folder}: this run is finished\n\n" + json.loads(path.read_text())["table"])
+        return path.exists()
+
+    def finish(self, models: dict[str, Path]) -> None:
+        """Evaluate every model on the test rows, print the table, and say where everything is."""
+        results, rows = {}, []
+        for name, folder in models.items() if self.cfg.eval and self.test else ():
+            path = self.folder / f"eval-{name}.jsonl"
+            if path.exists():
+                items = [json.loads(line) for line in path.read_text().splitlines()]
+            else:
+                model = self.load(folder)
+                began = time.monotonic()
+                items = evaluate(model, self.encoder, self.test, self.cfg, self.eos(model),
+                                 f"test {name}")
+                self.seconds[f"test {name}"] = time.monotonic() - began
+                if not items:
+                    raise UserError(f"none of the test rows can be used: {self.encoder.report()}")
+                write_jsonl(path, items)
+            results[name] = summary(items)
+            rows.append(summary_row(name, results[name]))
+        columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
+        text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
+        with atomic_file(self.folder / "results.json") as temporary:
+            temporary.write_text(json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
+                                             "table": text, "seconds": self.seconds}, indent=2) + "\n")
+        spent = ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items())
+        say(f"\n{text}\n\nseconds: {spent}")
+        for name, folder in models.items():
+            say(f"{name + ' model':>12}  {folder}")
+        say(f"{'everything':>12}  {self.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
+
+
+def peak_gb() -> float:
+    """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,131 @@
+"""Text <-> token ids: a checkpoint's own tokenizer.json, its special tokens and its chat template.
+
+Rules kept here, each of which a popular trainer gets wrong somewhere: BOS is added exactly when the tokenizer
+itself adds one, and never in front of text that a chat template wrote; prompt and response are encoded jointly
+and split at the common prefix, because a boundary may merge two characters into one token.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as HFTokenizer
+
+from allo_mini import UserError
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file holding an object. Raises UserError naming file and line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: file not found") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+class Tokenizer:
+    """A thin shell around tokenizers.Tokenizer that knows BOS, EOS and the chat template of its folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{self.folder}: no tokenizer.json (only fast tokenizers are supported)")
+        try:
+            self.inner = HFTokenizer.from_file(str(path))
+        except Exception as e:  # the Rust side raises a bare Exception
+            raise UserError(f"{path}: not a tokenizer file: {e}") from None
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        settings = self.folder / "tokenizer_config.json"
+        self.settings = read_json(settings) if settings.exists() else {}
+        self.bos_token, self.eos_token = self._special("bos_token"), self._special("eos_token")
+        self.eos_id = self.inner.token_to_id(self.eos_token) if self.eos_token else None
+        self.prefix = self._prefix()
+        self.template = self._read_template()
+
+    def _special(self, key: str) -> str | None:
+        value = self.settings.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and (not isinstance(value, str) or self.inner.token_to_id(value) is None):
+            raise UserError(f"{self.folder / 'tokenizer_config.json'}: {key} {value!r} is not in the vocabulary")
+        return value
+
+    def _prefix(self) -> list[int]:
+        """What the tokenizer itself puts before a text: [bos] or nothing."""
+        wanted = self.settings.get("add_bos_token")
+        plain = self.inner.encode("a", add_special_tokens=False).ids
+        full = self.inner.encode("a").ids
+        added = full[:full.index(plain[0])] if plain and plain[0] in full else []
+        if wanted is False:
+            return []
+        return added or ([self.inner.token_to_id(self.bos_token)] if wanted and self.bos_token else [])
+
+    def _read_template(self) -> str | None:
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        template = self.settings.get("chat_template")
+        if isinstance(template, list):  # the named form: [{"name": "default", "template": ...}, ...]
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @property
+    def size(self) -> int:
+        """Number of token ids, added tokens included."""
+        return self.inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's own BOS in front if it has one and `bos` is true."""
+        ids = self.inner.encode(text, add_special_tokens=False).ids
+        return self.prefix + ids if bos else ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return self.inner.decode(ids, skip_special_tokens=True)
+
+    def split(self, prompt: str, texts: list[str], bos: bool = True) -> tuple[list[int], list[list[int]]]:
+        """Encode prompt + text for each text and cut all of them where they stop agreeing with the prompt.
+
+        Returns the shared prompt ids and what follows them for each text; nothing is lost or encoded twice.
+        """
+        alone = self.encode(prompt, bos)
+        joint = [self.encode(prompt + text, bos) for text in texts]
+        columns = zip(alone, *joint)  # position by position, until one disagrees or ends
+        cut = next((i for i, (first, *rest) in enumerate(columns) if any(t != first for t in rest)),
+                   min(map(len, [alone, *joint])))
+        return alone[:cut], [ids[cut:] for ids in joint]
+
+    @cached_property
+    def compiled(self):
+        """The chat template, compiled in jinja2's immutable sandbox: it can neither import nor change anything."""
+        def refuse(message):
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
+        return environment.from_string(self.template)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """The checkpoint's chat template over a list of {"role", "content"}. Raises UserError if there is none."""
+        if self.template is None:
+            raise UserError(f"{self.folder}: no chat template; use --prompt alpaca or --prompt none")
+        try:
+            return self.compiled.render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
+        except Exception as e:  # a template can fail in any way; it is the checkpoint's data
+            raise UserError(f"{self.folder}: the chat template fails: {e}") from None

@@ -1,0 +1,364 @@
+"""ALLO (arXiv 2406.12606): align a language model by training few weights, on few tokens, in two phases.
+
+    sft      optional supervised fine-tuning              theta_ref of everything below
+    sample   n responses per question, labelled by their final answer -> pairs (y+, y-), negatives y-
+    warmup   one epoch of DPO; how far each weight moves is its importance
+    locate   the top p % of all weights are the "neurons" that may change; theta returns to theta_ref
+    reward   a small rewriting model scores every token of y-: low means unaligned
+    forget   token-weighted NPO on the unaligned tokens, masked weights only
+    improve  DPO whose rejected side counts only the most useful tokens, masked weights only
+
+Departures from the official code, and why:
+ a. It cuts each tensor to its own top 2p % first, so 5 % can become 21 %; our top p % is exact and global.
+ b. It keeps epsilon x padded width tokens and takes a log-ratio of 0 for padding; we count response tokens.
+ c. Its forgetting collator shifts the prompt mask in ragged batches and loses tokens; we never pad.
+ d. Its optimizer keeps full-size moments and decays unselected weights; ours knows selected weights only.
+ e. It clips by the dense gradient's norm; we clip by the selected entries'.
+ f. It averages losses per micro-batch; we normalise over the whole step.
+ g. Its rewards/* are per token at equal index; ours are per sequence, with TRL's names and meanings.
+ h. Its AdamW adds eps before bias correction; ours follows torch.optim.AdamW.
+ i. It rewrites with GPT-4; we use the policy's own nearest correct sample, unless the data brings rewrites.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from allo_mini import UserError, losses, tasks
+from allo_mini.checkpoint import save_model, write_jsonl
+from allo_mini.config import parse, resolve_stage
+from allo_mini.data import Example, Negative, Pair, steps_of
+from allo_mini.files import (append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask,
+                             save_tensors)
+from allo_mini.inputs import open_run
+from allo_mini.log import progress, say
+from allo_mini.logprobs import by_response, micro_batches, pack, token_logps
+from allo_mini.mask import overlap, select_neurons
+from allo_mini.optim import FlatGradient, MaskedAdamW, cosine_lr
+from allo_mini.run import Run
+from allo_mini.scoring import edit_weights, reference_logps, rewrite_examples, token_scores, weights_from_scores
+
+
+# ---- the one training loop ---------------------------------------------------------------------------------
+
+@dataclass
+class Objective:
+    """What a stage minimizes. The loss is a sum; the loop divides it by the units of the whole step.
+
+    loss(logps, ref, mask, examples) -> (sum of losses, {metric: one value per example or pair})
+        logps, ref [R,T] per-token log-probs of the R responses, mask [R,T] bool; for pairs, rows alternate y+, y-
+    units(example)   what the sum is divided by: pairs, tokens or token weights that are not 0
+    step0(examples)  the loss while theta = theta_ref; None: the stage needs no reference
+    """
+    loss: Callable[[Tensor, Tensor, Tensor, list[Example]], tuple[Tensor, dict[str, Tensor]]]
+    units: Callable[[Example], float]
+    step0: Callable[[list[Example]], float] | None = None
+    shown: tuple[str, ...] = ("loss", "grad_norm", "learning_rate")
+
+
+def run_stage(run: Run, name: str, model, examples: list[Example], objective: Objective, mask=None,
+              validate: Callable | None = None) -> MaskedAdamW:
+    """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
+    cfg, s = run.cfg, resolve_stage(name, run.cfg.stages[name], run.parameters, len(examples))
+    steps = [list(micro_batches([examples[i] for i in rows], cfg.micro_batch, cfg.micro_tokens))
+             for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    reference = reference_logps(model, steps) if objective.step0 else None
+    optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
+    progress_of = run.checkpoint(name, optimizer, len(steps))
+    say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
+        f"{len(optimizer.master):,} weights in training")
+    for step in progress(range(progress_of.step, len(steps)), label=name, unit="step"):
+        optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
+        group = [e for micro in steps[step] for e in micro]
+        units = sum(objective.units(e) for e in group)  # of the whole step, before any micro-batch
+        if units == 0:
+            progress_of.skipped += 1
+            continue
+        loss_sum, sums = 0.0, {}
+        for i, micro in enumerate(steps[step]):
+            batch = pack(micro, run.device)
+            logps, real = by_response(token_logps(model, batch), batch.lengths)
+            ref = by_response(reference[step][i].to(run.device), batch.lengths)[0] if reference else logps.detach()
+            loss, metrics = objective.loss(logps, ref, real, micro)
+            (loss / units).backward()
+            loss_sum = loss_sum + loss.detach()
+            for key, values in metrics.items():
+                sums[key] = sums.get(key, 0.0) + values.detach().float().sum()
+        values = {"loss": float(loss_sum) / units, "learning_rate": optimizer.lr}
+        values |= {key: float(total) / len(group) for key, total in sums.items()}
+        run.check_loss(name, step, values["loss"], objective.step0(group) if objective.step0 and step == 0 else None)
+        values["grad_norm"] = optimizer.clip(cfg.clip)
+        optimizer.step()
+        values |= run.speed(sum(batch_tokens(e) for e in group))
+        if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
+            values["eval/score"] = validate(model)
+            progress_of.keep_if_best(values["eval/score"])
+        run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
+        progress_of.save(step + 1)
+    progress_of.finish()
+    return optimizer
+
+
+def batch_tokens(example: Example) -> int:
+    """Tokens the model reads for an example: the prompt once, and every response."""
+    return len(example.prompt) + sum(map(len, example.responses))
+
+
+def sft_objective() -> Objective:
+    """Mean negative log-likelihood of the response tokens."""
+    def loss(logps, ref, real, examples):
+        return losses.sft_loss(logps).sum(), {"logps/chosen": logps.sum(-1)}
+    return Objective(loss, units=lambda e: len(e.responses[0]))
+
+
+def npo_objective(beta: float) -> Objective:
+    """Forgetting: token-weighted NPO over y-, divided by the number of tokens with a weight that is not 0."""
+    def loss(logps, ref, real, examples):
+        w = by_response(torch.tensor([x for e in examples for x in e.weights], device=logps.device),
+                        [len(e.weights) for e in examples])[0]  # [R,T]
+        rejected = beta * (logps - ref).sum(-1)
+        return losses.npo_loss(logps, ref, w, beta).sum(), {
+            "rewards/rejected": rejected, "logps/rejected": logps.sum(-1),
+            "token_weight/fraction": (w != 0).sum(-1) / real.sum(-1)}
+
+    def counted(example):
+        return sum(w != 0 for w in example.weights)
+
+    def step0(examples):
+        return 0.6931471805599453 * sum(sum(e.weights) for e in examples) / sum(map(counted, examples))
+
+    return Objective(loss, counted, step0, ("loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"))
+
+
+def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
+    """DPO over whole pairs; with epsilon < 1, improving: only the most useful share of y-'s tokens counts."""
+    def loss(logps, ref, real, examples):
+        chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]  # [B,T]
+        keep = losses.useful_token_mask(rejected, ref_rejected, real[1::2], epsilon)
+        values = losses.dpo_loss(chosen.sum(-1), (rejected * keep).sum(-1),
+                                 ref_chosen.sum(-1), (ref_rejected * keep).sum(-1), beta)
+        up, down = beta * (chosen - ref_chosen).sum(-1), beta * (rejected - ref_rejected).sum(-1)
+        return values.sum(), {
+            "rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,
+            "rewards/accuracies": (up > down), "logps/chosen": chosen.sum(-1), "logps/rejected": rejected.sum(-1),
+            "useful/fraction": keep.sum(-1) / real[1::2].sum(-1)}
+    return Objective(loss, units=lambda e: 1, step0=lambda examples: 0.6931471805599453,
+                     shown=("loss", "rewards/margins", "rewards/accuracies", "useful/fraction", "grad_norm", "tokens/s"))
+
+
+# ---- stages, in the order they run: each writes one artefact and is skipped when that exists ------------------
+
+def sft(run: Run, theta: Path) -> Path:
+    """Supervised fine-tuning of all weights on the reference solutions."""
+    with run.stage("sft") as target:
+        if target:
+            rows = [(t.input, t.output) for t in run.tasks] or [(p.prompt, p.chosen) for p in run.pairs]
+            examples = run.encode(((q, [a]) for q, a in rows), "training rows")
+            model = run.load(theta)
+            run_stage(run, "sft", model, examples, sft_objective(), validate=run.validator())
+            save_model(model, target)
+    return run.folder / "sft"
+
+
+def sample(run: Run, theta: Path) -> Path:
+    """n responses per training question, in fixed groups of questions so that a restart changes nothing."""
+    with run.stage("sample", "samples.jsonl") as target:
+        if target:
+            model, part = run.load(theta), run.folder / "samples.part.jsonl"
+            done = keep_whole(part, tasks.GROUP, len(run.tasks))
+            with progress(total=len(run.tasks) * run.cfg.n, label="sample", unit="response") as bar:
+                bar.update(done * run.cfg.n)
+                for at in range(done, len(run.tasks), tasks.GROUP):
+                    rows = run.tasks[at:at + tasks.GROUP]
+                    said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
+                                         n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
+                    append_rows(part, ({"input": t.input, "samples": texts, "unfinished": cut}
+                                       for t, (texts, cut) in zip(rows, said)))
+            part.rename(target)
+    return run.folder / "samples.jsonl"
+
+
+def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
+    """Label samples by their final answer -> up to 5 random (y+, y-) per question, and every wrong one to forget."""
+    if run.cfg.pairs:
+        negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
+        return run.pairs, negatives
+    samples = read_samples(run.cfg.samples or sample(run, theta))
+    pairs, negatives, report = tasks.label(run.tasks, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
+    say(f"pairs: {report}")
+    if not pairs:
+        raise UserError("no question has both a correct and a wrong sample: sample more (--n), or fine-tune first (--sft)")
+    write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
+    write_jsonl(run.folder / "negatives.jsonl", (vars(n) for n in negatives))
+    return pairs, negatives
+
+
+def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
+    """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
+    with run.stage("warmup", "movement.safetensors") as target:
+        if target:
+            model = run.load(theta)
+            optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
+            save_tensors(optimizer.movement(), target)
+    return run.folder / "movement.safetensors"
+
+
+def gradient_importance(run: Run, theta: Path, examples: list[Example]) -> list[dict[str, Tensor]]:
+    """|sum_t dL_DPO/dtheta_i| at theta = theta_ref, where L's gradient is -(beta/2)(grad log pi(y+) - grad log pi(y-)).
+
+    No reference pass is needed: the policy is its own. Returns the importance from all examples and from each half
+    of them, whose masks' overlap says how noisy the location is.
+    """
+    model, loss = run.load(theta), dpo_objective(run.cfg.beta).loss
+    flat, sums = FlatGradient(model.named_parameters()), []
+    for half in (examples[0::2], examples[1::2]):
+        flat.grad.zero_()
+        with progress(total=len(half), label="gradient", unit="pair") as bar:
+            for micro in micro_batches(half, run.cfg.micro_batch, run.cfg.micro_tokens):
+                batch = pack(micro, run.device)
+                logps, real = by_response(token_logps(model, batch), batch.lengths)
+                loss(logps, logps.detach(), real, micro)[0].backward()
+                bar.update(len(micro))
+        sums.append(flat.grad.clone())
+    flat.close()
+    return [flat.named(total.abs()) for total in (sums[0] + sums[1], *sums)]
+
+
+def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, Tensor]]:
+    """The masks of forgetting and improving: {"forget": name -> bool, "improve": name -> bool}."""
+    cfg = run.cfg
+    shares = {stage: getattr(cfg, f"p_{stage}") or cfg.p for stage in ("forget", "improve")}
+    if cfg.mask:
+        return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes))
+    paths = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
+             for p in shares.values()}
+    if not all(path.exists() for path in paths.values()):
+        some = pairs[:cfg.locate_pairs]
+        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate == "movement" else None
+        with run.stage("locate", "mask.safetensors"):
+            gradient, *halves = gradient_importance(run, theta, some)
+            importance = movement or gradient
+            masks = {p: select_neurons(importance, p / 100) for p in paths}
+            p = shares["improve"]
+            other = overlap(masks[p], select_neurons(gradient, p / 100)) if movement else None
+            noise = overlap(*(select_neurons(h, p / 100) for h in halves))
+            say((f"overlap of movement and gradient masks: {100 * other:.1f} %; " if movement else "")
+                + f"of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % (chance {p:g} %)")
+            run.log.note("locate", movement_gradient_overlap=other, halves_overlap=noise)
+            for share, path in paths.items():
+                run.describe_mask(masks[share], share)
+                save_mask(masks[share], path)
+    return {stage: load_mask(paths[p], run.shapes) for stage, p in shares.items()}
+
+
+def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
+    """Every negative as an example with its token weights (see scoring.py for the modes)."""
+    cfg, encoder = run.cfg, run.encoder
+    if cfg.token_weights_file:
+        negatives = read_weights(cfg.token_weights_file)
+    kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
+    run.report_dropped("negatives", len(kept))
+    if cfg.token_weights == "uniform":
+        weights = [[1.0] * len(e.responses[0]) for _, e in kept]
+    elif cfg.token_weights == "edit":
+        weights = [edit_weights(e.responses[0], encoder.response_ids(n.prompt, n.rewrite)) for n, e in kept]
+    else:
+        scores = [n.scores for n, _ in kept] if cfg.token_weights_file else reward_scores(run, theta, kept)
+        fits = [len(s) == len(e.responses[0]) for s, (_, e) in zip(scores, kept)]
+        if not all(fits):
+            say(f"token weights: {fits.count(False)} rows dropped: as many scores as tokens (with EOS) were expected")
+        kept, scores = [k for k, ok in zip(kept, fits) if ok], [s for s, ok in zip(scores, fits) if ok]
+        weights = [weights_from_scores(s, cfg.token_weights, cfg.threshold) for s in scores]
+    return [e._replace(weights=w) for (_, e), w in zip(kept, weights)]
+
+
+def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
+    """Train the rewriting model (unless one was given) and let it score every token of every negative."""
+    folder = Path(run.cfg.reward_model or run.folder / "reward")
+    if not run.cfg.reward_model:
+        with run.stage("reward") as target:
+            if target:
+                model = run.load(run.same_tokenizer(run.cfg.reward_base or theta))
+                run_stage(run, "reward", model, rewrite_examples(run.encoder, [n for n, _ in kept]), sft_objective())
+                save_model(model, target)
+    with run.stage("score", "token_weights.jsonl") as target:
+        if target:
+            model = run.load(run.same_tokenizer(folder))
+            with progress(total=len(kept), label="score", unit="response") as bar:
+                scores = token_scores(model, run.encoder, *zip(*kept), run.cfg.micro_tokens, bar.update)
+            low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
+            say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
+            write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for (n, _), s in zip(kept, scores)))
+    return [n.scores for n in read_weights(run.folder / "token_weights.jsonl")]
+
+
+def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
+    """Phase 1: token-weighted NPO on what is unaligned, over the masked weights only."""
+    with run.stage("forget") as target:
+        if target:
+            model = run.load(theta)
+            run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
+            save_model(model, target)
+    return run.folder / "forget"
+
+
+def improve(run: Run, theta: Path, pairs: list[Example], mask) -> Path:
+    """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
+    with run.stage("improve") as target:
+        if target:
+            model = run.load(theta)
+            run_stage(run, "improve", model, pairs, dpo_objective(run.cfg.beta, run.cfg.epsilon), mask, run.validator())
+            save_model(model, target)
+    return run.folder / "improve"
+
+
+def dpo(run: Run, theta: Path, pairs: list[Example]) -> Path:
+    """The baseline: full-weight DPO on the same pairs from the same model, with its own tuned learning rate."""
+    with run.stage("dpo") as target:
+        if target:
+            model = run.load(theta)
+            run_stage(run, "dpo", model, pairs, dpo_objective(run.cfg.beta), None, run.validator())
+            save_model(model, target)
+    return run.folder / "dpo"
+
+
+def run_all(run: Run) -> None:
+    """The whole method, then the table."""
+    cfg, theta, models = run.cfg, run.base, {}
+    if run.reprint():
+        return
+    if cfg.sft or cfg.only_sft:
+        theta = sft(run, theta)
+    models["SFT" if run.tasks else "reference"] = theta
+    if not cfg.only_sft:
+        pairs, negatives = preferences(run, theta)
+        examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")
+        if cfg.dpo_baseline:
+            models["DPO"] = dpo(run, theta, examples)
+        mask = locate(run, theta, examples)
+        weighted = reward(run, theta, negatives)
+        forgotten = forget(run, theta, weighted, mask["forget"])
+        models["ALLO"] = improve(run, forgotten, examples, mask["improve"])
+    run.finish(models)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        run_all(open_run(cfg))
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
