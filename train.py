@@ -147,7 +147,8 @@ def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
             "rewards/accuracies": (up > down), "logps/chosen": chosen.sum(-1), "logps/rejected": rejected.sum(-1),
             "useful/fraction": keep.sum(-1) / real[1::2].sum(-1)}
     return Objective(loss, units=lambda e: 1, step0=lambda examples: 0.6931471805599453,
-                     shown=("loss", "rewards/margins", "rewards/accuracies", "useful/fraction", "grad_norm", "tokens/s"))
+                     shown=("loss", "rewards/margins", "rewards/accuracies",
+                            *(["useful/fraction"] if epsilon < 1 else []), "grad_norm", "tokens/s"))
 
 
 # ---- stages, in the order they run: each writes one artefact and is skipped when that exists ------------------
@@ -169,11 +170,12 @@ def sample(run: Run, theta: Path) -> Path:
     with run.stage("sample", "samples.jsonl") as target:
         if target:
             model, part = run.load(theta), run.folder / "samples.part.jsonl"
-            done = keep_whole(part, tasks.GROUP, len(run.tasks))
-            with progress(total=len(run.tasks) * run.cfg.n, label="sample", unit="response") as bar:
+            asked = run.tasks[:run.cfg.sample_questions or None]
+            done = keep_whole(part, tasks.GROUP, len(asked))
+            with progress(total=len(asked) * run.cfg.n, label="sample", unit="response") as bar:
                 bar.update(done * run.cfg.n)
-                for at in range(done, len(run.tasks), tasks.GROUP):
-                    rows = run.tasks[at:at + tasks.GROUP]
+                for at in range(done, len(asked), tasks.GROUP):
+                    rows = asked[at:at + tasks.GROUP]
                     said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
                                          n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
                     append_rows(part, ({"input": t.input, "samples": texts, "unfinished": cut}
@@ -239,7 +241,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, T
     if not all(path.exists() for path in paths.values()):
         some = pairs[:cfg.locate_pairs]
         movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate == "movement" else None
-        with run.stage("locate", "mask.safetensors"):
+        with run.stage("locate", next(path.name for path in paths.values() if not path.exists())):
             gradient, *halves = gradient_importance(run, theta, some)
             importance = movement or gradient
             masks = {p: select_neurons(importance, p / 100) for p in paths}

@@ -81,6 +81,7 @@ class Config:
     max_new_tokens: int = knob(1024, "sample", "tokens per response at most [paper]")
     sample_batch: int = knob(320, "sample", "samples running at once [ours]")
     stop: list[str] = knob([], "sample", "strings that end a response (for base models)")
+    sample_questions: int = knob(0, "sample", "training questions that are sampled (0: all)")
     pairs_per_question: int = knob(5, "sample", "random (correct, wrong) pairs per question at most [paper]")
     # locating neurons
     locate: str = knob("movement", "locate", "importance of a weight: movement of a DPO warm-up [paper] or its gradient",
@@ -228,7 +229,7 @@ def check(c: Config) -> None:
         need(flag.replace("_", "-"), getattr(c, flag), 0 < getattr(c, flag) <= 1, "a share in (0, 1]")
     for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens", "max_length"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 1, "at least 1")
-    for flag in ("limit", "test_limit", "val_rows", "max_steps", "micro_batch", "eval_every", "weight_decay", "temperature",
+    for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every", "weight_decay", "temperature",
                  "seed", "save_minutes"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 0, "0 or more")
     for flag in ("beta", "clip"):

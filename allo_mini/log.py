@@ -35,8 +35,7 @@ class Log:
         if self.path:
             with self.path.open("a") as f:
                 f.write(json.dumps(row) + "\n")
-        columns = "  ".join(f"{name.split('/')[-1] if name == 'tokens/s' else name} {values[name]:>9.4g}"
-                            for name in shown if name in values)
+        columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
         width = len(str(total))
         say(f"{stage:>8} {step:>{width}}/{total}  {columns}")
 

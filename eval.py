@@ -1,0 +1,92 @@
+"""Evaluate a model on task rows (greedy answers, accuracy) or on preference rows (log-prob accuracy and margin).
+
+    python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/]
+"""
+
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from allo_mini import UserError
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
+from allo_mini.config import Config, Parser, number
+from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
+from allo_mini.inputs import pick_device
+from allo_mini.log import say, table
+from allo_mini.tasks import evaluate, summary, summary_row
+
+SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
+
+
+def make_parser() -> Parser:
+    """The flags; those that train.py has too mean the same and have the same defaults."""
+    parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
+                    "accuracy and margin on preference rows, with 95 %% intervals.")
+    parser.add_argument("--model", required=True, metavar="X", help="folder or hub id")
+    parser.add_argument("--test", required=True, nargs="+", metavar="X", help="JSONL files, one table row each")
+    parser.add_argument("--out", default="", metavar="X", help="folder for <file>.jsonl, one line per row "
+                        "(default: eval/<model folder's name>)")
+    parser.add_argument("--limit", type=number(int), default=0, metavar="X", help="rows per file at most (0: all)")
+    for f in fields(Config):
+        if f.name in SHARED:
+            default = [] if f.name == "stop" else f.default
+            many = {"nargs": "+"} if f.name == "stop" else {"type": number(int) if f.type is int else str}
+            parser.add_argument("--" + f.name.replace("_", "-"), default=default, choices=f.metadata["choices"],
+                                metavar=None if f.metadata["choices"] else "X", **many,
+                                help=f"{f.metadata['help']} (default {default or 'none'})".replace("%", "%%"))
+    return parser
+
+
+def style_of(args, pairs: bool, rows: list) -> str:
+    """--prompt, or what the rows are: alpaca for tasks, chat for message lists, else the strings as they are."""
+    if args.prompt != "auto":
+        return args.prompt
+    return "alpaca" if not pairs else "chat" if isinstance(rows[0].prompt, list) else "none"
+
+
+def run(args) -> None:
+    device, dtype = pick_device(args.device, args.dtype)
+    out = Path(args.out or Path("eval") / Path(args.model).name)
+    jobs = []
+    for file in args.test:  # read everything before the model: a bad file shows at once
+        pairs, target = is_pairs(file), out / (Path(file).stem + ".jsonl")
+        if target.exists():
+            raise UserError(f"{target}: exists already; choose another --out")
+        rows = read_pairs(file, args.limit) if pairs else read_tasks([file], args.limit, False, need_answer=True)
+        jobs.append((file, pairs, rows, target))
+    folder = find_folder(args.model, args.revision or None)
+    model = load_model(str(folder), dtype, device)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    model.config.check_length(args.max_length, str(folder / "config.json"))
+    settings, lines, saved = Config(**{name: getattr(args, name) for name in SHARED}), [], []
+    for file, pairs, rows, target in jobs:
+        encoder, began = Encoder(tokenizer, style_of(args, pairs, rows), args.max_length), time.monotonic()
+        items = evaluate(model, encoder, rows, settings, {*eos_ids(model, tokenizer), encoder.closing}, Path(file).name)
+        if encoder.dropped:
+            say(f"{file}: dropped: {encoder.report()}")
+        if not items:
+            raise UserError(f"{file}: no row can be used: {encoder.report()}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(target, items)
+        saved.append(str(target))
+        lines.append([*summary_row(Path(file).name, summary(items)), f"{time.monotonic() - began:.0f}"])
+    for columns in (["seconds"], ["margin", "seconds"]):  # task files, then preference files
+        if some := [line for line in lines if len(line) == 4 + len(columns)]:
+            say("\n" + table(["file", "accuracy", "95 % interval", "rows", *columns], some))
+    say("\noutputs: " + ", ".join(saved))
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
