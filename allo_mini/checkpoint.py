@@ -35,7 +35,7 @@ def atomic_folder(target: Path):
         yield temporary
         temporary.chmod(0o755)
         for path in temporary.iterdir():
-            with path.open("rb") as f:
+            with path.open("rb+") as f:  # Windows syncs writable files only
                 os.fsync(f.fileno())
         if target.exists():
             raise UserError(f"{target}: exists already; nothing was overwritten")
@@ -51,7 +51,7 @@ def atomic_file(target: Path):
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as f:
+        with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, target)
     finally:

@@ -10,6 +10,7 @@ the *whole* step, so that splitting a step into micro-batches changes nothing (d
 """
 
 import math
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
     """
     ratio = (token_logps - ref_token_logps).detach().masked_fill(~response_mask, math.inf)
     n = response_mask.sum(-1)  # [B]
-    # the small term keeps 0.3 * 10 = 3.0000000000000004 or 2.9999999999999996 at 3
-    k = (n.double() * fraction + 1e-9).floor().long().clamp(min=1)
+    share = Fraction(repr(float(fraction)))  # in integers: 0.3 * 10 is 3, not 2.9999999999999996
+    k = (n * share.numerator // share.denominator).clamp(min=1)
     kth = ratio.sort(-1).values.gather(-1, (k - 1)[:, None])  # [B,1]
     return (ratio <= kth) & response_mask
