@@ -121,11 +121,21 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with a suggestion for a mistyped flag."""
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        unknown = re.match(r"unrecognized arguments: (-[\w-]+)", message)
+        wrong = re.match(r"argument (\S+): invalid (?:(\w+) value|choice): '(.*?)'(?: \(choose from (.*)\))?$", message)
         if unknown:
-            close = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message = f"unknown flag {unknown[1]}" + (f"; did you mean {close[0]}?" if close else "; see --help")
-        raise UserError(message.replace("argument ", "", 1) if message.startswith("argument ") else message)
+            message = f"unknown flag {unknown[1]}" + (similar(unknown[1], self._option_string_actions) or "; see --help")
+        elif wrong:
+            flag, kind, value, choices = wrong.groups()
+            choices = (choices or "").replace("'", "")
+            message = f"{flag} is {value}, expected {choices or kind}{similar(value, choices.split(', '))}"
+        raise UserError(message.removeprefix("argument "))
+
+
+def similar(word: str, words) -> str:
+    """'; did you mean X?' when one of `words` is near, else ''."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def number(kind):
@@ -174,15 +184,31 @@ def make_parser() -> Parser:
 
 
 def from_file(path: str) -> dict:
-    """Flat settings of a --config file, `config.json` of another run included."""
+    """Flat, checked settings of a --config file, `config.json` of another run included."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        values = values.get("config", values)
+        values = dict(values.get("config", values))
         for stage, settings in values.pop("stages", {}).items():
             values.update({f"{stage}_{k}": v for k, v in settings.items()})
-        return values
-    except (OSError, ValueError, AttributeError) as e:
-        raise UserError(f"{path}: cannot be read as settings: {e}") from None
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: expected a JSON object of settings: {e}") from None
+    kinds = {f.name: (f.type, f.metadata["choices"]) for f in fields(Config) if f.name != "stages"}
+    kinds |= {f"{s}_{f.name}": (f.type, None) for s in STAGES for f in fields(Stage)}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+    for key, value in values.items():
+        if key not in kinds:
+            raise UserError(f"{path}: {key} is no setting of ours" + similar(key, kinds))
+        kind, choices = kinds[key]
+        good = (isinstance(value, list) and all(isinstance(v, str) for v in value) if kind not in words else
+                isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool))
+        if not good or (choices and value not in choices):
+            expected = ", ".join(choices) if choices else words.get(kind, "a list of strings")
+            raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+    return values
 
 
 def parse(argv: list[str]) -> Config:
@@ -190,20 +216,9 @@ def parse(argv: list[str]) -> Config:
     parser = make_parser()
     given = vars(parser.parse_args(argv))
     path, show = given.pop("config", None), given.pop("print_config")
-    kinds = {f.name: f.type for f in fields(Config) if f.name != "stages"}
-    kinds |= {f"{s}_{f.name}": f.type for s in STAGES for f in fields(Stage)}
     written = from_file(path) if path else {}
     own = any((given | written).get(key) for key in ("model", "train", "pairs"))
-    values = {} if own else dict(DEMO)
-    for key, value in written.items():
-        kind = kinds.get(key)
-        good = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(kind, (list,))
-        if kind is None or not isinstance(value, good) or (isinstance(value, bool) and kind is not bool):
-            close = difflib.get_close_matches(key, kinds, 1)
-            raise UserError(f"{path}: {key} is {value!r}, " + (f"expected {getattr(kind, '__name__', kind)}" if kind else
-                            "no such setting" + (f"; did you mean {close[0]}?" if close else "")))
-        values[key] = value
-    values.update(given)
+    values = ({} if own else dict(DEMO)) | written | given
     config = Config(**{k: v for k, v in values.items() if k in Config.__dataclass_fields__})
     for stage in STAGES:
         for f in fields(Stage):
@@ -222,6 +237,9 @@ def check(c: Config) -> None:
         if not good:
             raise UserError(f"--{flag} is {value}, expected {expected}")
 
+    for f in fields(c):
+        if f.type in (int, float):  # NaN is not below anything
+            need(f.name.replace("_", "-"), getattr(c, f.name), abs(getattr(c, f.name)) < 2**63, "a finite number")
     for flag in ("p", "p_forget", "p_improve"):
         value = getattr(c, flag)
         need(flag.replace("_", "-"), value, 0 < value <= 100 or (value == 0 and flag != "p"), "a percentage in (0, 100]")
@@ -235,13 +253,22 @@ def check(c: Config) -> None:
     for flag in ("beta", "clip"):
         need(flag, getattr(c, flag), getattr(c, flag) > 0, "more than 0")
     need("threshold", c.threshold, 0 <= c.threshold <= 1, "a probability, 0 to 1")
+    need("checkpoint-blocks", c.checkpoint_blocks, c.checkpoint_blocks >= -1, "-1 or more")
+    need("stop", c.stop, all(c.stop), "strings that are not empty")
     for name, stage in c.stages.items():
-        need(f"{name}-lr", stage.lr, stage.lr >= 0, "0 or more")
+        need(f"{name}-lr", stage.lr, 0 <= stage.lr < math.inf, "0 or more")
         need(f"{name}-batch", stage.batch, stage.batch >= 0, "0 or more")
-        need(f"{name}-epochs", stage.epochs, stage.epochs > 0, "more than 0")
+        need(f"{name}-epochs", stage.epochs, 0 < stage.epochs < math.inf, "more than 0")
         need(f"{name}-warmup", stage.warmup, 0 <= stage.warmup <= 1, "a share, 0 to 1")
     if c.temperature == 0 and c.n > 1 and not (c.samples or c.pairs or c.only_sft):
         raise UserError("--temperature 0 gives --n equal responses; use a temperature above 0")
+    if c.token_weights_file and c.token_weights in ("edit", "uniform"):
+        raise UserError(f"--token-weights is {c.token_weights}, which uses no scores; with --token-weights-file, "
+                        "expected threshold, soft or released")
+    if c.samples and c.pairs:
+        raise UserError("--samples and --pairs are both given; pairs replace the samples, expected one of them")
+    if (c.test or c.val) and not (c.train or c.pairs):
+        raise UserError("--test and --val need rows to train on: --train FILE (task rows) or --pairs FILE (preferences)")
     if c.model and not (c.train or c.pairs):
         raise UserError("--model needs rows to train on: --train FILE (task rows) or --pairs FILE (preferences)")
 

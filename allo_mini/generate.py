@@ -8,6 +8,7 @@ from its own random stream, seeded by (seed, row, k), so company in the batch do
 """
 
 import hashlib
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -112,89 +113,104 @@ def uniforms(seed: int, row: int, k: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator)
 
 
+@dataclass
 class Sample:
-    """One running sample: which prompt, its cache length, its tokens so far, its random stream."""
+    """One running sample: which prompt and which of its n, cache length, random stream, tokens so far."""
+    prompt: int
+    k: int
+    length: int
+    u: Tensor
+    tokens: list[int] = field(default_factory=list)
 
-    def __init__(self, prompt: int, k: int, length: int, u: Tensor):
-        self.prompt, self.k, self.length, self.tokens, self.u = prompt, k, length, [], u
+
+class Sampler:
+    """Runs samples to their end: `admit` starts those of the next prompts, `step` adds a token to all running ones."""
+
+    def __init__(self, model: CausalLM, slots: int, room: int, temperature: float, top_p: float, over, on_done):
+        self.model, self.temperature, self.top_p, self.over, self.on_done = model, temperature, top_p, over, on_done
+        self.cache, self.slots, self.device = Cache(model, slots, room), slots, model.head_weight.device
+        self.running: list[Sample] = []
+
+    def admit(self, prompts: list[list[int]], samples: list[list[Sample]]) -> None:
+        """Read prompts once each (one flat stream) and start their samples, n for each prompt."""
+        lengths, n = [len(p) for p in prompts], len(samples[0])
+        self.cache.grow(max(lengths) + 1)
+        ids = torch.tensor([t for p in prompts for t in p], device=self.device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        prefill = Prefill(lengths)
+        hidden = self.model(ids, positions, prefill)  # [N,H]
+        self.cache.admit(prefill.kept, lengths, len(self.running), n)
+        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
+        fresh = [s for group in samples for s in group]
+        self.running += fresh
+        self.advance(fresh, hidden[last].repeat_interleave(n, 0))
+
+    def step(self) -> None:
+        """One forward pass over the newest token of every running sample."""
+        lengths = [s.length for s in self.running]
+        self.cache.grow(max(lengths) + 1)
+        ids = torch.tensor([s.tokens[-1] for s in self.running], device=self.device)
+        hidden = self.model(ids, torch.tensor(lengths, device=self.device), self.cache.at(lengths))  # [A,H]
+        for s in self.running:
+            s.length += 1
+        self.advance(self.running, hidden)
+
+    def advance(self, samples: list[Sample], hidden: Tensor) -> None:
+        """Give each sample its next token (`hidden` [len(samples), H]), then let the finished ones leave."""
+        u = torch.stack([s.u[len(s.tokens)] for s in samples]).to(self.device)
+        tokens = pick(F.linear(hidden, self.model.head_weight), self.temperature, self.top_p, u).tolist()
+        for s, token in zip(samples, tokens):
+            s.tokens.append(token)
+        over = [self.over(s.tokens) for s in self.running]
+        for s, ended in zip(self.running, over):
+            if ended:
+                self.on_done(s)
+        stay = over.count(False)
+        gaps = [i for i in range(stay) if over[i]]
+        movers = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
+        if movers:
+            self.cache.move(movers, gaps)
+        for source, target in zip(movers, gaps):
+            self.running[target] = self.running[source]
+        del self.running[stay:]
 
 
 @torch.inference_mode()
 def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 0.7,
            top_p: float = 0.95, eos_ids=(), seed: int = 0, rows: list[int] | None = None, slots: int = 64,
-           stopped=None, on_done=lambda prompt, tokens: None) -> list[list[list[int]]]:
+           stopped=lambda tokens: False, on_done=lambda prompt, tokens: None) -> list[list[list[int]]]:
     """n responses for each prompt -> [prompt][k] -> token ids, prompt not included, the closing EOS included.
 
     prompts: token id lists of any lengths; rows: the numbers that seed each prompt (default 0, 1, ...);
-    slots: samples running at once; stopped(tokens) -> bool ends a sample on a stop string;
-    on_done(prompt, tokens) is called as each sample ends. A response stops at any of eos_ids, or at max_new_tokens.
+    slots: samples running at once; stopped(tokens) ends a sample on a stop string; on_done(prompt, tokens) is called
+    as each sample ends. A response stops at any of eos_ids, or at max_new_tokens. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     rows, slots, eos = rows or list(range(len(prompts))), max(slots, n), set(eos_ids)
-    done: list = [[None] * n for _ in prompts]
-    waiting, running = list(range(len(prompts)))[::-1], []
-    cache = Cache(model, min(slots, n * len(prompts)), max(map(len, prompts), default=0) + 64)
-    device = model.head_weight.device
+    results: list = [[None] * n for _ in prompts]
 
-    def advance(samples: list[Sample], hidden: Tensor) -> None:
-        """Give each sample its next token; `hidden` [len(samples), H]."""
-        u = torch.stack([s.u[len(s.tokens)] for s in samples]).to(device)
-        tokens = pick(F.linear(hidden, model.head_weight), temperature, top_p, u).tolist()
-        for s, token in zip(samples, tokens):
-            s.tokens.append(token)
+    def over(tokens):
+        return tokens[-1] in eos or len(tokens) >= max_new_tokens or stopped(tokens)
 
-    def over(s: Sample) -> bool:
-        return s.tokens[-1] in eos or len(s.tokens) >= max_new_tokens or bool(stopped and stopped(s.tokens))
+    def done(s: Sample):
+        results[s.prompt][s.k] = s.tokens
+        on_done(s.prompt, s.tokens)
 
-    def leave() -> None:
-        """Hand over finished samples and close the gaps they leave."""
-        finished = [s for s in running if over(s)]
-        if not finished:
-            return
-        for s in finished:
-            done[s.prompt][s.k] = s.tokens
-            on_done(s.prompt, s.tokens)
-        stay = len(running) - len(finished)
-        targets = [i for i in range(stay) if over(running[i])]
-        sources = [i for i in range(stay, len(running)) if not over(running[i])]
-        if sources:
-            cache.move(sources, targets)
-        for source, target in zip(sources, targets):
-            running[target] = running[source]
-        del running[stay:]
-
-    def admit(count: int) -> None:
-        """Read the next `count` prompts; each starts n samples."""
-        new = [waiting.pop() for _ in range(count)]
-        lengths = [len(prompts[i]) for i in new]
-        cache.grow(max(lengths) + 1)
-        ids = torch.tensor([t for i in new for t in prompts[i]], device=device)
-        positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        prefill = Prefill(lengths)
-        hidden = model(ids, positions, prefill)  # [N,H]
-        cache.admit(prefill.kept, lengths, len(running), n)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        fresh = [Sample(i, k, len(prompts[i]), uniforms(seed, rows[i], k, max_new_tokens))
-                 for i in new for k in range(n)]
-        advance(fresh, hidden[last].repeat_interleave(n, 0))
-        running.extend(fresh)
-        leave()
-
-    while waiting or running:
-        free = (cache.shape[0] - len(running)) // n  # prompts that could start now
-        if waiting and free and (not running or free * n * 8 >= cache.shape[0]):
-            admit(min(free, len(waiting)))
-            continue
-        cache.grow(max(s.length for s in running) + 1)
-        lengths = [s.length for s in running]
-        ids = torch.tensor([s.tokens[-1] for s in running], device=device)
-        hidden = model(ids, torch.tensor(lengths, device=device), cache.at(lengths))  # [A,H]
-        for s in running:
-            s.length += 1
-        advance(running, hidden)
-        leave()
-    return done
+    sampler = Sampler(model, min(slots, n * len(prompts)), max(map(len, prompts), default=0) + 64, temperature, top_p,
+                      over, done)
+    at = 0
+    while at < len(prompts) or sampler.running:
+        free = (sampler.slots - len(sampler.running)) // n  # prompts that could start now
+        if at < len(prompts) and free * n * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
+            new = range(at, min(at + free, len(prompts)))
+            sampler.admit([prompts[i] for i in new],
+                          [[Sample(i, k, len(prompts[i]), uniforms(seed, rows[i], k, max_new_tokens)) for k in range(n)]
+                           for i in new])
+            at = new.stop
+        else:
+            sampler.step()
+    return results
 
 
 def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,

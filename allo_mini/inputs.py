@@ -8,18 +8,16 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError
+from allo_mini import UserError, demo
 from allo_mini.checkpoint import DTYPES, atomic_file, find_folder, load_tokenizer, shard_files
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, read_pairs, read_tasks
 from allo_mini.log import Log, say
 from allo_mini.model import CausalLM, parse_config
 from allo_mini.run import Run
-from allo_mini.tasks import gold_answer, problems
+from allo_mini.tasks import gold_answer
 from allo_mini.tokenizer import read_json
 
-DEMO = Path(__file__).parent / "demo"
-DEMO_ROWS = {"train": 500, "val": 300, "test": 1000}
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -92,10 +90,10 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
 def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     """(tasks, pairs, val, test) as the flags say; overlaps between train and test are dropped and counted."""
     if not cfg.model and not cfg.train and not cfg.pairs:
-        test = problems(cfg.test_limit or DEMO_ROWS["test"], cfg.seed + 1)  # other seeds, and none of the same rows
+        test = demo.problems(cfg.test_limit or demo.ROWS["test"], cfg.seed + 1)  # other seeds, and none of the same rows
         seen = {t.input for t in test}
-        val = problems(cfg.val_rows or DEMO_ROWS["val"], cfg.seed + 2, seen)
-        return problems(cfg.limit or DEMO_ROWS["train"], cfg.seed + 3, seen | {t.input for t in val}), [], val, test
+        val = demo.problems(cfg.val_rows or demo.ROWS["val"], cfg.seed + 2, seen)
+        return demo.problems(cfg.limit or demo.ROWS["train"], cfg.seed + 3, seen | {t.input for t in val}), [], val, test
     tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or not cfg.pairs) if cfg.train else []
     pairs = read_pairs(cfg.pairs) if cfg.pairs else []
     test = []
@@ -145,7 +143,7 @@ def style_of(cfg: Config, tasks: list[Task], pairs: list[Pair]) -> str:
 def open_run(cfg: Config) -> Run:
     """Check everything that can be checked without training, then claim the run folder."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    base = find_folder(cfg.model or str(DEMO), cfg.revision or None)
+    base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None)
     config = parse_config(read_json(base / "config.json"), str(base / "config.json"))
     config.check_length(cfg.max_length if cfg.model else 1, str(base / "config.json"))
     tokenizer = load_tokenizer(base, config.vocab_size)

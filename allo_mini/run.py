@@ -1,6 +1,5 @@
-"""The run object that all stages share: folder, rows, clock, checks, and the table at the end."""
+"""The run object that all stages share: folder, rows, clock, checks."""
 
-import json
 import math
 import sys
 import time
@@ -11,14 +10,13 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import atomic_file, eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
-from allo_mini.log import Log, say, table
-from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
+from allo_mini.log import Log, say
 from allo_mini.model import CausalLM
 from allo_mini.resume import StageProgress
-from allo_mini.tasks import evaluate, summary, summary_row
+from allo_mini.tasks import evaluate, summary
 
 
 @dataclass
@@ -118,15 +116,6 @@ class Run:
         if not kept:
             raise UserError(f"none of the {name} can be used: {why}")
 
-    def describe_mask(self, mask, percent: float) -> None:
-        """Print the achieved density: in total, per kind of matrix and per layer."""
-        total = selected(mask) / sum(m.numel() for m in mask.values())
-        kinds, layers = density_by(mask, kind_of), density_by(mask, layer_of)
-        self.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
-        say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
-        for label, groups in (("by kind ", kinds), ("by layer", layers)):
-            say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
-
     def same_tokenizer(self, folder: Path | str) -> Path:
         """A reward model's folder, checked to use the policy's vocabulary."""
         folder = find_folder(str(folder))
@@ -135,42 +124,6 @@ class Run:
             if mine.inner.get_vocab() != theirs.inner.get_vocab():
                 raise UserError(f"{folder}: its tokenizer is not the policy's; a rewriting model must share the vocabulary")
         return folder
-
-    def reprint(self) -> bool:
-        """A finished run prints its table again."""
-        path = self.folder / "results.json"
-        if path.exists():
-            say(f"{self.folder}: this run is finished\n\n" + json.loads(path.read_text())["table"])
-        return path.exists()
-
-    def finish(self, models: dict[str, Path]) -> None:
-        """Evaluate every model on the test rows, print the table, and say where everything is."""
-        results, rows = {}, []
-        for name, folder in models.items() if self.cfg.eval and self.test else ():
-            path = self.folder / f"eval-{name}.jsonl"
-            if path.exists():
-                items = [json.loads(line) for line in path.read_text().splitlines()]
-            else:
-                model = self.load(folder)
-                began = time.monotonic()
-                items = evaluate(model, self.encoder, self.test, self.cfg, self.eos(model),
-                                 f"test {name}")
-                self.seconds[f"test {name}"] = time.monotonic() - began
-                if not items:
-                    raise UserError(f"none of the test rows can be used: {self.encoder.report()}")
-                write_jsonl(path, items)
-            results[name] = summary(items)
-            rows.append(summary_row(name, results[name]))
-        columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
-        text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
-        with atomic_file(self.folder / "results.json") as temporary:
-            temporary.write_text(json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
-                                             "table": text, "seconds": self.seconds}, indent=2) + "\n")
-        spent = ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items())
-        say(f"\n{text}\n\nseconds: {spent}")
-        for name, folder in models.items():
-            say(f"{name + ' model':>12}  {folder}")
-        say(f"{'everything':>12}  {self.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
 
 
 def peak_gb() -> float:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from allo_mini import run as run_module
-from allo_mini import tasks
+from allo_mini import demo, tasks
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.files import load_mask
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 def world(tmp_path_factory):
     """A random 2-layer model, 24 problems, and samples for them: one right, two wrong ones each."""
     folder = tmp_path_factory.mktemp("world")
-    tasks.make_demo(folder / "demo", 40)
+    demo.make_demo(folder / "demo", 40)
     config = json.loads((folder / "demo/model/config.json").read_text())
     raw = {**config, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     model = train_model(raw, folder / "demo/model")

@@ -1,0 +1,128 @@
+"""The one training loop, and what each stage minimizes in it.
+
+One training step in two files: this loop (batches -> log-probs -> loss -> backward -> clip -> step) and losses.py
+(the equations). Backward hands every gradient to the optimizer's flat buffer (optim.py) as soon as it exists.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from allo_mini import losses
+from allo_mini.config import resolve_stage
+from allo_mini.data import Example, steps_of
+from allo_mini.log import progress, say
+from allo_mini.logprobs import by_response, micro_batches, pack, token_logps
+from allo_mini.optim import MaskedAdamW, cosine_lr
+from allo_mini.run import Run
+from allo_mini.scoring import reference_logps
+
+LN2 = 0.6931471805599453
+
+
+@dataclass
+class Objective:
+    """What a stage minimizes. The loss is a sum; the loop divides it by the units of the whole step.
+
+    loss(logps, ref, mask, examples) -> (sum of losses, {metric: one value per example or pair})
+        logps, ref [R,T] per-token log-probs of the R responses, mask [R,T] bool; for pairs, rows alternate y+, y-
+    units(example)   what the sum is divided by: pairs, tokens or token weights that are not 0
+    step0(examples)  the loss while theta = theta_ref; None: the stage needs no reference
+    """
+    loss: Callable[[Tensor, Tensor, Tensor, list[Example]], tuple[Tensor, dict[str, Tensor]]]
+    units: Callable[[Example], float]
+    step0: Callable[[list[Example]], float] | None = None
+    shown: tuple[str, ...] = ("loss", "grad_norm", "learning_rate")
+
+
+def run_stage(run: Run, name: str, model, examples: list[Example], objective: Objective, mask=None,
+              validate: Callable | None = None) -> MaskedAdamW:
+    """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
+    cfg, s = run.cfg, resolve_stage(name, run.cfg.stages[name], run.parameters, len(examples))
+    steps = [list(micro_batches([examples[i] for i in rows], cfg.micro_batch, cfg.micro_tokens))
+             for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    reference = reference_logps(model, steps) if objective.step0 else None
+    optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
+    progress_of = run.checkpoint(name, optimizer, len(steps))
+    say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
+        f"{len(optimizer.master):,} weights in training")
+    for step in progress(range(progress_of.step, len(steps)), label=name, unit="step"):
+        optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
+        group = [e for micro in steps[step] for e in micro]
+        units = sum(objective.units(e) for e in group)  # of the whole step, before any micro-batch
+        if units == 0:
+            progress_of.skipped += 1
+            continue
+        loss_sum, sums = 0.0, {}
+        for i, micro in enumerate(steps[step]):
+            batch = pack(micro, run.device)
+            logps, real = by_response(token_logps(model, batch), batch.lengths)
+            ref = by_response(reference[step][i].to(run.device), batch.lengths)[0] if reference else logps.detach()
+            loss, metrics = objective.loss(logps, ref, real, micro)
+            (loss / units).backward()
+            loss_sum = loss_sum + loss.detach()
+            for key, values in metrics.items():
+                sums[key] = sums.get(key, 0.0) + values.detach().float().sum()
+        values = {"loss": float(loss_sum) / units, "learning_rate": optimizer.lr}
+        values |= {key: float(total) / len(group) for key, total in sums.items()}
+        run.check_loss(name, step, values["loss"], objective.step0(group) if objective.step0 and step == 0 else None)
+        values["grad_norm"] = optimizer.clip(cfg.clip)
+        optimizer.step()
+        values |= run.speed(sum(batch_tokens(e) for e in group))
+        if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
+            values["eval/score"] = validate(model)
+            progress_of.keep_if_best(values["eval/score"])
+        run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
+        progress_of.save(step + 1)
+    progress_of.finish()
+    return optimizer
+
+
+def batch_tokens(example: Example) -> int:
+    """Tokens the model reads for an example: the prompt once, and every response."""
+    return len(example.prompt) + sum(map(len, example.responses))
+
+
+def sft_objective() -> Objective:
+    """Mean negative log-likelihood of the response tokens."""
+    def loss(logps, ref, real, examples):
+        return losses.sft_loss(logps).sum(), {"logps/chosen": logps.sum(-1)}
+    return Objective(loss, units=lambda e: len(e.responses[0]))
+
+
+def npo_objective(beta: float) -> Objective:
+    """Forgetting: token-weighted NPO over y-, divided by the number of tokens with a weight that is not 0."""
+    def loss(logps, ref, real, examples):
+        w = by_response(torch.tensor([x for e in examples for x in e.weights], device=logps.device),
+                        [len(e.weights) for e in examples])[0]  # [R,T]
+        rejected = beta * (logps - ref).sum(-1)
+        return losses.npo_loss(logps, ref, w, beta).sum(), {
+            "rewards/rejected": rejected, "logps/rejected": logps.sum(-1),
+            "token_weight/fraction": (w != 0).sum(-1) / real.sum(-1)}
+
+    def counted(example):
+        return sum(w != 0 for w in example.weights)
+
+    def step0(examples):
+        return LN2 * sum(sum(e.weights) for e in examples) / sum(map(counted, examples))
+
+    return Objective(loss, counted, step0, ("loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"))
+
+
+def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
+    """DPO over whole pairs; with epsilon < 1, improving: only the most useful share of y-'s tokens counts."""
+    def loss(logps, ref, real, examples):
+        chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]  # [B,T]
+        keep = losses.useful_token_mask(rejected, ref_rejected, real[1::2], epsilon)
+        values = losses.dpo_loss(chosen.sum(-1), (rejected * keep).sum(-1),
+                                 ref_chosen.sum(-1), (ref_rejected * keep).sum(-1), beta)
+        up, down = beta * (chosen - ref_chosen).sum(-1), beta * (rejected - ref_rejected).sum(-1)
+        return values.sum(), {
+            "rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,
+            "rewards/accuracies": (up > down), "logps/chosen": chosen.sum(-1), "logps/rejected": rejected.sum(-1),
+            "useful/fraction": keep.sum(-1) / real[1::2].sum(-1)}
+    return Objective(loss, units=lambda e: 1, step0=lambda examples: LN2,
+                     shown=("loss", "rewards/margins", "rewards/accuracies",
+                            *(["useful/fraction"] if epsilon < 1 else []), "grad_norm", "tokens/s"))

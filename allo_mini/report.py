@@ -1,0 +1,60 @@
+"""What a run says at its end (the result table) and about its masks."""
+
+import json
+import time
+from pathlib import Path
+
+from allo_mini import UserError
+from allo_mini.checkpoint import atomic_file, write_jsonl
+from allo_mini.log import say, table
+from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
+from allo_mini.run import Run
+from allo_mini.tasks import evaluate, summary, summary_row
+
+
+def describe_mask(run: Run, mask, percent: float) -> None:
+    """Print the achieved density: in total, per kind of matrix and per layer."""
+    total = selected(mask) / sum(m.numel() for m in mask.values())
+    kinds, layers = density_by(mask, kind_of), density_by(mask, layer_of)
+    run.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
+    say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
+    for label, groups in (("by kind ", kinds), ("by layer", layers)):
+        say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
+
+
+def reprint(run: Run) -> bool:
+    """A finished run prints its table again."""
+    path = run.folder / "results.json"
+    if path.exists():
+        say(f"{run.folder}: this run is finished\n\n" + json.loads(path.read_text())["table"])
+    return path.exists()
+
+
+def finish(run: Run, models: dict[str, Path]) -> None:
+    """Evaluate every model on the test rows, print the table, and say where everything is."""
+    results, rows = {}, []
+    for name, folder in models.items() if run.cfg.eval and run.test else ():
+        path = run.folder / f"eval-{name}.jsonl"
+        if path.exists():
+            items = [json.loads(line) for line in path.read_text().splitlines()]
+        else:
+            model = run.load(folder)
+            began = time.monotonic()
+            items = evaluate(model, run.encoder, run.test, run.cfg, run.eos(model),
+                             f"test {name}")
+            run.seconds[f"test {name}"] = time.monotonic() - began
+            if not items:
+                raise UserError(f"none of the test rows can be used: {run.encoder.report()}")
+            write_jsonl(path, items)
+        results[name] = summary(items)
+        rows.append(summary_row(name, results[name]))
+    columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
+    text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
+    with atomic_file(run.folder / "results.json") as temporary:
+        temporary.write_text(json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
+                                         "table": text, "seconds": run.seconds}, indent=2) + "\n")
+    spent = ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items())
+    say(f"\n{text}\n\nseconds: {spent}")
+    for name, folder in models.items():
+        say(f"{name + ' model':>12}  {folder}")
+    say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")

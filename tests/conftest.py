@@ -1,0 +1,12 @@
+"""Settings for every test: offline, CPU, one thread (tiny tensors: threads cost more than they give)."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a bare `pytest` finds allo_mini too
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

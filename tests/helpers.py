@@ -1,0 +1,70 @@
+"""What several test files share: the fixtures' places, tiny models, a tiny tokenizer."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from allo_mini.checkpoint import load_model
+from allo_mini.model import CausalLM, parse_config
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+HF = ("llama_mha", "llama_gqa_tied", "mistral", "qwen2", "qwen3", "llama3_rope")
+EOS, BOS = 2, 1
+RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 16, "intermediate_size": 24,
+       "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+       "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": EOS}
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FIXTURES / f"{name}.safetensors")
+
+
+def fixture_model(name: str, trainable: bool = False) -> CausalLM:
+    return load_model(str(FIXTURES / "hf" / name)).requires_grad_(trainable)
+
+
+def tiny_model(seed: int = 0, std: float = 0.3, trainable: bool = True, **changes) -> CausalLM:
+    """A random model of RAW's shape; weights large enough that predictions differ from token to token."""
+    return CausalLM(parse_config({**RAW, **changes})).initialize(seed, std).requires_grad_(trainable)
+
+
+def random_ids(count: int, seed: int, vocab: int = 120) -> list[int]:
+    return torch.randint(3, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def separate_logps(model: CausalLM, prompt: list[int], response: list[int]) -> torch.Tensor:
+    """The plain way: one sequence, all logits, log softmax, gather."""
+    ids = torch.tensor([prompt + response])
+    logps = model.logits(ids).log_softmax(-1)[0, len(prompt) - 1:-1]
+    return logps.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+
+
+def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Gradients of all parameters as they stand; clears them."""
+    out = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return out
+
+
+def assert_close(a: dict, b: dict, **tolerance) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m: f"{name}: {m}")
+
+
+def write_tokenizer(folder: Path, **settings) -> Path:
+    """A character tokenizer (ids 0..99) with <unk>, <s> = 1 and </s> = 2; `settings` go to tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    characters = ["Ġ", "Ċ", *map(chr, range(33, 127))]
+    vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -1,0 +1,317 @@
+"""optim.py against the official numbers, torch.optim.AdamW, and its own promises."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from allo_mini.logprobs import pack, token_logps
+from allo_mini.optim import FlatGradient, MaskedAdamW, cosine_lr
+from helpers import assert_close, fixture_model, golden, random_ids, tiny_model
+
+
+def net(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+
+
+def loss_of(model, step=0, rows=slice(None)):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 11, (8, 5), generator=generator)
+    targets = torch.randn(8, 5, 3, generator=generator)
+    return (model(ids[rows]).float() - targets[rows]).square().sum() / 8
+
+
+def random_mask(model, share=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.rand(p.shape, generator=generator) < share for n, p in model.named_parameters()}
+
+
+def state_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+# ---- the arithmetic ----------------------------------------------------------------------------------------
+
+def test_equals_the_official_masked_adamw():
+    """Five steps of the official optimizer; unselected weights bit-identical.
+
+    The official code adds eps to sqrt(v) before bias correction (departure h), so its effective eps at step t is
+    eps / sqrt(1 - beta2^t) = 3.2e-7 at t = 1 against our 1e-8. Of a step lr * m / (r + eps), r = sqrt(v_hat), that
+    changes at most lr * |m_hat| / r * (3.2e-7 - 1e-8) / r: with lr 1e-2, |m_hat| <= 5 r and r >= 1e-3 (asserted
+    below) less than 2e-5 even for the worst weight, but proportionally less for larger gradients. Each weight
+    gets its own bound, plus 1e-6 for fp32 rounding of five steps.
+    """
+    data, lr, eps = golden("masked_adamw"), 1e-2, 1e-8
+    parameters = {f"p{i}": nn.Parameter(data[f"p{i}.init"].clone()) for i in range(3)}
+    mask = {n: data[f"{n}.mask"].bool() for n in parameters}
+    optimizer = MaskedAdamW(parameters.items(), mask, lr=lr, eps=eps, weight_decay=0.0)
+    m, v, bound = ({n: torch.zeros(p.shape, dtype=torch.float64) for n, p in parameters.items()} for _ in range(3))
+    for t in range(5):
+        sum((p * data[f"{n}.grad{t}"]).sum() for n, p in parameters.items()).backward()
+        optimizer.step()
+        for n, p in parameters.items():
+            g, expected, where = data[f"{n}.grad{t}"].double(), data[f"{n}.after{t}"], mask[n]
+            m[n], v[n] = 0.9 * m[n] + 0.1 * g, 0.999 * v[n] + 0.001 * g * g
+            m_hat, r = m[n] / (1 - 0.9 ** (t + 1)), (v[n] / (1 - 0.999 ** (t + 1))).sqrt()
+            bound[n] += lr * m_hat.abs() / r ** 2 * (eps / math.sqrt(1 - 0.999 ** (t + 1)) - eps)
+            assert r[where].min() > 1e-3
+            assert torch.equal(p[~where], data[f"{n}.init"][~where])
+            assert ((p - expected).abs() <= bound[n] + 1e-6)[where].all()
+            assert bound[n][where].max() < 2e-5 < (expected - data[f"{n}.init"]).abs()[where].max()
+
+
+@pytest.mark.parametrize("g", [1e-5, 1e-6])
+def test_eps_is_added_after_bias_correction(g):
+    """Departure h, where it shows: the first step at a tiny gradient is torch's, lr g / (g + eps)."""
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = MaskedAdamW([("p", p)], lr=1.0, eps=1e-8)
+    (p * g).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([-g / (g + 1e-8)]), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("all_true", [False, True])
+def test_full_mask_is_torch_adamw(weight_decay, all_true):
+    """20 steps with a moving learning rate, mask None or all True."""
+    ours, theirs = net(), net()
+    mask = random_mask(ours, share=2.0) if all_true else None
+    mine = MaskedAdamW(ours.named_parameters(), mask, lr=0.0, weight_decay=weight_decay)
+    torchs = torch.optim.AdamW(theirs.parameters(), lr=0.0, weight_decay=weight_decay)
+    start = state_of(ours)
+    for step in range(20):
+        mine.lr = torchs.param_groups[0]["lr"] = cosine_lr(step, 20, 1e-2, 0.2)
+        loss_of(ours, step).backward()
+        loss_of(theirs, step).backward()
+        mine.step()
+        torchs.step()
+        torchs.zero_grad()
+    assert_close(state_of(ours), state_of(theirs), atol=2e-6, rtol=1e-5)
+    assert all((start[n] - p).abs().max() > 1e-2 for n, p in ours.named_parameters() if n != "4.bias")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_selected_weights_change_with_weight_decay(dtype):
+    """Unselected entries bit-identical (also whole unselected tensors); selected ones move with decay alone."""
+    model = net(dtype=dtype)
+    mask = random_mask(model)
+    mask["1.weight"][:] = False
+    start = state_of(model)
+    optimizer = MaskedAdamW(model.named_parameters(), mask, lr=3e-2, weight_decay=0.5)
+    for step in range(5):
+        loss_of(model, step).backward()
+        optimizer.clip(1.0)
+        optimizer.step()
+    for n, p in model.named_parameters():
+        assert torch.equal(p[~mask[n]], start[n][~mask[n]]), n
+        assert not torch.equal(p[mask[n]], start[n][mask[n]]) or n == "1.weight"
+    assert optimizer.master.numel() == optimizer.exp_avg.numel() == sum(int(m.sum()) for m in mask.values())
+
+
+def test_weight_decay_acts_on_selected_weights_without_gradient():
+    """Decoupled: each step multiplies by 1 - lr * decay and nothing else when the gradient is 0."""
+    p = nn.Parameter(torch.tensor([2.0, 2.0]))
+    optimizer = MaskedAdamW([("p", p)], {"p": torch.tensor([True, False])}, lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        (p * 0).sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.tensor([2 * 0.95 ** 3, 2.0]))
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------
+
+def test_backward_leaves_no_dense_gradient_and_gathers_the_selected_entries():
+    model, twin = net(), net()
+    mask = random_mask(model)
+    optimizer = MaskedAdamW(model.named_parameters(), mask)
+    loss_of(model).backward()
+    loss_of(twin).backward()
+    assert all(p.grad is None for p in model.parameters())
+    expected = torch.cat([p.grad[mask[n]] for n, p in twin.named_parameters()])
+    torch.testing.assert_close(optimizer.grad, expected)
+    optimizer.step()
+    assert not optimizer.grad.any()
+
+
+def test_accumulation_4x1_equals_1x4():
+    """Four micro-batches whose losses are divided by the whole step's units, against one batch."""
+    ours, whole = net(), net()
+    a, b = (MaskedAdamW(m.named_parameters(), random_mask(m), lr=1e-2) for m in (ours, whole))
+    for step in range(3):
+        for i in range(4):
+            loss_of(ours, step, slice(2 * i, 2 * i + 2)).backward()
+        loss_of(whole, step).backward()
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-5)
+        assert a.clip(0.5) == pytest.approx(b.clip(0.5), rel=1e-5)
+        a.step()
+        b.step()
+    assert_close(state_of(ours), state_of(whole), atol=1e-5, rtol=1e-4)
+
+
+def test_clip_uses_the_selected_norm_only():
+    """A huge unselected gradient neither counts nor shrinks the others (departure e); returns the norm before."""
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = MaskedAdamW([("p", p)], {"p": torch.tensor([True, False, True, False])})
+    (p * torch.tensor([3.0, 1e6, 4.0, -1e6])).sum().backward()
+    assert optimizer.clip(10.0) == pytest.approx(5.0)
+    assert optimizer.grad.tolist() == [3.0, 4.0]
+    assert optimizer.clip(1.0) == pytest.approx(5.0)
+    torch.testing.assert_close(optimizer.grad, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_tied_embedding_is_one_slot_with_both_gradients():
+    """Embedding and head share one tensor: one name, one mask entry, the sum of both uses' gradients."""
+    model, twin = fixture_model("llama_gqa_tied", trainable=True), fixture_model("llama_gqa_tied", trainable=True)
+    name = "model.embed_tokens.weight"
+    assert "lm_head.weight" not in dict(model.named_parameters())
+    optimizer = MaskedAdamW(model.named_parameters())
+    assert [n for n, *_ in optimizer.slots].count(name) == 1
+    assert optimizer.master.numel() == sum(p.numel() for p in model.parameters())
+    batch = pack([(random_ids(5, 0), [random_ids(7, 1), random_ids(3, 2)])])
+    token_logps(model, batch).sum().backward()
+    token_logps(twin, batch).sum().backward()
+    both = dict(twin.named_parameters())[name].grad
+    assert (both.abs().sum(-1) > 0).sum() > 15  # rows that were never read get gradient from the head
+    torch.testing.assert_close(optimizer.named(optimizer.grad)[name], both)
+
+
+def test_checkpointed_blocks_reach_the_hooks():
+    """Recomputing activations changes neither what is gathered nor that nothing is left."""
+    batch = pack([(random_ids(6, 0), [random_ids(5, 1), random_ids(4, 2)])])
+    gathered = []
+    for blocks in (0, 2):
+        model = tiny_model(seed=1)
+        model.checkpoint_blocks = blocks
+        mask = random_mask(model, 0.2)
+        mask["model.embed_tokens.weight"][:] = False  # the first block's input needs no gradient then
+        optimizer = MaskedAdamW(model.named_parameters(), mask)
+        token_logps(model, batch).sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+        gathered.append(optimizer.grad.clone())
+    assert gathered[0].abs().min() >= 0 and gathered[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gathered)
+
+
+def test_flat_gradient_alone_names_every_gradient():
+    """What `locate` accumulates over micro-batches without an optimizer."""
+    model, twin = net(), net()
+    buffer = FlatGradient(model.named_parameters())
+    for step in range(2):
+        loss_of(model, step).backward()
+        loss_of(twin, step).backward()
+    assert_close(buffer.named(buffer.grad), {n: p.grad for n, p in twin.named_parameters()})
+
+
+def test_close_undoes_everything():
+    """Afterwards the module is as before: gradients stay in .grad, and every parameter wants them again."""
+    model, twin = net(), net()
+    mask = random_mask(model)
+    mask["1.weight"][:] = False
+    optimizer = MaskedAdamW(model.named_parameters(), mask)
+    optimizer.close()
+    assert all(p.requires_grad for p in model.parameters())
+    loss_of(model).backward()
+    loss_of(twin).backward()
+    assert_close({n: p.grad for n, p in model.named_parameters()}, {n: p.grad for n, p in twin.named_parameters()})
+    assert not optimizer.grad.any()
+
+
+# ---- the master --------------------------------------------------------------------------------------------
+
+def test_bf16_weights_take_steps_too_small_for_bf16():
+    """100 steps of 1e-4 at 1.0: each is lost in bf16 (spacing 3.9e-3), but not in the fp32 master."""
+    ours, plain = (nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(2))
+    mine = MaskedAdamW([("p", ours)], lr=1e-4)
+    torchs = torch.optim.AdamW([plain], lr=1e-4, weight_decay=0.0)
+    for step in range(100):
+        (ours * 2).sum().backward()
+        (plain * 2).sum().backward()
+        mine.step()
+        torchs.step()
+        torchs.zero_grad()
+        if step == 0:
+            assert torch.equal(ours, torch.ones_like(ours)) and (mine.master < 1).all()
+    assert torch.equal(plain, torch.ones_like(plain))
+    torch.testing.assert_close(mine.master, torch.full((8,), 0.99), atol=1e-5, rtol=0)
+    assert torch.equal(ours, mine.master.bfloat16()) and (ours < 1).all()
+    assert mine.largest_change() == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_movement_is_measured_in_fp32():
+    """Steps of 1e-6 leave bf16 weights where they are; the importance still sees them, weight by weight."""
+    model = net(dtype=torch.bfloat16)
+    start = state_of(model)
+    optimizer = MaskedAdamW(model.named_parameters(), lr=1e-6)
+    for step in range(3):
+        loss_of(model, step).backward()
+        optimizer.step()
+    movement = optimizer.movement()
+    assert {n: m.shape for n, m in movement.items()} == {n: p.shape for n, p in model.named_parameters()}
+    assert torch.equal(model[1].weight, start["1.weight"])
+    assert all(m.dtype == torch.float32 and (m >= 0).all() for m in movement.values())
+    assert 1e-7 < movement["1.weight"].max() < 4e-6
+    assert float(max(m.max() for m in movement.values())) == optimizer.largest_change()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_continues_bit_identically(dtype, tmp_path):
+    """3 steps, state to a file, a fresh base model and optimizer, 3 more == 6 steps."""
+    def train(model, optimizer, steps):
+        for step in steps:
+            optimizer.lr = cosine_lr(step, 6, 1e-2, 0.5)
+            loss_of(model, step).backward()
+            optimizer.clip(1.0)
+            optimizer.step()
+
+    def fresh():
+        model = net(dtype=dtype)
+        return model, MaskedAdamW(model.named_parameters(), random_mask(model), weight_decay=0.1)
+
+    model, optimizer = fresh()
+    train(model, optimizer, range(3))
+    save_file(optimizer.state_dict(), tmp_path / "state.safetensors")
+    middle = state_of(model)
+    train(model, optimizer, range(3, 6))
+    again, restored = fresh()
+    restored.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    assert all(torch.equal(p, middle[n]) for n, p in again.named_parameters())
+    train(again, restored, range(3, 6))
+    assert restored.steps == optimizer.steps == 6
+    assert restored.largest_change() == optimizer.largest_change()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
+    for key, value in optimizer.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[key]), key
+
+
+# ---- errors and schedule -----------------------------------------------------------------------------------
+
+def test_masks_that_do_not_fit_are_refused():
+    good = random_mask(net())
+    for bad, message in (({n: m for n, m in good.items() if n != "1.bias"}, "1.bias"),
+                         ({**good, "1.weight": good["1.weight"].t()}, "1.weight"),
+                         ({n: m & False for n, m in good.items()}, "nothing"), ({}, "0.weight")):
+        with pytest.raises(ValueError, match=message):
+            MaskedAdamW(net().named_parameters(), bad)
+
+
+def test_state_bits_other_than_known_are_refused():
+    with pytest.raises(ValueError, match="7"):
+        MaskedAdamW(net().named_parameters(), state_bits=7)
+
+
+@pytest.mark.parametrize("total,fraction", [(1, 0.1), (2, 0.5), (10, 0.0), (10, 0.1), (100, 0.03), (37, 0.1), (5, 1.0)])
+def test_cosine_rises_linearly_then_falls_to_nearly_zero(total, fraction):
+    """Positive everywhere, peak reached exactly, straight up, then half a cosine down."""
+    warmup = math.ceil(fraction * total)
+    rates = [cosine_lr(step, total, 2e-6, fraction) for step in range(total)]
+    assert max(rates) == pytest.approx(2e-6) and min(rates) > 0
+    assert rates[:warmup] == pytest.approx([2e-6 * (i + 1) / warmup for i in range(warmup)])
+    down = rates[warmup:]
+    assert all(a > b for a, b in zip(down, down[1:]))
+    if len(down) > 1:
+        assert down[0] == pytest.approx(2e-6)
+        assert down[-1] == pytest.approx(1e-6 * (1 - math.cos(math.pi / len(down))), rel=1e-6)
+        assert down[len(down) // 2] == pytest.approx(1e-6 * (1 + math.cos(math.pi * (len(down) // 2) / len(down))))
