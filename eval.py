@@ -3,6 +3,7 @@
     python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/]
 """
 
+import os
 import sys
 import time
 from dataclasses import fields
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
-from allo_mini.config import Config, Parser, number
+from allo_mini.config import Config, Parser, check, number
 from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
-from allo_mini.inputs import pick_device
+from allo_mini.inputs import both_sides, need_usable, pick_device
 from allo_mini.log import say, table
-from allo_mini.tasks import evaluate, summary, summary_row
+from allo_mini.report import summary, summary_row
+from allo_mini.tasks import evaluate
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
 
@@ -46,28 +48,35 @@ def style_of(args, pairs: bool, rows: list) -> str:
 
 
 def run(args) -> None:
+    settings, jobs = Config(**{name: getattr(args, name) for name in SHARED}), []
+    check(settings)
+    if args.limit < 0:
+        raise UserError(f"--limit is {args.limit}, expected 0 or more")
     device, dtype = pick_device(args.device, args.dtype)
     out = Path(args.out or Path("eval") / Path(args.model).name)
-    jobs = []
     for file in args.test:  # read everything before the model: a bad file shows at once
         pairs, target = is_pairs(file), out / (Path(file).stem + ".jsonl")
-        if target.exists():
-            raise UserError(f"{target}: exists already; choose another --out")
+        if os.path.exists(target) or target in [job[3] for job in jobs]:
+            raise UserError(f"{target}: exists already, or two --test files have this name; choose another --out")
         rows = read_pairs(file, args.limit) if pairs else read_tasks([file], args.limit, False, need_answer=True)
         jobs.append((file, pairs, rows, target))
     folder = find_folder(args.model, args.revision or None)
     model = load_model(str(folder), dtype, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(args.max_length, str(folder / "config.json"))
-    settings, lines, saved = Config(**{name: getattr(args, name) for name in SHARED}), [], []
-    for file, pairs, rows, target in jobs:
-        encoder, began = Encoder(tokenizer, style_of(args, pairs, rows), args.max_length), time.monotonic()
-        items = evaluate(model, encoder, rows, settings, {*eos_ids(model, tokenizer), encoder.closing}, Path(file).name)
+    lines, saved, ends = [], [], eos_ids(model, tokenizer)
+    encoders = [Encoder(tokenizer, style_of(args, pairs, rows), args.max_length) for _, pairs, rows, _ in jobs]
+    for encoder, (file, _, rows, _) in zip(encoders, jobs):
+        need_usable(encoder, both_sides(rows), file)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written: {e.strerror}") from None
+    for encoder, (file, pairs, rows, target) in zip(encoders, jobs):
+        began = time.monotonic()
+        items = evaluate(model, encoder, rows, settings, {*ends, encoder.closing}, Path(file).name)
         if encoder.dropped:
             say(f"{file}: dropped: {encoder.report()}")
-        if not items:
-            raise UserError(f"{file}: no row can be used: {encoder.report()}")
-        target.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(target, items)
         saved.append(str(target))
         lines.append([*summary_row(Path(file).name, summary(items)), f"{time.monotonic() - began:.0f}"])

@@ -29,6 +29,7 @@ from allo_mini import UserError, tasks
 from allo_mini.checkpoint import save_model, write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
+from allo_mini.edits import edit_weights
 from allo_mini.files import (append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask,
                              save_tensors)
 from allo_mini.inputs import open_run
@@ -39,7 +40,7 @@ from allo_mini.mask import overlap, select_neurons
 from allo_mini.optim import FlatGradient
 from allo_mini.report import describe_mask, finish, reprint
 from allo_mini.run import Run
-from allo_mini.scoring import edit_weights, rewrite_examples, token_scores, weights_from_scores
+from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
 
 
 # Stages, in the order they run. Each writes one artefact and is skipped when that exists.
@@ -232,10 +233,11 @@ def run_all(run: Run) -> None:
         examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")
         if cfg.dpo_baseline:
             models["DPO"] = dpo(run, theta, examples)
-        mask = locate(run, theta, examples)
-        weighted = reward(run, theta, negatives)
-        forgotten = forget(run, theta, weighted, mask["forget"])
-        models["ALLO"] = improve(run, forgotten, examples, mask["improve"])
+        if cfg.allo:
+            mask = locate(run, theta, examples)
+            weighted = reward(run, theta, negatives)
+            forgotten = forget(run, theta, weighted, mask["forget"])
+            models["ALLO"] = improve(run, forgotten, examples, mask["improve"])
     finish(run, models)
 
 

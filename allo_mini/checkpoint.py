@@ -33,8 +33,9 @@ def atomic_folder(target: Path):
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp and safetensors make private ones
         for path in temporary.iterdir():
+            path.chmod(0o644)
             with path.open("rb+") as f:  # Windows syncs writable files only
                 os.fsync(f.fileno())
         if target.exists():
@@ -51,6 +52,7 @@ def atomic_file(target: Path):
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, target)
@@ -68,6 +70,8 @@ def write_jsonl(path: Path, rows) -> None:
 def find_folder(path_or_id: str, revision: str | None = None) -> Path:
     """A local folder as it is; otherwise a hub id, downloaded (or found in the cache) with only the files we need."""
     if os.path.isdir(path_or_id):
+        if revision:
+            raise UserError(f"--revision is {revision}, but {path_or_id} is a local folder, which has no revisions")
         return Path(path_or_id)
     if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
         raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
@@ -90,7 +94,7 @@ def shard_files(folder: Path) -> dict[str, Path]:
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict):
             raise UserError(f"{index}: weight_map is missing")
-        for file in set(table.values()):
+        for file in table.values():
             if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{index}: {file!r} is not a plain file name")
         return {name: folder / file for name, file in table.items()}
@@ -151,7 +155,8 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a model folder. Raises UserError when it knows more ids than the model has rows."""
     tokenizer = Tokenizer(folder)
     if tokenizer.size > vocab_size:
-        raise UserError(f"{folder}: tokenizer.json has {tokenizer.size} tokens, config.json's vocab_size is {vocab_size}")
+        raise UserError(f"{folder}: tokenizer.json has ids up to {tokenizer.size - 1}, too many for config.json's "
+                        f"vocab_size of {vocab_size}")
     return tokenizer
 
 
@@ -175,11 +180,11 @@ def save_model(model: CausalLM, folder: str | Path) -> None:
 
 def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every id that ends a response: config.json's, generation_config.json's and the tokenizer's."""
-    ids = set(model.config.eos_token_ids)
-    path = (model.folder or Path()) / "generation_config.json"
+    ids, path = [*model.config.eos_token_ids, tokenizer.eos_id], (model.folder or Path()) / "generation_config.json"
     if path.is_file():
         more = read_json(path).get("eos_token_id")
-        ids.update(more if isinstance(more, list) else [] if more is None else [more])
-    if tokenizer.eos_id is not None:
-        ids.add(tokenizer.eos_id)
-    return tuple(sorted(i for i in ids if isinstance(i, int)))
+        ids += more if isinstance(more, list) else [more]
+    for i in ids:
+        if i is not None and type(i) is not int:
+            raise UserError(f"{path.with_name('config.json')}, {path.name}: eos_token_id holds {i!r}, expected token ids")
+    return tuple(sorted({i for i in ids if i is not None}))

@@ -72,6 +72,7 @@ class Config:
     # which stages
     sft: bool = knob(False, "stages", "supervised fine-tuning first (makes the paper's 'SFT LLM')")
     only_sft: bool = knob(False, "stages", "stop after supervised fine-tuning")
+    allo: bool = knob(True, "stages", "warmup, locate, reward, forget and improve (--no-allo: the baseline alone)")
     dpo_baseline: bool = knob(True, "stages", "also train the full-weight DPO baseline and put it in the table")
     eval: bool = knob(True, "stages", "evaluate the resulting models on --test")
     # sampling
@@ -122,7 +123,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (-[\w-]+)", message)
-        wrong = re.match(r"argument (\S+): invalid (?:(\w+) value|choice): '(.*?)'(?: \(choose from (.*)\))?$", message)
+        wrong = re.match(r"argument (\S+): invalid (?:([\w ]+) value|choice): '(.*?)'(?: \(choose from (.*)\))?$", message)
         if unknown:
             message = f"unknown flag {unknown[1]}" + (similar(unknown[1], self._option_string_actions) or "; see --help")
         elif wrong:
@@ -145,7 +146,7 @@ def number(kind):
         if not math.isfinite(value):
             raise ValueError
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = "a whole number" if kind is int else "a finite number"  # argparse's error shows it
     return parse
 
 
@@ -245,7 +246,7 @@ def check(c: Config) -> None:
         need(flag.replace("_", "-"), value, 0 < value <= 100 or (value == 0 and flag != "p"), "a percentage in (0, 100]")
     for flag in ("top_p", "epsilon"):
         need(flag.replace("_", "-"), getattr(c, flag), 0 < getattr(c, flag) <= 1, "a share in (0, 1]")
-    for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens", "max_length"):
+    for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 1, "at least 1")
     for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every", "weight_decay", "temperature",
                  "seed", "save_minutes"):
@@ -253,6 +254,7 @@ def check(c: Config) -> None:
     for flag in ("beta", "clip"):
         need(flag, getattr(c, flag), getattr(c, flag) > 0, "more than 0")
     need("threshold", c.threshold, 0 <= c.threshold <= 1, "a probability, 0 to 1")
+    need("max-length", c.max_length, c.max_length >= 8, "at least 8")
     need("checkpoint-blocks", c.checkpoint_blocks, c.checkpoint_blocks >= -1, "-1 or more")
     need("stop", c.stop, all(c.stop), "strings that are not empty")
     for name, stage in c.stages.items():

@@ -68,26 +68,24 @@ class Negative:
 def read_jsonl(path: str | Path):
     """Yield (line number, object). Raises UserError `FILE:LINE: ...` for anything that is not one object a line."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, expected a JSONL file")
     try:
         f = path.open("rb")
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        raise UserError(f"{path}: cannot be read as JSONL: {getattr(e, 'strerror', e)}") from None
     with f:
         for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1):
             if len(raw) == MAX_LINE:
                 raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(line, object_pairs_hook=no_duplicates) if line else None
+                if not line:
+                    continue
+                row = json.loads(line, object_pairs_hook=no_duplicates, parse_constant=no_constant)
             except UnicodeDecodeError as e:
                 raise UserError(f"{path}:{number}: not UTF-8 text (byte {e.start + 1} of the line)") from None
             except (ValueError, RecursionError) as e:
                 hint = " (a JSON list? expected one object a line)" if number == 1 and line in "[{" else ""
                 raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}{hint}") from None
-            if row is None:
-                continue
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield number, row
@@ -99,6 +97,11 @@ def no_duplicates(pairs):
     if len(row) < len(pairs):
         raise ValueError(f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} appears twice")
     return row
+
+
+def no_constant(name):
+    """Refuses NaN and Infinity, which Python's json reads though they are no JSON."""
+    raise ValueError(f"{name} is no JSON value")
 
 
 def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
@@ -136,7 +139,7 @@ def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_
             question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
             output = text_of(row, "output", where, optional=not need_output)
             answer = text_of(row, "answer", where, optional=True)
-            if need_answer and answer is None and output is None:
+            if need_answer and not (answer or "").strip() and "the answer is" not in (output or "").lower():
                 raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
             if not question.strip():
                 raise UserError(f"{where}: 'input' is empty")
@@ -170,7 +173,7 @@ def split_implicit(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text
     if isinstance(chosen, str):
         turn = chosen.rfind("\n\nAssistant:", 0, cut)
         cut = turn + len("\n\nAssistant:") if turn >= 0 else max(chosen.rfind(" ", 0, cut), chosen.rfind("\n", 0, cut), 0)
-    if not chosen[:cut] or not chosen[cut:] or not rejected[cut:]:
+    if not chosen[:cut]:
         raise UserError(f"{where}: no 'prompt', and 'chosen' and 'rejected' do not begin with one in common")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
@@ -226,9 +229,11 @@ class Encoder:
         if self.style == "chat":  # what the template writes after a response
             ask = [{"role": "user", "content": "a"}]
             full = t.render([*ask, {"role": "assistant", "content": "marker"}], False)
+            if "marker" not in full:
+                raise UserError(f"{t.folder}: the chat template leaves out what the assistant says")
             after = t.encode(full[full.rindex("marker") + len("marker"):], bos=False)
-            if after and t.decode(after[:1]) == "":  # a special token
-                return after[0]
+            if special := [i for i in after if i in t.special_ids]:
+                return special[0]
         if t.eos_id is None:
             raise UserError(f"{t.folder / 'tokenizer_config.json'}: eos_token is missing; responses need an end")
         return t.eos_id
@@ -267,6 +272,8 @@ class Encoder:
             return self.drop("empty response")
         if len({plain(r) for r in responses}) < len(responses):
             return self.drop("identical pair")
+        if any(isinstance(r, list) and len(r) > 1 for r in responses):
+            return self.drop("response of several messages")
         framed = self.frame(prompt)
         ids, answers = self.tokenizer.split(framed, [self.answer(prompt, r) for r in responses], self.style != "chat")
         answers = [self.close(a) for a in answers]

@@ -51,7 +51,7 @@ def problem(rng: random.Random) -> tuple[str, str, str]:
     return " ".join(story), "\n".join([*work, f"The answer is {have}"]), str(have)
 
 
-def problems(count: int, seed: int, avoid: set[str] = frozenset()) -> list[Task]:
+def problems(count: int, seed: int | str, avoid: set[str] = frozenset()) -> list[Task]:
     """`count` different problems, none of them in `avoid` (questions)."""
     rng, seen, tasks = random.Random(f"demo {seed}"), set(avoid), []
     while len(tasks) < count:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allo_mini import UserError
 from allo_mini.checkpoint import atomic_file, open_safetensors
-from allo_mini.data import Negative, read_jsonl, text_of
+from allo_mini.data import Negative, messages_of, read_jsonl, text_of
 from allo_mini.mask import pack_mask, unpack_mask
 
 
@@ -43,6 +43,8 @@ def read_samples(path: str | Path) -> dict[str, list[str]]:
         for text in texts:
             text_of({"samples": text}, "samples", where)
         samples.setdefault(text_of(row, "input", where), []).extend(texts)
+    if not samples:
+        raise UserError(f"{path}: no rows")
     return samples
 
 
@@ -51,10 +53,10 @@ def read_weights(path: str | Path) -> list[Negative]:
     negatives = []
     for number, row in read_jsonl(path):
         where, scores = f"{path}:{number}", row.get("reward")
-        if not isinstance(scores, list) or not all(isinstance(s, (int, float)) and 0 <= s <= 1.001 for s in scores):
+        if not isinstance(scores, list) or not all(type(s) in (int, float) and 0 <= s <= 1.001 for s in scores):
             raise UserError(f"{where}: 'reward' must be a list of probabilities, one for each token of 'output' and EOS")
-        prompt = row.get("input") if isinstance(row.get("input"), list) else text_of(row, "input", where)
-        output = row.get("output") if isinstance(row.get("output"), list) else text_of(row, "output", where)
+        prompt, output = (messages_of(row[key], key, where) if isinstance(row.get(key), list) else
+                          text_of(row, key, where) for key in ("input", "output"))
         negatives.append(Negative(prompt, output, "", None, [float(s) for s in scores]))
     if not negatives:
         raise UserError(f"{path}: no rows")
@@ -85,8 +87,10 @@ def load_mask(path: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Tens
     """A mask that fits a model with these parameter shapes. Raises UserError naming what does not fit."""
     try:
         mask = unpack_mask(*load_tensors(path))
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: {e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: not a mask of ours: {' '.join(str(e).split())}") from None
+    if extra := sorted(set(mask) - set(shapes)):
+        raise UserError(f"{path}: holds a mask of {extra[0]}, which the model does not have")
     for name, shape in shapes.items():
         if name not in mask or mask[name].shape != shape:
             found = list(mask[name].shape) if name in mask else "missing"

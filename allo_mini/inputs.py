@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, demo
-from allo_mini.checkpoint import DTYPES, atomic_file, find_folder, load_tokenizer, shard_files
+from allo_mini.checkpoint import DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files
 from allo_mini.config import Config
-from allo_mini.data import Encoder, Pair, Task, is_pairs, read_pairs, read_tasks
+from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.log import Log, say
-from allo_mini.model import CausalLM, parse_config
 from allo_mini.run import Run
-from allo_mini.tasks import gold_answer
+from allo_mini.tasks import gold_answer, is_correct
 from allo_mini.tokenizer import read_json
 
 
@@ -26,8 +27,12 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind):
+    if not there.get(kind) or (kind == "cpu" and device != "cpu"):
         raise UserError(f"--device is {device}, but this machine offers {', '.join(k for k, v in there.items() if v)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device is {device}, which torch refuses: {str(e).splitlines()[0]}") from None
     if dtype == "auto":
         dtype = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if dtype == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
@@ -67,7 +72,7 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_minutes")}
     mine = {"config": settings, "files": fingerprints(cfg, base), **threads}
     path = folder / "config.json"
-    if path.exists():
+    if os.path.isfile(path):  # False, not an exception, for a name that is too long
         theirs = read_json(path)
         for part in mine:
             old = theirs.get(part) if isinstance(theirs.get(part), dict) else {}
@@ -76,9 +81,9 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
                     raise UserError(f"{folder}: holds a run with another {key} ({old.get(key)!r}, now "
                                     f"{mine[part].get(key)!r}); choose another --out")
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(mine, indent=2) + "\n")
@@ -90,11 +95,11 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
 def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     """(tasks, pairs, val, test) as the flags say; overlaps between train and test are dropped and counted."""
     if not cfg.model and not cfg.train and not cfg.pairs:
-        test = demo.problems(cfg.test_limit or demo.ROWS["test"], cfg.seed + 1)  # other seeds, and none of the same rows
+        test = demo.problems(cfg.test_limit or demo.ROWS["test"], f"{cfg.seed}/test")
         seen = {t.input for t in test}
-        val = demo.problems(cfg.val_rows or demo.ROWS["val"], cfg.seed + 2, seen)
-        return demo.problems(cfg.limit or demo.ROWS["train"], cfg.seed + 3, seen | {t.input for t in val}), [], val, test
-    tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or not cfg.pairs) if cfg.train else []
+        val = demo.problems(cfg.val_rows or demo.ROWS["val"], f"{cfg.seed}/val", seen)
+        return demo.problems(cfg.limit or demo.ROWS["train"], f"{cfg.seed}/train", seen | {t.input for t in val}), [], val, test
+    tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or cfg.only_sft or not cfg.pairs) if cfg.train else []
     pairs = read_pairs(cfg.pairs) if cfg.pairs else []
     test = []
     if cfg.test:
@@ -103,15 +108,14 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
             raise UserError("--test mixes task rows and preference rows; give one kind")
         test = [p for path in cfg.test for p in read_pairs(path)] if kinds.pop() else read_tasks(
             cfg.test, 0, need_output=False, need_answer=True)
+    for path in (*cfg.test, *cfg.val):
+        if not cfg.pairs and is_pairs(path):
+            raise UserError(f"{path}: holds preference rows; a run on --train task rows needs task rows to test")
     val = []
     if cfg.val:
         val = [p for f in cfg.val for p in read_pairs(f)] if is_pairs(cfg.val[0]) else read_tasks(cfg.val, 0, False, True)
-    held = {key_of(row) for row in [*test, *val]}
-    for rows, name in ((tasks, "training rows"), (pairs, "pairs")):
-        before = len(rows)
-        rows[:] = [row for row in rows if key_of(row) not in held]
-        if before > len(rows):
-            say(f"{before - len(rows)} {name} dropped: they are also test or validation rows")
+    drop_held(tasks, [*test, *val], "training rows")
+    drop_held(pairs, [*test, *val], "pairs")
     main = pairs if cfg.pairs else tasks
     random.Random(f"{cfg.seed} rows").shuffle(main)
     if cfg.pairs and not test:  # a tenth of the pairs, at most 500, is held out for the table
@@ -119,6 +123,7 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         test, main[:cut] = main[:cut], []
     if (cut := cfg.val_rows or (200 if cfg.eval_every else 0)) and not val:
         val, main[:cut] = main[:cut], []
+    drop_held(main, [*test, *val], "rows")  # other pairs of a question that has just been held out
     if cfg.limit:
         del main[cfg.limit:]
     if not main:
@@ -126,9 +131,17 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     return tasks, pairs, val, test[:cfg.test_limit or None]
 
 
+def drop_held(rows: list, held: list, name: str) -> None:
+    """Take out of `rows` the questions that are in `held` too, and say how many."""
+    before, keys = len(rows), {key_of(row) for row in held}
+    rows[:] = [row for row in rows if key_of(row) not in keys]
+    if before > len(rows):
+        say(f"{before - len(rows)} {name} dropped: they are also test or validation rows")
+
+
 def key_of(row) -> str:
     """What makes two rows the same question."""
-    return row.input if isinstance(row, Task) else json.dumps(row.prompt)
+    return (row.input if isinstance(row, Task) else plain(row.prompt)).strip()
 
 
 def style_of(cfg: Config, tasks: list[Task], pairs: list[Pair]) -> str:
@@ -140,19 +153,86 @@ def style_of(cfg: Config, tasks: list[Task], pairs: list[Pair]) -> str:
     return "alpaca" if cfg.train else "chat"  # the demo's template is one line break
 
 
+def check_rows(run: Run) -> None:
+    """Refuse rows without an answer to grade by, and files of which no row can be encoded."""
+    cfg = run.cfg
+    known = [gold_answer(t) is not None for t in run.tasks]
+    if known and not any(known) and not cfg.pairs and not cfg.only_sft:
+        raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
+    for rows, files in ((run.pairs, [cfg.pairs]), (run.test, cfg.test), (run.val, cfg.val)):
+        need_usable(run.encoder, both_sides(rows), ", ".join(files) or cfg.pairs)
+    if cfg.sft or cfg.only_sft:
+        need_usable(run.encoder, [(t.input, [t.output]) for t in run.tasks], ", ".join(cfg.train))
+    for row in run.test:
+        if isinstance(row, Task) and gold_answer(row) is None:
+            raise UserError(f"{', '.join(cfg.test)}: test row {row.id + 1} has neither 'answer' nor \"The answer is X\"")
+
+
+def both_sides(rows: list) -> list:
+    """The (prompt, responses) of those rows that are pairs."""
+    return [(row.prompt, [row.chosen, row.rejected]) for row in rows if isinstance(row, Pair)]
+
+
+def need_usable(encoder: Encoder, rows: list, where: str) -> None:
+    """Raise UserError when the chat template refuses a (prompt, responses) row, or not one of them can be encoded."""
+    for prompt, responses in rows:
+        if encoder.style == "chat" and prompt and isinstance(prompt, list):
+            try:
+                [encoder.answer(prompt, response) for response in responses]
+            except UserError as e:
+                raise UserError(f"{where}: in the conversation that begins {plain(prompt)[:40]!r}: {e}") from None
+    if rows and not any(encoder.example(*row) for row in rows):
+        raise UserError(f"{where}: no row can be used: {encoder.report()}")
+    encoder.dropped.clear()
+
+
+def check_own_files(run: Run) -> None:
+    """Read what replaces a stage before anything starts; raise UserError naming what does not fit the run."""
+    cfg, weights = run.cfg, run.parameters
+    for flag in ("p", "p_forget", "p_improve"):
+        if 0 < getattr(cfg, flag) * weights < 100 and not (cfg.mask or cfg.only_sft):
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(cfg, flag)}, which selects none of the model's "
+                            f"{weights} weights; expected at least {100 / weights:.2g}")
+    if cfg.mask:
+        load_mask(cfg.mask, run.shapes)
+    if cfg.samples:
+        samples = read_samples(cfg.samples)
+        graded = [{is_correct(s, t) for s in samples[t.input]} for t in run.tasks if t.input in samples]
+        if not graded:
+            raise UserError(f"{cfg.samples}: none of its 'input' is a training question of {', '.join(cfg.train)}")
+        if all(len(kinds) < 2 for kinds in graded):
+            raise UserError(f"{cfg.samples}: no question has both a correct and a wrong sample")
+    if cfg.token_weights_file:
+        rows, trained = read_weights(cfg.token_weights_file), {key_of(row) for row in [*run.tasks, *run.pairs]}
+        if not any(plain(n.prompt).strip() in trained for n in rows):
+            raise UserError(f"{cfg.token_weights_file}: none of its 'input' is a training question or prompt")
+        need_usable(run.encoder, [(n.prompt, [n.response]) for n in rows], cfg.token_weights_file)
+        sizes = [(len(n.scores), len(e.responses[0])) for n in rows if (e := run.encoder.example(n.prompt, [n.response]))]
+        run.encoder.dropped.clear()
+        if all(given != wanted for given, wanted in sizes):
+            raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
+                            f"{sizes[0][0]}, expected {sizes[0][1]} (the closing token included)")
+    for folder in (cfg.reward_base, cfg.reward_model):
+        if folder:
+            config = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta").config
+            config.check_length(cfg.max_length, f"{folder}/config.json")
+
+
 def open_run(cfg: Config) -> Run:
     """Check everything that can be checked without training, then claim the run folder."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
     base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None)
-    config = parse_config(read_json(base / "config.json"), str(base / "config.json"))
-    config.check_length(cfg.max_length if cfg.model else 1, str(base / "config.json"))
-    tokenizer = load_tokenizer(base, config.vocab_size)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in CausalLM(config).named_parameters()}
+    model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
+    model.config.check_length(cfg.max_length, str(base / "config.json"))
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    eos_ids(model, tokenizer)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
-    for row in test:
-        if isinstance(row, Task) and gold_answer(row) is None:
-            raise UserError(f"{', '.join(cfg.test)}: test row {row.id + 1} has neither 'answer' nor \"The answer is X\"")
     encoder = Encoder(tokenizer, style_of(cfg, tasks, pairs), cfg.max_length)
-    folder = claim_folder(cfg, base, {"machine": {"threads": torch.get_num_threads(), "device": device, "dtype": str(dtype)}})
-    return Run(cfg, folder, base, device, dtype, shapes, encoder, Log(folder), tasks, pairs, val, test)
+    run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test)
+    check_rows(run)
+    check_own_files(run)
+    run.folder = claim_folder(cfg, base, {"machine": {"threads": torch.get_num_threads(), "device": device,
+                                                      "dtype": str(dtype)}})
+    run.log = Log(run.folder)
+    return run

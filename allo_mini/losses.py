@@ -56,7 +56,7 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
     """
     ratio = (token_logps - ref_token_logps).detach().masked_fill(~response_mask, math.inf)
     n = response_mask.sum(-1)  # [B]
-    share = Fraction(repr(float(fraction)))  # in integers: 0.3 * 10 is 3, not 2.9999999999999996
+    share = Fraction(fraction).limit_denominator(10**6)  # in integers: 0.3 * 10 is 3, not 2.9999999999999996
     k = (n * share.numerator // share.denominator).clamp(min=1)
     kth = ratio.sort(-1).values.gather(-1, (k - 1)[:, None])  # [B,1]
     return (ratio <= kth) & response_mask

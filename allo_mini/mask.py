@@ -115,7 +115,10 @@ def unpack_mask(bits: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, 
     """The inverse of pack_mask. Raises ValueError when the file does not hold a mask or contradicts itself."""
     if metadata.get("format") != "allo_mini mask":
         raise ValueError("not an allo_mini mask file")
-    shapes = json.loads(metadata["shapes"])
+    shapes = json.loads(metadata.get("shapes", "null"))
+    if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(type(d) is int and d >= 0 for d in s)
+                                               for s in shapes.values()):
+        raise ValueError("the mask's shapes are missing or broken")
     if set(shapes) != set(bits):
         raise ValueError("the mask's names and shapes do not agree")
     mask = {}

@@ -68,7 +68,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     Raises UserError naming the key when something is missing, of the wrong type or not supported.
     """
     names = raw.get("architectures") or [""]
-    family = FAMILIES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    family = FAMILIES.get(names[0]) if isinstance(names, list) and isinstance(names[0], str) else None
     if family is None:
         raise UserError(f"{where}: architectures is {names}, supported are {', '.join(FAMILIES)}")
 
@@ -89,21 +89,24 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
                         f"{head_dim} do not fit together")
     if get("hidden_act", str, "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
-    rope = raw.get("rope_parameters") or {**(raw.get("rope_scaling") or {}),
-                                          "rope_theta": raw.get("rope_theta", 10000.0)}
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0)) if isinstance(rope, dict) else None
-    if not isinstance(theta, (int, float)) or not theta > 1:
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: rope_scaling (or rope_parameters) is {rope!r}, expected an object")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    if not isinstance(theta, (int, float)) or not 1 < theta < math.inf:
         raise UserError(f"{where}: rope_theta is {theta!r}, expected a number above 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     needed = {"default": (), "linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise UserError(f"{where}: rope_type is {kind!r}, supported are {', '.join(needed)}")
     for key in needed[kind]:
         if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
             raise UserError(f"{where}: {key} is {rope.get(key)!r}, rope_type {kind} needs a positive number")
     bias = get("attention_bias", bool, False)
     window = raw.get("sliding_window") if family == "mistral" or raw.get("use_sliding_window") else None
+    if window is not None and (type(window) is not int or window < 1):
+        raise UserError(f"{where}: sliding_window is {window!r}, expected a positive int or null")
     eos = raw.get("eos_token_id")
     return ModelConfig(
         family=family, vocab_size=get("vocab_size", int), hidden_size=hidden,

@@ -26,7 +26,7 @@ class FlatGradient:
     """
 
     def __init__(self, named_parameters, mask: dict[str, Tensor] | None = None):
-        self.slots, self.handles, size = [], [], 0  # slot: (name, parameter, indices or None, slice of the flat vectors)
+        self.slots, self.handles, self.before, size = [], [], [], 0  # slot: name, parameter, indices or None, slice
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
@@ -34,6 +34,9 @@ class FlatGradient:
             if mask is not None:
                 indices = mask[name].reshape(-1).nonzero().squeeze(1).to(p.device, torch.int32)
                 count = indices.numel()
+            if not p.is_contiguous():
+                raise ValueError(f"parameter {name} is not contiguous")
+            self.before.append((p, p.requires_grad))
             p.requires_grad_(count > 0)
             p.grad = None
             if count:
@@ -65,8 +68,9 @@ class FlatGradient:
         """Remove the hooks; the parameters are ordinary again."""
         for handle in self.handles:
             handle.remove()
-        for _, p, _, _ in self.slots:
+        for p, required in self.before:
             p.grad = None
+            p.requires_grad_(required)
 
 
 class MaskedAdamW(FlatGradient):
@@ -150,7 +154,7 @@ class MaskedAdamW(FlatGradient):
 def cosine_lr(step: int, total: int, peak: float, warmup_fraction: float) -> float:
     """Learning rate of step 0..total-1: linear from 0 over the first share of steps, then a half cosine to 0.
 
-    As Hugging Face's cosine schedule, but step s uses the rate of s+1, so that the first step is not wasted at 0.
+    As Hugging Face's cosine schedule, but rising starts at peak / warm-up steps, so that no step is wasted at 0.
     """
     warmup = math.ceil(warmup_fraction * total)
     if step < warmup:

@@ -1,6 +1,7 @@
 """What a run says at its end (the result table) and about its masks."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -9,7 +10,32 @@ from allo_mini.checkpoint import atomic_file, write_jsonl
 from allo_mini.log import say, table
 from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
-from allo_mini.tasks import evaluate, summary, summary_row
+
+
+def wilson(correct: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
+    if total == 0:
+        return 0.0, 1.0
+    z, share = 1.959964, correct / total
+    centre = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+
+
+def summary(items: list[dict]) -> dict[str, float]:
+    """Accuracy with its 95 % interval and, for pairs, the mean log-prob margin."""
+    correct, n = sum(item["correct"] for item in items), len(items)
+    low, high = wilson(correct, n)
+    result = {"n": n, "correct": correct, "accuracy": correct / max(1, n), "low": low, "high": high}
+    if items and "margin" in items[0]:
+        result["margin"] = sum(item["margin"] for item in items) / n
+    return result
+
+
+def summary_row(name: str, s: dict[str, float]) -> list[str]:
+    """One line of the result table."""
+    return [name, f"{100 * s['accuracy']:.1f} %", f"[{100 * s['low']:.1f}, {100 * s['high']:.1f}]", str(s["n"]),
+            *([f"{s['margin']:.2f}"] if "margin" in s else [])]
 
 
 def describe_mask(run: Run, mask, percent: float) -> None:
@@ -40,8 +66,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         else:
             model = run.load(folder)
             began = time.monotonic()
-            items = evaluate(model, run.encoder, run.test, run.cfg, run.eos(model),
-                             f"test {name}")
+            items = run.evaluate(model, run.test, f"test {name}")
             run.seconds[f"test {name}"] = time.monotonic() - began
             if not items:
                 raise UserError(f"none of the test rows can be used: {run.encoder.report()}")

@@ -16,7 +16,7 @@ from allo_mini.data import Encoder, Example, Pair, Task
 from allo_mini.log import Log, say
 from allo_mini.model import CausalLM
 from allo_mini.resume import StageProgress
-from allo_mini.tasks import evaluate, summary
+from allo_mini.tasks import evaluate
 
 
 @dataclass
@@ -93,9 +93,13 @@ class Run:
             return None
 
         def validate(model):
-            items = evaluate(model, self.encoder, self.val, self.cfg, self.eos(model), "validate")
-            return summary(items)["accuracy"]
+            items = self.evaluate(model, self.val, "validate")
+            return sum(item["correct"] for item in items) / max(1, len(items))
         return validate
+
+    def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
+        """Greedy answers to tasks, log-prob comparison of pairs; one dict a row."""
+        return evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
 
     def eos(self, model: CausalLM) -> tuple[int, ...]:
         """Ids that end a response of this model in this prompt style."""

@@ -1,11 +1,10 @@
-"""Which tokens of a wrong response are to be forgotten: scores from a rewriting model, edits, and token weights.
+"""Which tokens of a wrong response are to be forgotten: scores from a rewriting model, and token weights.
 
 The rewriting model (RLMEC, arXiv 2401.06081) is trained to turn a wrong prediction into a right one with minimal
 edits. Teacher-forced over the wrong prediction itself, it gives each of its tokens a probability: high where the
 rewrite would leave the token alone, low where it would write something else. That probability is the token's score.
 """
 
-import numpy as np
 import torch
 
 from allo_mini.data import Encoder, Example, Negative, plain
@@ -30,11 +29,12 @@ def reference_logps(model: CausalLM, steps: list[list[list[Example]]], on_step=l
     return out
 
 
-def rewrite_prompt(encoder: Encoder, negative: Negative) -> list[int]:
-    """Ids of the rewriting prompt; at most half of max_length, trimmed on the left, so that a response fits."""
+def rewrite_prompt(encoder: Encoder, negative: Negative, response: list[int]) -> list[int]:
+    """Ids of the rewriting prompt; trimmed on the left, so that with `response` it keeps to max_length tokens."""
     text = REWRITE_PROMPT.format(plain(negative.prompt), negative.reference, negative.response)
     framed = encoder.tokenizer.render([{"role": "user", "content": text}], True) if encoder.style == "chat" else text
-    return encoder.trim(encoder.tokenizer.encode(framed, bos=encoder.style != "chat"), encoder.max_length)
+    ids = encoder.tokenizer.encode(framed, bos=encoder.style != "chat")
+    return encoder.trim(ids, max(1 + len(encoder.tokenizer.prefix), encoder.max_length - len(response)))
 
 
 def rewrite_examples(encoder: Encoder, negatives: list[Negative]) -> list[Example]:
@@ -42,7 +42,8 @@ def rewrite_examples(encoder: Encoder, negatives: list[Negative]) -> list[Exampl
     examples = []
     for negative in negatives:
         ids = encoder.response_ids(negative.prompt, negative.rewrite)
-        examples.append(Example(rewrite_prompt(encoder, negative), [ids[:encoder.max_length]]))
+        if len(ids) < encoder.max_length:
+            examples.append(Example(rewrite_prompt(encoder, negative, ids), [ids]))
     return examples
 
 
@@ -52,7 +53,7 @@ def token_scores(model: CausalLM, encoder: Encoder, negatives: list[Negative], e
 
     `examples` hold the responses' ids as the policy is trained on them; the same ids are spliced in here.
     """
-    framed = [Example(rewrite_prompt(encoder, n), e.responses) for n, e in zip(negatives, examples)]
+    framed = [Example(rewrite_prompt(encoder, n, e.responses[0]), e.responses) for n, e in zip(negatives, examples)]
     return [logps[0].exp().tolist() for logps in score(model, framed, tokens, on_batch)]
 
 
@@ -66,48 +67,3 @@ def weights_from_scores(scores: list[float], mode: str, threshold: float) -> lis
     if mode == "threshold":
         return [float(s < threshold) for s in scores]
     return [1 - s for s in scores] if mode == "soft" else list(scores)
-
-
-def edit_table(a: list[int], b: list[int]) -> np.ndarray:
-    """Levenshtein distances of all prefixes: [len(a)+1, len(b)+1] int32; table[-1, -1] is the distance.
-
-    One row at a time: min(up + 1, diagonal + cost), then insertions spread to the right, which is a running
-    minimum once the column number is subtracted.
-    """
-    columns = np.arange(len(b) + 1, dtype=np.int32)
-    other = np.asarray(b, dtype=np.int64)
-    table = np.empty((len(a) + 1, len(b) + 1), dtype=np.int32)
-    table[0] = columns
-    for i, token in enumerate(a, 1):
-        row = table[i - 1] + 1
-        row[1:] = np.minimum(row[1:], table[i - 1, :-1] + (other != token))
-        table[i] = np.minimum.accumulate(row - columns) + columns
-    return table
-
-
-def edit_weights(response: list[int], rewrite: list[int]) -> list[float]:
-    """1 for the tokens of `response` outside a minimal edit alignment with `rewrite` (FIGA, arXiv 2311.04072)."""
-    table, i, j = edit_table(response, rewrite), len(response), len(rewrite)
-    weights = [1.0] * i
-    while i and j:
-        if response[i - 1] == rewrite[j - 1] and table[i, j] == table[i - 1, j - 1]:
-            weights[i - 1] = 0.0
-            i, j = i - 1, j - 1
-        elif table[i, j] == table[i - 1, j - 1] + 1:
-            i, j = i - 1, j - 1
-        elif table[i, j] == table[i - 1, j] + 1:
-            i -= 1
-        else:
-            j -= 1
-    return weights
-
-
-def nearest(response: list[int], candidates: list[list[int]]) -> int:
-    """Index of the candidate with the smallest edit distance to the response (the first of equals)."""
-    return int(np.argmin([edit_table(response, c)[-1, -1] for c in candidates]))
-
-
-def margins(model: CausalLM, pairs: list[Example], tokens: int, on_batch=lambda n: None) -> torch.Tensor:
-    """log pi(y+) - log pi(y-) of each pair, summed over tokens: [B]."""
-    scored = score(model, pairs, tokens, on_batch)
-    return torch.stack([chosen.sum() - rejected.sum() for chosen, rejected in scored])

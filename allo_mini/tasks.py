@@ -1,13 +1,13 @@
 """Answers and how they are graded; sampled responses -> pairs and negatives; evaluation of a model on rows."""
 
-import math
 import random
 import re
 
 from allo_mini.data import Encoder, Negative, Pair, Task
+from allo_mini.edits import nearest
 from allo_mini.generate import sample
 from allo_mini.log import progress
-from allo_mini.scoring import margins, nearest
+from allo_mini.logprobs import score
 
 GROUP = 64  # questions sampled together; a restart goes on at such a boundary, so it changes nothing
 ANSWER = re.compile(r"the answer is\s*:?\s*", re.IGNORECASE)
@@ -35,16 +35,6 @@ def is_correct(text: str, task: Task) -> bool:
 def gold_answer(task: Task) -> str | None:
     """The reference answer: the `answer` field, else what the reference solution concludes."""
     return task.answer if task.answer is not None else extract_answer(task.output or "")
-
-
-def wilson(correct: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
-    if total == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
 
 
 def respond(model, encoder: Encoder, prompts: list, settings, eos, n: int = 1, temperature: float | None = None,
@@ -108,21 +98,6 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
                      "finished": not cut, "correct": bool(texts) and is_correct(texts[0], t)}
                     for t, (texts, cut) in zip(rows, said)]
         kept = [(p, e) for p in rows if (e := encoder.example(p.prompt, [p.chosen, p.rejected]))]
-        values = margins(model, [e for _, e in kept], settings.micro_tokens, bar.update).tolist() if kept else []
-        return [{"prompt": p.prompt, "margin": m, "correct": m > 0} for (p, _), m in zip(kept, values)]
-
-
-def summary(items: list[dict]) -> dict[str, float]:
-    """Accuracy with its 95 % interval and, for pairs, the mean log-prob margin."""
-    correct, n = sum(item["correct"] for item in items), len(items)
-    low, high = wilson(correct, n)
-    result = {"n": n, "correct": correct, "accuracy": correct / max(1, n), "low": low, "high": high}
-    if items and "margin" in items[0]:
-        result["margin"] = sum(item["margin"] for item in items) / n
-    return result
-
-
-def summary_row(name: str, s: dict[str, float]) -> list[str]:
-    """One line of the result table."""
-    return [name, f"{100 * s['accuracy']:.1f} %", f"[{100 * s['low']:.1f}, {100 * s['high']:.1f}]", str(s["n"]),
-            *([f"{s['margin']:.2f}"] if "margin" in s else [])]
+        scored = score(model, [e for _, e in kept], settings.micro_tokens, bar.update)
+        margins = [float(chosen.sum() - rejected.sum()) for chosen, rejected in scored]  # log pi(y+) - log pi(y-)
+        return [{"prompt": p.prompt, "margin": m, "correct": m > 0} for (p, _), m in zip(kept, margins)]

@@ -26,8 +26,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', e)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -44,13 +44,14 @@ class Tokenizer:
         try:
             self.inner = HFTokenizer.from_file(str(path))
         except Exception as e:  # the Rust side raises a bare Exception
-            raise UserError(f"{path}: not a tokenizer file: {e}") from None
+            raise UserError(f"{path}: not a tokenizer file: {' '.join(str(e).split())}") from None
         self.inner.no_padding()
         self.inner.no_truncation()
         settings = self.folder / "tokenizer_config.json"
         self.settings = read_json(settings) if settings.exists() else {}
         self.bos_token, self.eos_token = self._special("bos_token"), self._special("eos_token")
         self.eos_id = self.inner.token_to_id(self.eos_token) if self.eos_token else None
+        self.special_ids = {i for i, t in self.inner.get_added_tokens_decoder().items() if t.special}
         self.prefix = self._prefix()
         self.template = self._read_template()
 
@@ -74,17 +75,20 @@ class Tokenizer:
     def _read_template(self) -> str | None:
         path = self.folder / "chat_template.jinja"
         if path.exists():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, ValueError) as e:
+                raise UserError(f"{path}: cannot be read as UTF-8 text: {e}") from None
         template = self.settings.get("chat_template")
         if isinstance(template, list):  # the named form: [{"name": "default", "template": ...}, ...]
-            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-            template = named.get("default")
+            named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0] if named else None
         return template if isinstance(template, str) else None
 
     @property
     def size(self) -> int:
-        """Number of token ids, added tokens included."""
-        return self.inner.get_vocab_size(with_added_tokens=True)
+        """Largest token id + 1, added tokens included: a vocabulary may have gaps."""
+        return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS in front if it has one and `bos` is true."""
@@ -128,4 +132,4 @@ class Tokenizer:
                 messages=messages, add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token or "", eos_token=self.eos_token or "")
         except Exception as e:  # a template can fail in any way; it is the checkpoint's data
-            raise UserError(f"{self.folder}: the chat template fails: {e}") from None
+            raise UserError(f"{self.folder}: the chat template fails: {' '.join(str(e).split())}") from None

@@ -14,7 +14,8 @@ HF = ("llama_mha", "llama_gqa_tied", "mistral", "qwen2", "qwen3", "llama3_rope")
 EOS, BOS = 2, 1
 RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 16, "intermediate_size": 24,
        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-       "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": EOS}
+       "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+       "eos_token_id": EOS}
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -55,7 +56,7 @@ def assert_close(a: dict, b: dict, **tolerance) -> None:
 
 
 def write_tokenizer(folder: Path, **settings) -> Path:
-    """A character tokenizer (ids 0..99) with <unk>, <s> = 1 and </s> = 2; `settings` go to tokenizer_config.json."""
+    """A character tokenizer with <unk>, <s> = 1 and </s> = 2; `settings` go to tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     characters = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *characters])}

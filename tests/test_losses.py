@@ -10,10 +10,15 @@ from allo_mini.losses import dpo_loss, npo_loss, sft_loss, useful_token_mask
 from helpers import golden
 
 
+def case_of(name, case):
+    """One case of a golden file: {"losses": tensor, ...}."""
+    return {k.split(".")[1]: v for k, v in golden(name).items() if k.startswith(f"case{case}.")}
+
+
 @pytest.mark.parametrize("case", range(3))
 def test_npo_equals_official_loss_and_gradient(case):
     """Probability weights, 0/1 weights, all ones; the logit at t - 1 scores the token at t."""
-    data = {k.split(".")[1]: v for k, v in golden("token_weighted_npo").items() if k.startswith(f"case{case}.")}
+    data = case_of("token_weighted_npo", case)
     logits = data["logits"].requires_grad_()
     scored = data["labels"][:, 1:] != -100
     logps = logits[:, :-1].log_softmax(-1).gather(-1, data["input_ids"][:, 1:, None]).squeeze(-1)
@@ -28,10 +33,11 @@ def test_npo_equals_official_loss_and_gradient(case):
 @pytest.mark.parametrize("case", range(4))
 def test_noisy_token_dpo_equals_official_loss_and_gradient(case):
     """Official ALLO with epsilon 0.1, 0.3, 0.5, 1.0 on equal-length responses; gradients of the rows' sum."""
-    data = {k.split(".")[1]: v for k, v in golden("noisy_token_dpo").items() if k.startswith(f"case{case}.")}
+    data = case_of("noisy_token_dpo", case)
     chosen, rejected = data["policy_chosen"].requires_grad_(), data["policy_rejected"].requires_grad_()
     epsilon = round(float(data["epsilon"]), 6)
-    useful = useful_token_mask(rejected, data["ref_rejected"], torch.ones(rejected.shape, dtype=torch.bool), epsilon)
+    everywhere = torch.ones(rejected.shape, dtype=torch.bool)
+    useful = useful_token_mask(rejected, data["ref_rejected"], everywhere, epsilon)
     losses = dpo_loss(chosen.sum(-1), (rejected * useful).sum(-1),
                       data["ref_chosen"].sum(-1), (data["ref_rejected"] * useful).sum(-1), 0.1)
     losses.sum().backward()
@@ -64,7 +70,8 @@ def test_hand_worked_numbers():
                     torch.tensor([-2.0, -2.0]), torch.tensor([-5.0, -2.0]), 0.1)
     torch.testing.assert_close(loss, torch.tensor([math.log(4 / 3), math.log(1 + math.exp(-0.2))]))
     ratio = math.log(2) / 0.1
-    loss = npo_loss(torch.tensor([[ratio - 1, -ratio - 1]]), torch.tensor([[-1.0, -1.0]]), torch.tensor([[0.5, 2.0]]), 0.1)
+    logps, ref, weights = torch.tensor([[[ratio - 1, -ratio - 1]], [[-1.0, -1.0]], [[0.5, 2.0]]])
+    loss = npo_loss(logps, ref, weights, 0.1)
     torch.testing.assert_close(loss, torch.tensor([[0.5 * math.log(3), 2 * math.log(1.5)]]))
     assert sft_loss(torch.tensor([-1.5, 0.0])).tolist() == [1.5, 0.0]
 
@@ -93,14 +100,15 @@ def test_weight_zero_takes_the_token_out():
 
 # ---- useful_token_mask -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("fraction", ["0.1", "0.3", "0.5", "0.07", "0.29", "0.7", "1.0"])
+@pytest.mark.parametrize("fraction", ["0.1", "0.3", "0.5", "0.07", "0.29", "1.0", "0.3333333333333333"])
 def test_k_is_exact(fraction):
-    """k = max(1, floor(epsilon n)) in decimal arithmetic, for ragged rows of one batch: 0.1*30, 0.3*10, 0.29*100."""
-    lengths = [1, 2, 3, 9, 10, 11, 20, 29, 30, 90, 100, 300]
-    mask = torch.arange(300) < torch.tensor(lengths)[:, None]
-    ratio = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(i)) for i in range(len(lengths))])
+    """k = max(1, floor(epsilon n)) in decimal arithmetic (0.1*30, 0.3*10, 0.29*100), rows ragged."""
+    lengths = [1, 2, 3, 9, 10, 11, 20, 29, 30, 90, 100, 300, 4000]
+    mask = torch.arange(4000) < torch.tensor(lengths)[:, None]
+    generator = torch.Generator().manual_seed(0)
+    ratio = torch.stack([torch.randperm(4000, generator=generator) for _ in lengths])
     kept = useful_token_mask(ratio.float(), torch.zeros(mask.shape), mask, float(fraction))
-    assert kept.sum(-1).tolist() == [max(1, math.floor(Fraction(fraction) * n)) for n in lengths]
+    assert kept.sum(-1).tolist() == [max(1, math.floor(Fraction(fraction).limit_denominator(10**6) * n)) for n in lengths]
 
 
 def test_the_lowest_ratios_are_kept_and_only_those_tied_with_the_kth():

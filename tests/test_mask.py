@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError, mask as mask_module
 from allo_mini.files import load_mask, save_mask
-from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, overlap, pack_mask, select_neurons, selected
-from allo_mini.mask import unpack_mask
+from allo_mini.mask import (density_by, kind_of, layer_of, mask_hash, overlap, pack_mask, select_neurons,
+                            selected, unpack_mask)
 
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8),
           "model.layers.0.mlp.up_proj.weight": (13, 8), "model.layers.1.mlp.up_proj.weight": (13, 8),
@@ -20,7 +20,8 @@ SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.self_attn.q_proj
 
 def random_importance(seed, shapes=SHAPES):
     generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(s, generator=generator) * 10.0 ** (i - 3) for i, (n, s) in enumerate(shapes.items())}
+    scales = [10.0 ** (i - 3) for i in range(len(shapes))]
+    return {n: torch.randn(s, generator=generator) * scale for (n, s), scale in zip(shapes.items(), scales)}
 
 
 def flat(tensors):
@@ -50,11 +51,12 @@ def test_equals_topk_over_everything(fraction):
         assert all(m.dtype == torch.bool for m in chosen.values())
 
 
-@pytest.mark.parametrize("size,fraction,count", [(100, 0.07, 7), (100, 0.29, 29), (1000, 0.001, 1), (999, 0.001, 0),
-                                                 (10, 0.3, 3), (57, 0.57, 32), (700, 0.05, 35), (7, 1.0, 7),
-                                                 (7, 1, 7), (50, 1e-9, 0), (3, 0.34, 1)])
+@pytest.mark.parametrize("size,fraction,count", [
+    (100, 0.07, 7), (100, 0.29, 29), (1000, 0.001, 1), (999, 0.001, 0), (10, 0.3, 3), (57, 0.57, 32),
+    (700, 0.05, 35), (7, 1.0, 7), (7, 1, 7), (50, 1e-9, 0), (3, 0.34, 1)])
 def test_count_is_the_floor_in_decimal_arithmetic(size, fraction, count):
-    assert selected(select_neurons({"a": torch.rand(size // 3), "b": torch.rand(size - size // 3)}, fraction)) == count
+    importance = {"a": torch.rand(size // 3), "b": torch.rand(size - size // 3)}
+    assert selected(select_neurons(importance, fraction)) == count
 
 
 @pytest.mark.parametrize("chunk", [1 << 24, 1, 5, 16])
@@ -86,8 +88,10 @@ def test_neighbouring_floats_are_told_apart():
     for values in (close, tiny):
         shuffled = values[torch.randperm(64, generator=torch.Generator().manual_seed(1))]
         chosen = select_neurons({"a": shuffled[:40], "b": -shuffled[40:]}, 0.25)
-        assert sorted(shuffled.view(torch.int32)[flat(chosen)].tolist()) == values.view(torch.int32)[48:].tolist()
-    assert select_neurons({"a": torch.tensor([-0.0, 0.0, 0.0, -0.0])}, 0.5)["a"].tolist() == [True, True, False, False]
+        bits = shuffled.view(torch.int32)[flat(chosen)]
+        assert sorted(bits.tolist()) == values.view(torch.int32)[48:].tolist()
+    zeros = {"a": torch.tensor([-0.0, 0.0, 0.0, -0.0])}
+    assert select_neurons(zeros, 0.5)["a"].tolist() == [True, True, False, False]
 
 
 def test_all_zero_importance_still_gives_the_exact_count():
@@ -96,8 +100,9 @@ def test_all_zero_importance_still_gives_the_exact_count():
 
 
 def test_bf16_views_scalars_and_empty_tensors():
-    importance = {"t": torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).t(), "e": torch.zeros(0, 3),
-                  "s": torch.tensor(9.0), "h": torch.randn(9, generator=torch.Generator().manual_seed(1)).bfloat16()}
+    generator = torch.Generator().manual_seed(0)
+    importance = {"t": torch.randn(6, 4, generator=generator).t(), "e": torch.zeros(0, 3),
+                  "s": torch.tensor(9.0), "h": torch.randn(9, generator=generator).bfloat16()}
     chosen = select_neurons(importance, 0.5)
     assert torch.equal(flat(chosen), brute_force({n: t.float() for n, t in importance.items()}, 17))
     assert chosen["t"].shape == (4, 6) and chosen["e"].shape == (0, 3) and bool(chosen["s"])
@@ -147,7 +152,8 @@ def test_pack_and_unpack_are_inverses_at_one_bit_a_weight(tmp_path):
     bits, metadata = pack_mask(chosen)
     assert all(bits[n].numel() == -(-m.numel() // 8) for n, m in chosen.items())
     save_mask(chosen, tmp_path / "mask.safetensors")
-    for back in (unpack_mask(bits, metadata), load_mask(tmp_path / "mask.safetensors", {n: m.shape for n, m in chosen.items()})):
+    shapes = {n: m.shape for n, m in chosen.items()}
+    for back in (unpack_mask(bits, metadata), load_mask(tmp_path / "mask.safetensors", shapes)):
         assert back.keys() == chosen.keys()
         assert all(torch.equal(back[n], m) and back[n].dtype == torch.bool for n, m in chosen.items())
 
@@ -181,7 +187,8 @@ CORRUPT = {
 @pytest.mark.parametrize("how", CORRUPT)
 def test_corrupted_masks_are_refused(how, tmp_path):
     """ValueError from unpack_mask, as it promises; one UserError line naming the file from load_mask."""
-    bits, meta = CORRUPT[how](*pack_mask({"a": torch.ones(2, 4, dtype=torch.bool), "b": torch.ones(9, dtype=torch.bool)}))
+    good = {"a": torch.ones(2, 4, dtype=torch.bool), "b": torch.ones(9, dtype=torch.bool)}
+    bits, meta = CORRUPT[how](*pack_mask(good))
     path = tmp_path / "mask.safetensors"
     save_file(bits, path, metadata=meta or None)
     with pytest.raises(UserError, match="mask.safetensors"):
