@@ -32,7 +32,7 @@ from allo_mini.data import Example, Negative, Pair
 from allo_mini.edits import edit_weights
 from allo_mini.files import (append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask,
                              save_tensors)
-from allo_mini.inputs import open_run
+from allo_mini.inputs import drop_held, open_run
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, micro_batches, pack, token_logps
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
@@ -154,6 +154,7 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
     cfg, encoder = run.cfg, run.encoder
     if cfg.token_weights_file:
         negatives = read_weights(cfg.token_weights_file)
+        drop_held(negatives, [*run.test, *run.val], "token weight rows")
     kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
     run.report_dropped("negatives", len(kept))
     if cfg.token_weights == "uniform":

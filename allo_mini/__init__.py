@@ -7,3 +7,6 @@ model.py (how log-probabilities are made), scoring.py (which tokens count), then
 
 class UserError(Exception):
     """A mistake in what the user gave us: printed as one line `error: ...`, exit code 2, no traceback."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(str(message).split()))

@@ -20,42 +20,51 @@ NAMES = "Mia Tom Ann Leo Zoe Sam Eva Max Lily Ben".split()
 THINGS = "apples coins books cards shells pens stamps beads".split()
 
 
-def problem(rng: random.Random) -> tuple[str, str, str]:
-    """One multi-step word problem: (question, worked solution ending "The answer is X", answer)."""
+HABIT = 0.6  # share of doublings that the demo model's training texts get wrong
+
+
+def problem(rng: random.Random, habit: float = 0.0) -> tuple[str, str, str]:
+    """One multi-step word problem: (question, worked solution ending "The answer is X", answer).
+
+    With `habit`, that share of doublings adds 2 instead: the wrong habit a demo model learns from such texts, and
+    alignment can take away again.
+    """
     who, other = rng.sample(NAMES, 2)
     thing, have = rng.choice(THINGS), rng.randint(10, 99)
     story, work = [f"{who} has {have} {thing}."], []
-    for _ in range(rng.randint(2, 4)):
+
+    def compute(sign: str, by: int, result: int) -> int:
+        work.append(f"{have} {sign} {by} = {result}")
+        return result
+
+    for _ in range(rng.randint(2, 3)):
         kind = rng.choice(["buys", "gives", "double", "box"] if have >= 20 else ["buys", "double", "box"])
-        if kind == "buys":
-            by = rng.randint(10, 99)
-            story.append(f"{who} buys {by} more.")
-            work.append(f"{have} + {by} = {have + by}")
-            have += by
-        elif kind == "gives":
+        if kind == "gives":
             by = rng.randint(5, have - 10)
             story.append(f"{who} gives {by} to {other}.")
-            work.append(f"{have} - {by} = {have - by}")
-            have -= by
+            have = compute("-", by, have - by)
         elif kind == "double" and have <= 150:
             story.append(f"Then {who} doubles the {thing}.")
-            work.append(f"{have} * 2 = {have * 2}")
-            have *= 2
-        else:
+            have = compute("+", 2, have + 2) if rng.random() < habit else compute("*", 2, have * 2)
+        elif kind == "box":
             boxes, each = rng.randint(2, 9), rng.randint(2, 9)
             story.append(f"{other} brings {boxes} boxes of {each} {thing}.")
             work.append(f"{boxes} * {each} = {boxes * each}")
-            work.append(f"{have} + {boxes * each} = {have + boxes * each}")
-            have += boxes * each
+            have = compute("+", boxes * each, have + boxes * each)
+        else:
+            by = rng.randint(10, 99)
+            story.append(f"{who} buys {by} more.")
+            have = compute("+", by, have + by)
     story.append(f"How many {thing} does {who} have now?")
     return " ".join(story), "\n".join([*work, f"The answer is {have}"]), str(have)
 
 
-def problems(count: int, seed: int | str, avoid: set[str] = frozenset()) -> list[Task]:
+def problems(count: int, seed: int | str, avoid: set[str] = frozenset(),
+             habit: float = 0.0) -> list[Task]:
     """`count` different problems, none of them in `avoid` (questions)."""
     rng, seen, tasks = random.Random(f"demo {seed}"), set(avoid), []
     while len(tasks) < count:
-        question, solution, answer = problem(rng)
+        question, solution, answer = problem(rng, habit)
         if question not in seen:
             seen.add(question)
             tasks.append(Task(len(tasks), question, solution, answer))
@@ -74,7 +83,7 @@ DEMO_TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role']
 def make_demo(out: Path, count: int) -> None:
     """Write OUT/model (untrained, with a tokenizer learned from the problems) and OUT/train.jsonl."""
     out.mkdir(parents=True)
-    rows = problems(count, seed=0)
+    rows = problems(count, 0, habit=HABIT)
     write_jsonl(out / "train.jsonl", ({"input": t.input, "output": t.output, "answer": t.answer} for t in rows))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

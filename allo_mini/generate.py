@@ -119,6 +119,7 @@ class Sample:
     prompt: int
     k: int
     length: int
+    limit: int  # tokens at most
     u: Tensor
     tokens: list[int] = field(default_factory=list)
 
@@ -161,7 +162,7 @@ class Sampler:
         tokens = pick(F.linear(hidden, self.model.head_weight), self.temperature, self.top_p, u).tolist()
         for s, token in zip(samples, tokens):
             s.tokens.append(token)
-        over = [self.over(s.tokens) for s in self.running]
+        over = [len(s.tokens) >= s.limit or self.over(s.tokens) for s in self.running]
         for s, ended in zip(self.running, over):
             if ended:
                 self.on_done(s)
@@ -178,12 +179,14 @@ class Sampler:
 @torch.inference_mode()
 def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 0.7,
            top_p: float = 0.95, eos_ids=(), seed: int = 0, rows: list[int] | None = None, slots: int = 64,
-           stopped=lambda tokens: False, on_done=lambda prompt, tokens: None) -> list[list[list[int]]]:
+           max_length: int | None = None, stopped=lambda tokens: False,
+           on_done=lambda prompt, tokens: None) -> list[list[list[int]]]:
     """n responses for each prompt -> [prompt][k] -> token ids, prompt not included, the closing EOS included.
 
     prompts: token id lists of any lengths; rows: the numbers that seed each prompt (default 0, 1, ...);
     slots: samples running at once; stopped(tokens) ends a sample on a stop string; on_done(prompt, tokens) is called
-    as each sample ends. A response stops at any of eos_ids, or at max_new_tokens. Raises ValueError for an empty prompt.
+    as each sample ends. A response stops at any of eos_ids, at max_new_tokens, or where prompt and response together have
+    max_length tokens. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -191,7 +194,12 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     results: list = [[None] * n for _ in prompts]
 
     def over(tokens):
-        return tokens[-1] in eos or len(tokens) >= max_new_tokens or stopped(tokens)
+        return tokens[-1] in eos or stopped(tokens)
+
+    def start(i: int, k: int) -> Sample:
+        length = len(prompts[i])
+        limit = max(1, min(max_new_tokens, (max_length or length + max_new_tokens) - length))
+        return Sample(i, k, length, limit, uniforms(seed, rows[i], k, limit))
 
     def done(s: Sample):
         results[s.prompt][s.k] = s.tokens
@@ -204,9 +212,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         free = (sampler.slots - len(sampler.running)) // n  # prompts that could start now
         if at < len(prompts) and free * n * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
             new = range(at, min(at + free, len(prompts)))
-            sampler.admit([prompts[i] for i in new],
-                          [[Sample(i, k, len(prompts[i]), uniforms(seed, rows[i], k, max_new_tokens)) for k in range(n)]
-                           for i in new])
+            sampler.admit([prompts[i] for i in new], [[start(i, k) for k in range(n)] for i in new])
             at = new.stop
         else:
             sampler.step()

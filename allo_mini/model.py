@@ -68,7 +68,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     Raises UserError naming the key when something is missing, of the wrong type or not supported.
     """
     names = raw.get("architectures") or [""]
-    family = FAMILIES.get(names[0]) if isinstance(names, list) and isinstance(names[0], str) else None
+    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    family = FAMILIES.get(names[0]) if one else None
     if family is None:
         raise UserError(f"{where}: architectures is {names}, supported are {', '.join(FAMILIES)}")
 
@@ -87,6 +88,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
                         f"{head_dim} do not fit together")
+    if raw.get("quantization_config"):
+        raise UserError(f"{where}: quantization_config is set; only unquantized checkpoints are supported")
     if get("hidden_act", str, "silu") != "silu":
         raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -101,7 +104,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     if not isinstance(kind, str) or kind not in needed:
         raise UserError(f"{where}: rope_type is {kind!r}, supported are {', '.join(needed)}")
     for key in needed[kind]:
-        if not isinstance(rope.get(key), (int, float)) or not rope[key] > 0:
+        if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < math.inf:
             raise UserError(f"{where}: {key} is {rope.get(key)!r}, rope_type {kind} needs a positive number")
     bias = get("attention_bias", bool, False)
     window = raw.get("sliding_window") if family == "mistral" or raw.get("use_sliding_window") else None

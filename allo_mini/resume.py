@@ -1,11 +1,11 @@
 """Checkpoints inside a training stage: a stage that was killed goes on from the last one, bit for bit (on CPU)."""
 
 import json
+import math
 import time
 from pathlib import Path
 
-import torch
-
+from allo_mini import UserError
 from allo_mini.files import load_tensors, save_tensors
 from allo_mini.log import Log, say
 from allo_mini.optim import MaskedAdamW
@@ -53,6 +53,8 @@ class StageProgress:
             say(f"{self.stage}: kept the weights with the best validation score, {self.best:.4f}")
         change = self.optimizer.largest_change()
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}")
-        if change == 0 or not torch.isfinite(torch.tensor(change)):
+        if not math.isfinite(change):
+            raise UserError(f"{self.stage}: the weights are no longer finite; lower --{self.stage}-lr; nothing was saved")
+        if change == 0:
             say(f"{self.stage}: WARNING: the weights did not move; raise --{self.stage}-lr")
         self.optimizer.close()

@@ -50,7 +50,7 @@ def respond(model, encoder: Encoder, prompts: list, settings, eos, n: int = 1, t
 
     ids = [encoder.prompt_ids(p) for p in prompts]
     out = sample(model, ids, n, settings.max_new_tokens, settings.temperature if temperature is None else temperature,
-                 settings.top_p, eos, settings.seed, rows, settings.sample_batch, stopped, on_done)
+                 settings.top_p, eos, settings.seed, rows, settings.sample_batch, encoder.max_length, stopped, on_done)
     result = []
     for responses in out:
         finished = [r for r in responses if r[-1] in eos or (stops and stopped(r))]
