@@ -34,8 +34,9 @@ OFFICIAL = {"sft": Stage(1e-5, 16, 3, 0.1),       # [ours]
             "dpo": Stage(1e-6, 32, 1, 0.1)}       # [ours]: as the official warm-up, which is plain DPO
 
 
-# `python train.py` without a model or data: settings of the demo, chosen on its validation problems. [ours]
-DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 120, "n": 8}
+# `python train.py` without a model or data: the demo's settings, learning rates by tests/benchmarks/tune_demo.py. [ours]
+DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
+        "dpo_lr": 4e-5, "forget_lr": 8e-5, "improve_lr": 2e-5}
 
 
 def knob(default, group: str, help: str, choices=None):

@@ -43,7 +43,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     cfg, s = run.cfg, resolve_stage(name, run.cfg.stages[name], run.parameters, len(examples))
     steps = [list(micro_batches([examples[i] for i in rows], cfg.micro_batch, cfg.micro_tokens))
              for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
-    reference = reference_logps(model, steps) if objective.step0 else None
+    reference = reference_logps(model, progress(steps, label=f"{name}: reference", unit="step")) if objective.step0 else None
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
     progress_of = run.checkpoint(name, optimizer, len(steps))
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
@@ -65,7 +65,8 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
             loss_sum = loss_sum + loss.detach()
             for key, values in metrics.items():
                 sums[key] = sums.get(key, 0.0) + values.detach().float().sum()
-        values = {"loss": float(loss_sum) / units, "learning_rate": optimizer.lr}
+        values = {"loss": float(loss_sum) / units, "learning_rate": optimizer.lr,
+                  "epoch": s.epochs * (step + 1) / len(steps)}
         values |= {key: float(total) / len(group) for key, total in sums.items()}
         run.check_loss(name, step, values["loss"], objective.step0(group) if objective.step0 and step == 0 else None)
         values["grad_norm"] = optimizer.clip(cfg.clip)

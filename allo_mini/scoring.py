@@ -5,6 +5,8 @@ edits. Teacher-forced over the wrong prediction itself, it gives each of its tok
 rewrite would leave the token alone, low where it would write something else. That probability is the token's score.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from allo_mini.data import Encoder, Example, Negative, plain
@@ -16,7 +18,7 @@ REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\
 
 
 @torch.no_grad()
-def reference_logps(model: CausalLM, steps: list[list[list[Example]]], on_step=lambda n: None) -> list[list[torch.Tensor]]:
+def reference_logps(model: CausalLM, steps: Iterable[list[list[Example]]]) -> list[list[torch.Tensor]]:
     """log pi_ref(y_t) for every micro-batch of every step: [step][micro-batch] -> [S] fp32 on the CPU.
 
     Made by the same code on the same micro-batches as training, so that at theta = theta_ref every ratio is
@@ -25,7 +27,6 @@ def reference_logps(model: CausalLM, steps: list[list[list[Example]]], on_step=l
     device, out = model.head_weight.device, []
     for micros in steps:
         out.append([token_logps(model, pack(micro, device)).cpu() for micro in micros])
-        on_step(1)
     return out
 
 

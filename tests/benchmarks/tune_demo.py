@@ -26,8 +26,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
-    parser.add_argument("--dpo", nargs="*", default=["4e-6", "1e-5", "2e-5", "4e-5"])
-    parser.add_argument("--allo", nargs="*", default=["5e-6/2e-5", "1e-5/5e-5", "2e-5/1e-4", "4e-5/2e-4"])
+    parser.add_argument("--dpo", nargs="*", default=["2e-5", "3e-5", "4e-5", "5e-5"])
+    parser.add_argument("--allo", nargs="*", default=["4e-5/2e-5", "4e-5/6e-5", "8e-5/2e-5", "8e-5/6e-5"])
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further train.py flags for every run")
     args = parser.parse_args()
     found: dict[str, list[float]] = {}
