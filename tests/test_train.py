@@ -110,6 +110,19 @@ def test_pairs_run_reports_preference_accuracy(world, tmp_path):
     assert results["ALLO"]["margin"] > results["reference"]["margin"]
 
 
+def test_bf16_run_with_checkpointing(world, tmp_path, capsys):
+    """bf16 weights: the first step's ratios are exactly 0, only masked weights change, the saved files stay bf16."""
+    assert train.main(arguments(world, tmp_path / "run", "--dtype", "bf16", "--token-weights", "edit", "--locate", "gradient",
+                                "--checkpoint-blocks", "1", "--improve-lr", "1e-2", "--no-dpo-baseline")) == 0
+    said = capsys.readouterr().out
+    assert "improve: first loss 0.693147, expected 0.693147" in said and "WARNING" not in said
+    old, new = (load_file(tmp_path / f"run/{name}/model.safetensors") for name in ("forget", "improve"))
+    mask = load_mask(tmp_path / "run/mask.safetensors", {n: t.shape for n, t in old.items()})
+    assert all(t.dtype == torch.bfloat16 for t in new.values())
+    assert all(torch.equal(old[n][~mask[n]], new[n][~mask[n]]) for n in old)
+    assert any(not torch.equal(old[n], new[n]) for n in old)
+
+
 def test_own_mask_and_token_weights(world, tmp_path):
     first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--no-dpo-baseline")
     assert train.main(first) == 0
