@@ -3,20 +3,24 @@
     python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/]
 """
 
+import argparse
 import os
 import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
 from allo_mini.config import Config, Parser, check, number
 from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
-from allo_mini.inputs import both_sides, need_usable, pick_device
+from allo_mini.inputs import both_sides, need_usable, pick_device, row_style
 from allo_mini.log import say, table
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import evaluate
+from allo_mini.tokenizer import read_json
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
 
@@ -24,7 +28,7 @@ SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", 
 def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
-                    "accuracy and margin on preference rows, with 95 %% intervals.")
+                    "accuracy and margin on preference rows, with 95 % intervals.")
     parser.add_argument("--model", required=True, metavar="X", help="folder or hub id")
     parser.add_argument("--test", required=True, nargs="+", metavar="X", help="JSONL files, one table row each")
     parser.add_argument("--out", default="", metavar="X", help="folder for <file>.jsonl, one line per row "
@@ -32,27 +36,30 @@ def make_parser() -> Parser:
     parser.add_argument("--limit", type=number(int), default=0, metavar="X", help="rows per file at most (0: all)")
     for f in fields(Config):
         if f.name in SHARED:
-            default = [] if f.name == "stop" else f.default
+            default = None if f.name == "stop" else f.default
             many = {"nargs": "+"} if f.name == "stop" else {"type": number(int) if f.type is int else str}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=default, choices=f.metadata["choices"],
+            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=f.metadata["choices"],
                                 metavar=None if f.metadata["choices"] else "X", **many,
                                 help=f"{f.metadata['help']} (default {default or 'none'})".replace("%", "%%"))
     return parser
 
 
-def style_of(args, pairs: bool, rows: list) -> str:
-    """--prompt, or what the rows are: alpaca for tasks, chat for message lists, else the strings as they are."""
-    if args.prompt != "auto":
-        return args.prompt
-    return "alpaca" if not pairs else "chat" if isinstance(rows[0].prompt, list) else "none"
+def settings_of(args) -> Config:
+    """The flags; for a model out of a train.py run, its prompt style and lengths are the defaults."""
+    path, given = Path(args.model).resolve().parent / "config.json", vars(args)
+    written = read_json(path).get("config", {}) if path.is_file() else {}
+    own = {k: written[k] for k in ("prompt", "max_length", "max_new_tokens", "stop") if k in written and k not in given}
+    if own:
+        say(f"as in {path}: " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v))
+    return Config(**own, **{k: given[k] for k in SHARED if k in given})
 
 
 def run(args) -> None:
-    settings, jobs = Config(**{name: getattr(args, name) for name in SHARED}), []
+    settings, jobs = settings_of(args), []
     check(settings)
     if args.limit < 0:
         raise UserError(f"--limit is {args.limit}, expected 0 or more")
-    device, dtype = pick_device(args.device, args.dtype)
+    device, dtype = pick_device(settings.device, settings.dtype)
     out = Path(args.out or Path("eval") / Path(args.model).name)
     for file in args.test:  # read everything before the model: a bad file shows at once
         pairs, target = is_pairs(file), out / (Path(file).stem + ".jsonl")
@@ -60,12 +67,13 @@ def run(args) -> None:
             raise UserError(f"{target}: exists already, or two --test files have this name; choose another --out")
         rows = read_pairs(file, args.limit) if pairs else read_tasks([file], args.limit, False, need_answer=True)
         jobs.append((file, pairs, rows, target))
-    folder = find_folder(args.model, args.revision or None)
+    folder = find_folder(args.model, settings.revision or None)
     model = load_model(str(folder), dtype, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    model.config.check_length(args.max_length, str(folder / "config.json"))
+    model.config.check_length(settings.max_length, str(folder / "config.json"))
     lines, saved, ends = [], [], eos_ids(model, tokenizer)
-    encoders = [Encoder(tokenizer, style_of(args, pairs, rows), args.max_length) for _, pairs, rows, _ in jobs]
+    encoders = [Encoder(tokenizer, row_style(rows[0]) if settings.prompt == "auto" else settings.prompt, settings.max_length)
+                for _, _, rows, _ in jobs]
     for encoder, (file, _, rows, _) in zip(encoders, jobs):
         need_usable(encoder, both_sides(rows), file)
     try:
@@ -92,6 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("error: out of GPU memory: lower --sample-batch, --micro-tokens or --max-length", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -23,6 +23,7 @@ Departures from the official code, and why:
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from allo_mini import UserError, tasks
@@ -70,8 +71,9 @@ def sample(run: Run, theta: Path) -> Path:
                     rows = asked[at:at + tasks.GROUP]
                     said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
                                          n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
-                    append_rows(part, ({"input": t.input, "samples": texts, "unfinished": cut}
-                                       for t, (texts, cut) in zip(rows, said)))
+                    append_rows(part, ({"input": t.input, "samples": [text for text, finished in texts if finished],
+                                        "unfinished": sum(not finished for _, finished in texts)}
+                                       for t, texts in zip(rows, said)))
             part.rename(target)
     return run.folder / "samples.jsonl"
 
@@ -81,9 +83,9 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
     if run.cfg.pairs:
         negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
         return run.pairs, negatives
-    samples = read_samples(run.cfg.samples or sample(run, theta))
-    pairs, negatives, report = tasks.label(run.tasks, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
-    say(f"pairs: {report}")
+    samples, unfinished = read_samples(run.cfg.samples or sample(run, theta))
+    pairs, negatives, report = tasks.label([t for t in run.tasks if t.input in samples], samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
+    say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
     if not pairs:
         raise UserError("no question has both a correct and a wrong sample: sample more (--n), or fine-tune first (--sft)")
     write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
@@ -117,9 +119,9 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example]) -> list[
                 logps, real = by_response(token_logps(model, batch), batch.lengths)
                 loss(logps, logps.detach(), real, micro)[0].backward()
                 bar.update(len(micro))
-        sums.append(flat.grad.clone())
+        sums.append(flat.grad.to("cpu", copy=True))
     flat.close()
-    return [flat.named(total.abs()) for total in (sums[0] + sums[1], *sums)]
+    return [flat.named(total.abs_()) for total in (sums[0] + sums[1], *sums)]
 
 
 def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, Tensor]]:
@@ -146,7 +148,8 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, T
             for share, path in paths.items():
                 describe_mask(run, masks[share], share)
                 save_mask(masks[share], path)
-    return {stage: load_mask(paths[p], run.shapes) for stage, p in shares.items()}
+    loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
+    return {stage: loaded[p] for stage, p in shares.items()}
 
 
 def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
@@ -250,6 +253,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of GPU memory: lower --micro-tokens, --sample-batch or --max-length ({str(e)[:80]})",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -18,7 +18,7 @@ STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages t
 
 @dataclass
 class Stage:
-    """Optimizer settings of one training stage; 0 means: chosen from the model's size and the data (`resolve`)."""
+    """Optimizer settings of one training stage; 0 means: chosen from the model's size and the data (`resolve_stage`)."""
     lr: float = 0.0
     batch: int = 0
     epochs: float = 1.0
@@ -36,7 +36,7 @@ OFFICIAL = {"sft": Stage(1e-5, 16, 3, 0.1),       # [ours]
 
 # `python train.py` without a model or data: the demo's settings, learning rates by tests/benchmarks/tune_demo.py. [ours]
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
-        "dpo_lr": 4e-5, "forget_lr": 8e-5, "improve_lr": 2e-5}
+        "dpo_lr": 3e-5, "forget_lr": 8e-5, "improve_lr": 2e-5}
 
 
 def knob(default, group: str, help: str, choices=None):
@@ -49,7 +49,7 @@ def knob(default, group: str, help: str, choices=None):
 
 @dataclass
 class Config:
-    """A resolved run; saved as config.json in the run folder."""
+    """A run's settings; saved as config.json in the run folder."""
     # input
     model: str = knob("", "input", "folder or hub id of the policy (default: the demo model)")
     revision: str = knob("", "input", "hub revision: branch, tag or commit")
@@ -58,7 +58,7 @@ class Config:
     test: list[str] = knob([], "input", "test rows: task rows, or preference rows in a --pairs run")
     limit: int = knob(0, "input", "use at most this many training rows (0: all)")
     test_limit: int = knob(0, "input", "use at most this many test rows (0: all)")
-    val_rows: int = knob(0, "input", "training rows set aside for validation")
+    val_rows: int = knob(0, "input", "training rows set aside for validation (with --eval-every: 200 unless --val)")
     prompt: str = knob("auto", "input", "alpaca for task rows, none for strings, chat for message lists, or one for all",
                        ("auto", "alpaca", "chat", "none"))
     max_length: int = knob(1200, "input", "tokens of prompt and response together [official]")
@@ -66,7 +66,8 @@ class Config:
     seed: int = knob(2023, "input", "one seed for data order, sampling and splits [official]")
     # one's own files instead of a stage
     samples: str = knob("", "bring your own", "sampled responses, JSONL {input, samples}: replaces the sample stage")
-    pairs: str = knob("", "bring your own", "preference rows, JSONL {prompt, chosen, rejected}: replaces sample and pairs")
+    pairs: list[str] = knob([], "bring your own", "preference rows, JSONL {prompt, chosen, rejected}, one or more files: "
+                            "replaces sample and pairs")
     mask: str = knob("", "bring your own", "mask.safetensors: replaces warmup and locate")
     token_weights_file: str = knob("", "bring your own", "JSONL {input, output, reward: [one score a token]}: replaces reward")
     reward_model: str = knob("", "bring your own", "trained rewriting model: replaces its training")
@@ -112,7 +113,7 @@ class Config:
     dtype: str = knob("auto", "optimizer", "weights: bf16 or fp32 (auto: bf16 on CUDA, fp32 on CPU)", ("auto", "bf16", "fp32"))
     device: str = knob("auto", "optimizer", "cuda, mps, cpu or cuda:1 (auto: the best there is)")
     # watching
-    eval_every: int = knob(0, "watch", "validate every so many steps of forget, improve and dpo; the best weights are kept")
+    eval_every: int = knob(0, "watch", "validate every so many steps of sft, forget, improve and dpo; the best weights are kept")
     save_minutes: float = knob(10.0, "watch", "minutes between checkpoints inside a stage")
     # per stage
     stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
@@ -177,7 +178,7 @@ def make_parser() -> Parser:
             options["metavar"] = None if options.get("choices") else "X"
         group.add_argument(flag, **options)
     group = parser.add_argument_group("per stage", "sft, warmup, reward, forget, improve, dpo; "
-                                      "defaults depend on the model's size, config.json says what was used")
+                                      "0: chosen from the model's size and the data; metrics.jsonl says what was used")
     for stage in STAGES:
         for name, kind, text in (("lr", float, "peak learning rate"), ("batch", int, "rows per optimizer step"),
                                  ("epochs", float, "passes over the rows"), ("warmup", float, "share of rising steps")):

@@ -59,9 +59,9 @@ class Pair:
 class Negative:
     """A response to forget, the reference solution it should have been, and (if known) its token scores."""
     prompt: Text
-    response: str
-    reference: str
-    rewrite: str | None = None
+    response: Text
+    reference: Text
+    rewrite: Text | None = None
     scores: list[float] | None = None
 
 
@@ -303,7 +303,7 @@ class Encoder:
 
 
 def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
-    """Row numbers of every optimizer step: each epoch is one seeded shuffle, cut into batches, the last one smaller."""
+    """Row numbers of every optimizer step: epochs are seeded shuffles laid end to end, then cut into batches."""
     steps, rng = [], random.Random(seed)
     total = round(count * epochs)
     order: list[int] = []

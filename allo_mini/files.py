@@ -33,9 +33,9 @@ def keep_whole(path: Path, group: int, total: int) -> int:
     return count
 
 
-def read_samples(path: str | Path) -> dict[str, list[str]]:
-    """Question -> sampled responses. Raises UserError naming the line."""
-    samples = {}
+def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
+    """Question -> sampled responses, and how many were left out as unfinished. Raises UserError naming the line."""
+    samples, unfinished = {}, 0
     for number, row in read_jsonl(path):
         where, texts = f"{path}:{number}", row.get("samples")
         if not isinstance(texts, list):
@@ -43,9 +43,10 @@ def read_samples(path: str | Path) -> dict[str, list[str]]:
         for text in texts:
             text_of({"samples": text}, "samples", where)
         samples.setdefault(text_of(row, "input", where), []).extend(texts)
+        unfinished += row["unfinished"] if isinstance(row.get("unfinished"), int) else 0
     if not samples:
         raise UserError(f"{path}: no rows")
-    return samples
+    return samples, unfinished
 
 
 def read_weights(path: str | Path) -> list[Negative]:

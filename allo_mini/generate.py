@@ -113,6 +113,12 @@ def uniforms(seed: int, row: int, k: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator)
 
 
+def bytes_per_token(model: CausalLM) -> int:
+    """Cache size of one token of one sample: keys and values of all layers."""
+    c = model.config
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head_weight.element_size()
+
+
 @dataclass
 class Sample:
     """One running sample: which prompt and which of its n, cache length, random stream, tokens so far."""
@@ -205,7 +211,11 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         results[s.prompt][s.k] = s.tokens
         on_done(s.prompt, s.tokens)
 
-    sampler = Sampler(model, min(slots, n * len(prompts)), max(map(len, prompts), default=0) + 64, temperature, top_p,
+    longest = max(map(len, prompts), default=0)
+    if model.head_weight.is_cuda:  # the cache may take 60 % of the memory that is free now
+        each = (longest + max_new_tokens) * bytes_per_token(model)
+        slots = max(n, min(slots, int(0.6 * torch.cuda.mem_get_info(model.head_weight.device)[0] / each)))
+    sampler = Sampler(model, min(slots, n * len(prompts)), longest + 64, temperature, top_p,
                       over, done)
     at = 0
     while at < len(prompts) or sampler.running:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, demo
-from allo_mini.checkpoint import DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files
+from allo_mini.checkpoint import DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files, write_jsonl
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -54,7 +54,7 @@ def file_print(path: Path) -> str:
 
 def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
     """Name -> fingerprint of everything the run reads: data files, own artefacts, the model's files."""
-    files = {*cfg.train, *cfg.val, *cfg.test} | {f for f in (cfg.samples, cfg.pairs, cfg.mask, cfg.token_weights_file) if f}
+    files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs} | {f for f in (cfg.samples, cfg.mask, cfg.token_weights_file) if f}
     files |= {str(base / "config.json"), str(base / "tokenizer.json"), *map(str, shard_files(base).values())}
     for folder in (cfg.reward_base, cfg.reward_model):
         files |= {str(f) for f in shard_files(find_folder(folder)).values()} if folder else set()
@@ -67,9 +67,10 @@ def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
 
 def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
     """Make the run folder, or find the same run in it. Raises UserError saying what differs otherwise."""
-    data = cfg.pairs or (cfg.train[0] if cfg.train else "demo")
+    data = [*cfg.pairs, *cfg.train, "demo"][0]
     folder = Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_minutes")}
+    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_minutes", "stages")}
+    settings |= {f"{stage}_{k}": v for stage, s in cfg.stages.items() for k, v in asdict(s).items()}
     mine = {"config": settings, "files": fingerprints(cfg, base), **threads}
     path = folder / "config.json"
     if os.path.isfile(path):  # False, not an exception, for a name that is too long
@@ -100,7 +101,7 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         val = demo.problems(cfg.val_rows or demo.ROWS["val"], f"{cfg.seed}/val", seen)
         return demo.problems(cfg.limit or demo.ROWS["train"], f"{cfg.seed}/train", seen | {t.input for t in val}), [], val, test
     tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or cfg.only_sft or not cfg.pairs) if cfg.train else []
-    pairs = read_pairs(cfg.pairs) if cfg.pairs else []
+    pairs = [p for path in cfg.pairs for p in read_pairs(path)]
     test = []
     if cfg.test:
         kinds = {is_pairs(path) for path in cfg.test}
@@ -123,11 +124,12 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         test, main[:cut] = main[:cut], []
     if (cut := cfg.val_rows or (200 if cfg.eval_every else 0)) and not val:
         val, main[:cut] = main[:cut], []
-    drop_held(main, [*test, *val], "rows")  # other pairs of a question that has just been held out
+    for rows in (tasks, pairs):  # what has just been held out may stand in other rows too
+        drop_held(rows, [*test, *val], "rows")
     if cfg.limit:
         del main[cfg.limit:]
     if not main:
-        raise UserError(f"{', '.join(cfg.train or [cfg.pairs])}: no rows are left to train on")
+        raise UserError(f"{', '.join(cfg.train or cfg.pairs)}: no rows are left to train on")
     return tasks, pairs, val, test[:cfg.test_limit or None]
 
 
@@ -148,9 +150,16 @@ def style_of(cfg: Config, tasks: list[Task], pairs: list[Pair]) -> str:
     """The prompt style: what --prompt says, else what the rows are."""
     if cfg.prompt != "auto":
         return cfg.prompt
-    if pairs:
-        return "chat" if isinstance(pairs[0].prompt, list) else "none"
-    return "alpaca" if cfg.train else "chat"  # the demo's template is one line break
+    if cfg.pairs or cfg.train:
+        return row_style([*tasks, *pairs][0])
+    return "chat"  # the demo's template is one line break
+
+
+def row_style(row) -> str:
+    """alpaca for task rows and for pairs made from them, chat for message lists, none for other strings."""
+    if isinstance(row, Task) or row.task is not None:
+        return "alpaca"
+    return "chat" if isinstance(row.prompt, list) else "none"
 
 
 def check_rows(run: Run) -> None:
@@ -159,8 +168,8 @@ def check_rows(run: Run) -> None:
     known = [gold_answer(t) is not None for t in run.tasks]
     if known and not any(known) and not cfg.pairs and not cfg.only_sft:
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
-    for rows, files in ((run.pairs, [cfg.pairs]), (run.test, cfg.test), (run.val, cfg.val)):
-        need_usable(run.encoder, both_sides(rows), ", ".join(files) or cfg.pairs)
+    for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
+        need_usable(run.encoder, both_sides(rows), ", ".join(files or cfg.pairs))
     if cfg.sft or cfg.only_sft:
         need_usable(run.encoder, [(t.input, [t.output]) for t in run.tasks], ", ".join(cfg.train))
     for row in run.test:
@@ -196,7 +205,7 @@ def check_own_files(run: Run) -> None:
     if cfg.mask:
         load_mask(cfg.mask, run.shapes)
     if cfg.samples:
-        samples = read_samples(cfg.samples)
+        samples, _ = read_samples(cfg.samples)
         graded = [{is_correct(s, t) for s in samples[t.input]} for t in run.tasks if t.input in samples]
         if not graded:
             raise UserError(f"{cfg.samples}: none of its 'input' is a training question of {', '.join(cfg.train)}")
@@ -232,7 +241,9 @@ def open_run(cfg: Config) -> Run:
     run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test)
     check_rows(run)
     check_own_files(run)
-    run.folder = claim_folder(cfg, base, {"machine": {"threads": torch.get_num_threads(), "device": device,
-                                                      "dtype": str(dtype)}})
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
+    run.folder = claim_folder(cfg, base, {"machine": {"device": device, "dtype": str(dtype), **threads}})
     run.log = Log(run.folder)
+    if not (cfg.model or cfg.train or cfg.pairs) and not (run.folder / "test.jsonl").exists():  # the demo's own problems
+        write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run

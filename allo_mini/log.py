@@ -33,7 +33,7 @@ class Log:
         row = {"stage": stage, "step": step, "time": round(time.time() - self.began, 2)}
         row.update({k: v if math.isfinite(v) else str(v) for k, v in values.items()})
         if self.path:
-            with self.path.open("a") as f:
+            with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
         columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
         width = len(str(total))
@@ -50,7 +50,7 @@ class Log:
     def note(self, stage: str, **values) -> None:
         """Record a fact about a stage (counts, densities, seconds) without printing it."""
         if self.path:
-            with self.path.open("a") as f:
+            with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps({"stage": stage, **values}) + "\n")
 
 

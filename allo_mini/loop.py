@@ -4,13 +4,14 @@ One training step in two files: this loop (batches -> log-probs -> loss -> backw
 (the equations). Backward hands every gradient to the optimizer's flat buffer (optim.py) as soon as it exists.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from allo_mini import losses
+from allo_mini import UserError, losses
 from allo_mini.config import resolve_stage
 from allo_mini.data import Example, steps_of
 from allo_mini.log import progress, say
@@ -40,26 +41,29 @@ class Objective:
 def run_stage(run: Run, name: str, model, examples: list[Example], objective: Objective, mask=None,
               validate: Callable | None = None) -> MaskedAdamW:
     """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
-    cfg, s = run.cfg, resolve_stage(name, run.cfg.stages[name], run.parameters, len(examples))
+    cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
+    s = resolve_stage(name, cfg.stages[name], size, len(examples))
     steps = [list(micro_batches([examples[i] for i in rows], cfg.micro_batch, cfg.micro_tokens))
              for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    total, steps = len(steps), [micros for micros in steps if units_of(micros, objective)]
+    if not steps:
+        raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
     reference = reference_logps(model, progress(steps, label=f"{name}: reference", unit="step")) if objective.step0 else None
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
-    progress_of = run.checkpoint(name, optimizer, len(steps))
+    progress_of = run.checkpoint(name, optimizer, len(steps), skipped=total - len(steps))
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
-    for step in progress(range(progress_of.step, len(steps)), label=name, unit="step"):
+    run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
+    bar = progress(range(progress_of.step, len(steps)), label=name, unit="step")
+    for step in bar:
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
         group = [e for micro in steps[step] for e in micro]
-        units = sum(objective.units(e) for e in group)  # of the whole step, before any micro-batch
-        if units == 0:
-            progress_of.skipped += 1
-            continue
+        units = units_of(steps[step], objective)  # of the whole step, before any micro-batch
         loss_sum, sums = 0.0, {}
         for i, micro in enumerate(steps[step]):
             batch = pack(micro, run.device)
             logps, real = by_response(token_logps(model, batch), batch.lengths)
-            ref = by_response(reference[step][i].to(run.device), batch.lengths)[0] if reference else logps.detach()
+            ref = by_response(reference[step][i].to(run.device, non_blocking=True), batch.lengths)[0] if reference else logps.detach()
             loss, metrics = objective.loss(logps, ref, real, micro)
             (loss / units).backward()
             loss_sum = loss_sum + loss.detach()
@@ -76,9 +80,16 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
             values["eval/score"] = validate(model)
             progress_of.keep_if_best(values["eval/score"])
         run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
+        bar.set_postfix(loss=f"{values['loss']:.4g}")
         progress_of.save(step + 1)
+        run.clock = time.monotonic()  # validation and saving are not training time
     progress_of.finish()
     return optimizer
+
+
+def units_of(micros: list[list[Example]], objective: Objective) -> float:
+    """What the loss sum of a step is divided by."""
+    return sum(objective.units(e) for micro in micros for e in micro)
 
 
 def batch_tokens(example: Example) -> int:

@@ -5,7 +5,7 @@
     beta      how strongly pi_ref holds (0.1)   n   tokens of a response, the closing EOS included
     sigma     the logistic function             B   responses or pairs; T the longest response's tokens
 
-Every function returns one loss per row or token, never a mean: the loop in train.py divides by the units of
+Every function returns one loss per row or token, never a mean: the loop in loop.py divides by the units of
 the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
 """
 

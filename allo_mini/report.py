@@ -5,7 +5,6 @@ import math
 import time
 from pathlib import Path
 
-from allo_mini import UserError
 from allo_mini.checkpoint import atomic_file, write_jsonl
 from allo_mini.log import say, table
 from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
@@ -62,14 +61,12 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     for name, folder in models.items() if run.cfg.eval and run.test else ():
         path = run.folder / f"eval-{name}.jsonl"
         if path.exists():
-            items = [json.loads(line) for line in path.read_text().splitlines()]
+            items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         else:
             model = run.load(folder)
             began = time.monotonic()
             items = run.evaluate(model, run.test, f"test {name}")
             run.seconds[f"test {name}"] = time.monotonic() - began
-            if not items:
-                raise UserError(f"none of the test rows can be used: {run.encoder.report()}")
             write_jsonl(path, items)
         results[name] = summary(items)
         rows.append(summary_row(name, results[name]))

@@ -12,16 +12,17 @@ from allo_mini.optim import MaskedAdamW
 
 
 class StageProgress:
-    """Where a stage stands: next step, skipped steps, best weights so far; saved every `minutes` beside the stage."""
+    """Where a stage stands: next step, best weights so far; saved every `minutes` beside the stage."""
 
-    def __init__(self, path: Path, stage: str, total: int, optimizer: MaskedAdamW, log: Log, minutes: float):
+    def __init__(self, path: Path, stage: str, total: int, optimizer: MaskedAdamW, log: Log, minutes: float,
+                 skipped: int = 0):
         self.path, self.stage, self.total, self.optimizer, self.minutes = path, stage, total, optimizer, minutes
-        self.step, self.skipped, self.best, self.best_master = 0, 0, None, None
+        self.step, self.skipped, self.best, self.best_master = 0, skipped, None, None
         self.saved_at = time.monotonic()
         if path.exists():
             state, metadata = load_tensors(path)
             known = json.loads(metadata["progress"])
-            self.step, self.skipped, self.best = known["step"], known["skipped"], known["best"]
+            self.step, self.best = known["step"], known["best"]
             self.best_master = state.pop("best_master", None)
             optimizer.load_state_dict(state)
             log.rewind(stage, self.step)
@@ -41,8 +42,7 @@ class StageProgress:
         state = dict(self.optimizer.state_dict())
         if self.best_master is not None:
             state["best_master"] = self.best_master
-        known = {"step": step, "skipped": self.skipped, "best": self.best}
-        save_tensors(state, self.path, {"progress": json.dumps(known)})
+        save_tensors(state, self.path, {"progress": json.dumps({"step": step, "best": self.best})})
         self.saved_at = time.monotonic()
 
     def finish(self) -> None:
@@ -52,9 +52,11 @@ class StageProgress:
             self.optimizer.write_back()
             say(f"{self.stage}: kept the weights with the best validation score, {self.best:.4f}")
         change = self.optimizer.largest_change()
-        say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}")
+        moved = float((self.optimizer.gather_weights().cpu() != self.optimizer.start).float().mean())  # as stored
+        say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
+            f"{100 * moved:.1f} % of the trained weights differ as stored")
         if not math.isfinite(change):
             raise UserError(f"{self.stage}: the weights are no longer finite; lower --{self.stage}-lr; nothing was saved")
-        if change == 0:
+        if moved == 0:
             say(f"{self.stage}: WARNING: the weights did not move; raise --{self.stage}-lr")
         self.optimizer.close()

@@ -35,6 +35,7 @@ class Run:
     val: list = field(default_factory=list)   # Tasks, or Pairs in a run that starts from pairs
     test: list = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    clock: float = 0.0  # when the current training step began
 
     @property
     def parameters(self) -> int:
@@ -55,28 +56,29 @@ class Run:
             say(f"{name}: found {target}, skipped")
             yield None
             return
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats(self.device)
         began = time.monotonic()
         yield target
         self.state_file(name).unlink(missing_ok=True)
         self.seconds[name] = time.monotonic() - began
-        peak = peak_gb()
+        peak = peak_gb(self.device)
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
         say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB\n")
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def checkpoint(self, name: str, optimizer, total: int) -> StageProgress:
+    def checkpoint(self, name: str, optimizer, total: int, skipped: int) -> StageProgress:
         """The stage's progress, read back when an earlier try was cut off; starts the tokens/s clock."""
         self.clock = time.monotonic()
-        return StageProgress(self.state_file(name), name, total, optimizer, self.log, self.cfg.save_minutes)
+        return StageProgress(self.state_file(name), name, total, optimizer, self.log, self.cfg.save_minutes,
+                             skipped)
 
     def speed(self, tokens: int) -> dict[str, float]:
         """tokens/s since the last call, and the peak memory so far."""
         before, self.clock = self.clock, time.monotonic()
-        return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb()}
+        return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb(self.device)}
 
     def check_loss(self, name: str, step: int, loss: float, expected: float | None) -> None:
         """Stop on a loss that is no number; hold the first step's loss against what the mathematics says."""
@@ -99,7 +101,10 @@ class Run:
 
     def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
         """Greedy answers to tasks, log-prob comparison of pairs; one dict a row."""
-        return evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
+        self.encoder.dropped.clear()
+        items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
+        self.report_dropped(f"{label} rows", len(items))
+        return items
 
     def eos(self, model: CausalLM) -> tuple[int, ...]:
         """Ids that end a response of this model in this prompt style."""
@@ -130,10 +135,10 @@ class Run:
         return folder
 
 
-def peak_gb() -> float:
+def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
     try:
         import resource
     except ImportError:  # Windows

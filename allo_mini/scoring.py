@@ -26,13 +26,14 @@ def reference_logps(model: CausalLM, steps: Iterable[list[list[Example]]]) -> li
     """
     device, out = model.head_weight.device, []
     for micros in steps:
-        out.append([token_logps(model, pack(micro, device)).cpu() for micro in micros])
+        logps = [token_logps(model, pack(micro, device)) for micro in micros]
+        out.append([values.cpu() for values in logps])
     return out
 
 
 def rewrite_prompt(encoder: Encoder, negative: Negative, response: list[int]) -> list[int]:
     """Ids of the rewriting prompt; trimmed on the left, so that with `response` it keeps to max_length tokens."""
-    text = REWRITE_PROMPT.format(plain(negative.prompt), negative.reference, negative.response)
+    text = REWRITE_PROMPT.format(*map(plain, (negative.prompt, negative.reference, negative.response)))
     framed = encoder.tokenizer.render([{"role": "user", "content": text}], True) if encoder.style == "chat" else text
     ids = encoder.tokenizer.encode(framed, bos=encoder.style != "chat")
     return encoder.trim(ids, max(1 + len(encoder.tokenizer.prefix), encoder.max_length - len(response)))

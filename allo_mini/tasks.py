@@ -38,8 +38,8 @@ def gold_answer(task: Task) -> str | None:
 
 
 def respond(model, encoder: Encoder, prompts: list, settings, eos, n: int = 1, temperature: float | None = None,
-            rows: list[int] | None = None, on_done=lambda *_: None) -> list[tuple[list[str], int]]:
-    """n responses for each prompt -> [(finished texts, how many hit the length limit), ...].
+            rows: list[int] | None = None, on_done=lambda *_: None) -> list[list[tuple[str, bool]]]:
+    """n responses for each prompt -> [prompt][k] -> (text, whether it ended by itself, not at the length limit).
 
     settings: a Config, or anything with its sampling fields; temperature 0 is greedy.
     """
@@ -51,14 +51,13 @@ def respond(model, encoder: Encoder, prompts: list, settings, eos, n: int = 1, t
     ids = [encoder.prompt_ids(p) for p in prompts]
     out = sample(model, ids, n, settings.max_new_tokens, settings.temperature if temperature is None else temperature,
                  settings.top_p, eos, settings.seed, rows, settings.sample_batch, encoder.max_length, stopped, on_done)
-    result = []
-    for responses in out:
-        finished = [r for r in responses if r[-1] in eos or (stops and stopped(r))]
-        texts = [t.decode(r) for r in finished]
+
+    def text_of(tokens):
+        text = t.decode(tokens)
         for s in stops:
-            texts = [text.split(s)[0] for text in texts]
-        result.append(([text.strip() for text in texts], n - len(finished)))
-    return result
+            text = text.split(s)[0]
+        return text.strip(), tokens[-1] in eos or stopped(tokens)
+    return [[text_of(tokens) for tokens in responses] for responses in out]
 
 
 def label(tasks: list[Task], samples: dict[str, list[str]], per_question: int, seed: int,
@@ -94,9 +93,8 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
         if isinstance(rows[0], Task):
             said = respond(model, encoder, [t.input for t in rows], settings, eos, temperature=0.0,
                            on_done=lambda *_: bar.update())
-            return [{"input": t.input, "gold": gold_answer(t), "response": (texts or [""])[0],
-                     "finished": not cut, "correct": bool(texts) and is_correct(texts[0], t)}
-                    for t, (texts, cut) in zip(rows, said)]
+            return [{"input": t.input, "gold": gold_answer(t), "response": text, "finished": finished,
+                     "correct": is_correct(text, t)} for t, [(text, finished)] in zip(rows, said)]
         kept = [(p, e) for p in rows if (e := encoder.example(p.prompt, [p.chosen, p.rejected]))]
         scored = score(model, [e for _, e in kept], settings.micro_tokens, bar.update)
         margins = [float(chosen.sum() - rejected.sum()) for chosen, rejected in scored]  # log pi(y+) - log pi(y-)

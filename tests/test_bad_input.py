@@ -476,7 +476,7 @@ def started(place):
     assert (place / "run/config.json").exists()
 
 
-OTHERS = [(T + OUT + " --n 4", {}, "another n"), (T + OUT + " --sft-lr 1e-3", {}, "another stages"),
+OTHERS = [(T + OUT + " --n 4", {}, "another n"), (T + OUT + " --sft-lr 1e-3", {}, "another sft_lr"),
           (T + OUT, {"t.jsonl": lines(task("7 + 7?", "14"))}, "another t.jsonl"),
           (T + OUT, {"model/tokenizer.json": None}, "another tokenizer.json"), (P + OUT, {}, "another"),
           (T + OUT + " --test test.jsonl", {}, "another test")]

@@ -124,9 +124,9 @@ def test_test_rows_need_only_an_answer(tmp_path):
 
 
 def test_samples_of_a_question_on_several_lines(tmp_path):
-    rows = [{"input": "a", "samples": ["1", "2"]}, {"input": "b", "samples": []},
+    rows = [{"input": "a", "samples": ["1", "2"]}, {"input": "b", "samples": [], "unfinished": 4},
             {"input": "a", "samples": ["3"]}]
-    assert read_samples(write(tmp_path / "s.jsonl", *rows)) == {"a": ["1", "2", "3"], "b": []}
+    assert read_samples(write(tmp_path / "s.jsonl", *rows)) == ({"a": ["1", "2", "3"], "b": []}, 4)
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"

@@ -26,7 +26,7 @@ def world(tmp_path_factory):
     demo.make_demo(folder / "demo", 40)
     config = json.loads((folder / "demo/model/config.json").read_text())
     raw = {**config, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-    model = train_model(raw, folder / "demo/model")
+    model = random_model(raw, folder / "demo/model")
     save_model(model, folder / "model")
     rows = [json.loads(line) for line in (folder / "demo/train.jsonl").read_text().splitlines()]
     (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:24]))
@@ -41,7 +41,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def train_model(raw, tokenizer_folder):
+def random_model(raw, tokenizer_folder):
     from allo_mini.model import CausalLM, parse_config
     model = CausalLM(parse_config(raw)).initialize(seed=1)
     model.folder = tokenizer_folder
