@@ -72,8 +72,8 @@ def run(args) -> None:
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))
     lines, saved, ends = [], [], eos_ids(model, tokenizer)
-    encoders = [Encoder(tokenizer, row_style(rows[0]) if settings.prompt == "auto" else settings.prompt, settings.max_length)
-                for _, _, rows, _ in jobs]
+    styles = [row_style(rows[0]) if settings.prompt == "auto" else settings.prompt for _, _, rows, _ in jobs]
+    encoders = [Encoder(tokenizer, style, settings.max_length) for style in styles]
     for encoder, (file, _, rows, _) in zip(encoders, jobs):
         need_usable(encoder, both_sides(rows), file)
     try:

@@ -18,6 +18,7 @@ Departures from the official code, and why:
  g. Its rewards/* are per token at equal index; ours are per sequence, with TRL's names and meanings.
  h. Its AdamW adds eps before bias correction; ours follows torch.optim.AdamW.
  i. It rewrites with GPT-4; we use the policy's own nearest correct sample, unless the data brings rewrites.
+ j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
 import sys
@@ -84,7 +85,8 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
         negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
         return run.pairs, negatives
     samples, unfinished = read_samples(run.cfg.samples or sample(run, theta))
-    pairs, negatives, report = tasks.label([t for t in run.tasks if t.input in samples], samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
+    asked = [t for t in run.tasks if t.input in samples]
+    pairs, negatives, report = tasks.label(asked, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
     say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
     if not pairs:
         raise UserError("no question has both a correct and a wrong sample: sample more (--n), or fine-tune first (--sft)")

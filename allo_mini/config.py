@@ -69,7 +69,7 @@ class Config:
     pairs: list[str] = knob([], "bring your own", "preference rows, JSONL {prompt, chosen, rejected}, one or more files: "
                             "replaces sample and pairs")
     mask: str = knob("", "bring your own", "mask.safetensors: replaces warmup and locate")
-    token_weights_file: str = knob("", "bring your own", "JSONL {input, output, reward: [one score a token]}: replaces reward")
+    token_weights_file: str = knob("", "bring your own", "JSONL {input, output, reward: [a score a token]}: replaces reward")
     reward_model: str = knob("", "bring your own", "trained rewriting model: replaces its training")
     # which stages
     sft: bool = knob(False, "stages", "supervised fine-tuning first (makes the paper's 'SFT LLM')")
@@ -110,10 +110,12 @@ class Config:
     micro_tokens: int = knob(4096, "optimizer", "tokens per forward pass [ours]")
     checkpoint_blocks: int = knob(-1, "optimizer", "first n blocks recompute activations in backward (-1: all on CUDA, "
                                   "none on CPU)")
-    dtype: str = knob("auto", "optimizer", "weights: bf16 or fp32 (auto: bf16 on CUDA, fp32 on CPU)", ("auto", "bf16", "fp32"))
+    dtype: str = knob("auto", "optimizer", "weights: bf16 or fp32 (auto: bf16 on CUDA, fp32 elsewhere)",
+                      ("auto", "bf16", "fp32"))
     device: str = knob("auto", "optimizer", "cuda, mps, cpu or cuda:1 (auto: the best there is)")
     # watching
-    eval_every: int = knob(0, "watch", "validate every so many steps of sft, forget, improve and dpo; the best weights are kept")
+    eval_every: int = knob(0, "watch", "validate every so many steps of sft, forget, improve and dpo; the best weights "
+                           "are kept")
     save_minutes: float = knob(10.0, "watch", "minutes between checkpoints inside a stage")
     # per stage
     stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
@@ -250,7 +252,8 @@ def check(c: Config) -> None:
         need(flag.replace("_", "-"), getattr(c, flag), 0 < getattr(c, flag) <= 1, "a share in (0, 1]")
     for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 1, "at least 1")
-    for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every", "weight_decay", "temperature",
+    for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every",
+                 "weight_decay", "temperature",
                  "seed", "save_minutes"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 0, "0 or more")
     for flag in ("beta", "clip"):

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, demo
-from allo_mini.checkpoint import DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files, write_jsonl
+from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
+                                  write_jsonl)
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -54,7 +55,7 @@ def file_print(path: Path) -> str:
 
 def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
     """Name -> fingerprint of everything the run reads: data files, own artefacts, the model's files."""
-    files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs} | {f for f in (cfg.samples, cfg.mask, cfg.token_weights_file) if f}
+    files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs, cfg.samples, cfg.mask, cfg.token_weights_file} - {""}
     files |= {str(base / "config.json"), str(base / "tokenizer.json"), *map(str, shard_files(base).values())}
     for folder in (cfg.reward_base, cfg.reward_model):
         files |= {str(f) for f in shard_files(find_folder(folder)).values()} if folder else set()
@@ -99,7 +100,8 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         test = demo.problems(cfg.test_limit or demo.ROWS["test"], f"{cfg.seed}/test")
         seen = {t.input for t in test}
         val = demo.problems(cfg.val_rows or demo.ROWS["val"], f"{cfg.seed}/val", seen)
-        return demo.problems(cfg.limit or demo.ROWS["train"], f"{cfg.seed}/train", seen | {t.input for t in val}), [], val, test
+        seen |= {t.input for t in val}
+        return demo.problems(cfg.limit or demo.ROWS["train"], f"{cfg.seed}/train", seen), [], val, test
     tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or cfg.only_sft or not cfg.pairs) if cfg.train else []
     pairs = [p for path in cfg.pairs for p in read_pairs(path)]
     test = []

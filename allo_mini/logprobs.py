@@ -84,7 +84,8 @@ def token_logps(model: CausalLM, batch: Batch) -> Tensor:
 def by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Flat values [S] -> rows [R,T] padded with zeros on the right, and the bool mask [R,T] of real tokens."""
     rows = pad_sequence(list(values.split(lengths)), batch_first=True)
-    mask = torch.arange(rows.shape[1], device=values.device) < torch.tensor(lengths).to(values.device, non_blocking=True)[:, None]
+    ends = torch.tensor(lengths).to(values.device, non_blocking=True)[:, None]
+    mask = torch.arange(rows.shape[1], device=values.device) < ends
     return rows, mask
 
 

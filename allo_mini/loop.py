@@ -48,7 +48,9 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     total, steps = len(steps), [micros for micros in steps if units_of(micros, objective)]
     if not steps:
         raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
-    reference = reference_logps(model, progress(steps, label=f"{name}: reference", unit="step")) if objective.step0 else None
+    reference = None
+    if objective.step0:
+        reference = reference_logps(model, progress(steps, label=f"{name}: reference", unit="step"))
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
     progress_of = run.checkpoint(name, optimizer, len(steps), skipped=total - len(steps))
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
@@ -63,7 +65,9 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         for i, micro in enumerate(steps[step]):
             batch = pack(micro, run.device)
             logps, real = by_response(token_logps(model, batch), batch.lengths)
-            ref = by_response(reference[step][i].to(run.device, non_blocking=True), batch.lengths)[0] if reference else logps.detach()
+            ref = logps.detach()
+            if reference:
+                ref, _ = by_response(reference[step][i].to(run.device, non_blocking=True), batch.lengths)
             loss, metrics = objective.loss(logps, ref, real, micro)
             (loss / units).backward()
             loss_sum = loss_sum + loss.detach()

@@ -18,7 +18,8 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     z, share = 1.959964, correct / total
     centre = share + z * z / (2 * total)
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+    low, high = (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
+    return max(0.0, low), min(1.0, high)  # rounding must not print -0.0
 
 
 def summary(items: list[dict]) -> dict[str, float]:

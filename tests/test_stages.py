@@ -1,0 +1,284 @@
+"""Single stages on a tiny model: importance, metrics, skipped steps, best weights, warnings, prints."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from allo_mini import UserError
+from allo_mini import run as run_module
+from allo_mini.config import OFFICIAL, STAGES, Stage, parse, resolve_stage
+from allo_mini.data import Example, steps_of
+from allo_mini.files import load_mask
+from allo_mini.inputs import open_run
+from allo_mini.loop import dpo_objective, npo_objective, run_stage
+from allo_mini.mask import kind_of, overlap, select_neurons
+from helpers import gradients, random_ids, separate_logps
+from test_train import arguments, world
+
+
+def start(world, tmp_path, *more):
+    """A Run on the tiny world, and its pairs as examples."""
+    run = open_run(parse(arguments(world, tmp_path / "run", *more)))
+    pairs, _ = train.preferences(run, run.base)
+    return run, run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")
+
+
+def negatives(count: int, zero: set[int] = frozenset()) -> list[Example]:
+    """Random one-response examples; those in `zero` have no weight that is not 0."""
+    rows = [(random_ids(4, i), random_ids(5, 100 + i)) for i in range(count)]
+    return [Example(prompt, [response], [0.0 if i in zero else 1.0] * 5)
+            for i, (prompt, response) in enumerate(rows)]
+
+
+def logged(run, stage: str) -> list[dict]:
+    rows = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["stage"] == stage and "step" in row]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ---- locate ------------------------------------------------------------------------------------------------
+
+def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path):
+    run, examples = start(world, tmp_path, "--beta", "0.3", "--micro-batch", "2")
+    examples = examples[:5]
+    importance, *halves = train.gradient_importance(run, run.base, examples)
+
+    def expected(some):
+        model = run.load(run.base).requires_grad_(True)
+        for prompt, (chosen, rejected) in some:
+            (-0.3 / 2 * (separate_logps(model, prompt, chosen).sum()
+                         - separate_logps(model, prompt, rejected).sum())).backward()
+        return {name: g.abs() for name, g in gradients(model).items()}
+    for got, some in zip([importance, *halves], (examples, examples[0::2], examples[1::2])):
+        wanted = expected([e[:2] for e in some])
+        assert got.keys() == wanted.keys()
+        for name in got:
+            assert got[name].dtype == torch.float32
+            scale = float(wanted[name].max())
+            torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_mask_from_importance_fits_the_models_names_and_shapes(world, tmp_path):
+    run, examples = start(world, tmp_path)
+    importance = train.gradient_importance(run, run.base, examples[:2])[0]
+    assert {name: t.shape for name, t in importance.items()} == run.shapes
+    mask = select_neurons(importance, 0.03)
+    assert {name: m.shape for name, m in mask.items()} == run.shapes
+    assert sum(int(m.sum()) for m in mask.values()) == 3 * run.parameters // 100
+    model = run.load(run.base)
+    before = weights(model)
+    run_stage(run, "improve", model, examples[:2], dpo_objective(0.1), mask)
+    assert any(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(torch.equal(p[~mask[n]], before[n][~mask[n]]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("strategy", ["gradient", "movement"])
+def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strategy):
+    run, examples = start(world, tmp_path, "--locate", strategy, "--locate-pairs", "6", "--p", "4",
+                          "--p-forget", "2", "--max-steps", "1")
+    masks = train.locate(run, run.base, examples)
+    said = capsys.readouterr().out
+    gradient, *halves = train.gradient_importance(run, run.base, examples[:6])
+    noise = overlap(*(select_neurons(h, 0.04) for h in halves))
+    assert f"of gradient masks from two halves of 6 pairs: {100 * noise:.1f} % (chance 4 %)" in said
+    other = 100 * overlap(masks["improve"], select_neurons(gradient, 0.04))
+    assert (f"overlap of movement and gradient masks: {other:.1f} %" in said) == (strategy == "movement")
+    if strategy == "gradient":
+        assert other == 100 and not (run.folder / "movement.safetensors").exists()
+    for stage, p in (("improve", 4), ("forget", 2)):
+        count = p * run.parameters // 100
+        assert f"mask: {count:,} weights, {100 * count / run.parameters:.3f} % (asked: {p} %)" in said
+        assert sum(int(m.sum()) for m in masks[stage].values()) == count
+    stored = load_mask(run.folder / "mask.safetensors", run.shapes)
+    norms = torch.cat([m.flatten() for n, m in stored.items() if kind_of(n) == "input_layernorm"])
+    assert f"input_layernorm {100 * norms.float().mean():.1f}" in said
+    assert len(re.findall(r"^  by kind   .*q_proj [\d.]+", said, re.M)) == 2
+    assert len(re.findall(r"^  by layer  .*\b0 [\d.]+  1 [\d.]+", said, re.M)) == 2
+
+
+# ---- objectives --------------------------------------------------------------------------------------------
+
+def ragged(rows: int, lengths: list[int], seed: int):
+    """Random log-probs [R,T], 0 behind each response's end, and the mask of real tokens."""
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    values = torch.randn(2, rows, max(lengths), generator=torch.Generator().manual_seed(seed)) - 2
+    return values[0] * real, values[1] * real, real
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 0.4])
+def test_dpo_metrics_are_per_sequence_over_all_tokens(epsilon):
+    lengths, beta = [3, 5, 6, 2, 4, 4], 0.25
+    logps, ref, real = ragged(6, lengths, 0)
+    loss, metrics = dpo_objective(beta, epsilon).loss(logps, ref, real, [])
+    total = 0.0
+    for i in range(3):
+        up = beta * (logps[2 * i].sum() - ref[2 * i].sum())
+        down = beta * (logps[2 * i + 1].sum() - ref[2 * i + 1].sum())
+        expected = {"rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,
+                    "rewards/accuracies": float(up > down), "logps/chosen": logps[2 * i].sum(),
+                    "logps/rejected": logps[2 * i + 1].sum()}
+        n = lengths[2 * i + 1]
+        k = max(1, int(epsilon * n))
+        ratio = (logps - ref)[2 * i + 1, :n]
+        kept = ratio.sort().values[:k].sum()
+        expected["useful/fraction"] = k / n
+        total = total - torch.nn.functional.logsigmoid(up - beta * kept)
+        for key, value in expected.items():
+            assert float(metrics[key][i]) == pytest.approx(float(value), abs=1e-5), key
+        assert expected.keys() == metrics.keys()
+    assert float(loss) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_tokens_of_weight_zero_get_no_gradient():
+    logps, ref, real = ragged(2, [4, 2], 1)
+    logps.requires_grad_()
+    examples = [Example([1], [[3] * 4], [1.0, 0.0, 0.5, 0.0]), Example([1], [[3] * 2], [0.0, 2.0])]
+    objective = npo_objective(0.1)
+    loss, metrics = objective.loss(logps, ref, real, examples)
+    loss.backward()
+    assert (logps.grad != 0).tolist() == [[True, False, True, False], [False, True, False, False]]
+    assert metrics["token_weight/fraction"].tolist() == [0.5, 0.5]
+    torch.testing.assert_close(metrics["rewards/rejected"], 0.1 * (logps - ref).sum(-1))
+    assert sum(map(objective.units, examples)) == 3
+    assert objective.step0(examples) == pytest.approx(0.6931471805599453 * 3.5 / 3)
+
+
+# ---- forgetting with weights of zero -----------------------------------------------------------------------
+
+def test_a_tail_of_zero_weights_trains_like_a_shorter_response(world, tmp_path):
+    run, _ = start(world, tmp_path, "--forget-lr", "1e-2", "--forget-epochs", "2")
+    results = []
+    for tail in (0, 3):
+        model = run.load(run.base)
+        examples = [e._replace(responses=[e.responses[0][:2 + tail]], weights=[1.0, 1.0] + [0.0] * tail)
+                    for e in negatives(4)]
+        run_stage(run, "forget", model, examples, npo_objective(0.1))
+        results.append(weights(model))
+    start_of = weights(run.load(run.base))
+    for name in start_of:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-3, atol=1e-4)
+    assert max(float((results[0][n] - start_of[n]).abs().max()) for n in start_of) > 1e-2
+
+
+def test_steps_without_any_weight_are_skipped_counted_and_change_nothing(world, tmp_path, capsys):
+    run, _ = start(world, tmp_path, "--forget-batch", "1", "--forget-warmup", "0", "--forget-lr", "1e-3")
+    first = steps_of(3, 1, 1.0, run.cfg.seed)[0][0]
+    examples = negatives(3, {0, 1, 2} - {first})  # one step that trains, then two without any weight
+    model = run.load(run.base)
+    optimizer = run_stage(run, "forget", model, examples, npo_objective(0.1))
+    assert "forget: 1 steps, 2 skipped" in capsys.readouterr().out
+    assert optimizer.steps == 1 and [row["step"] for row in logged(run, "forget")] == [1]
+    run.cfg.max_steps = 1
+    alone = run.load(run.base)
+    run_stage(run, "forget", alone, examples, npo_objective(0.1))
+    assert equal(weights(model), weights(alone))  # momentum of the first step went no further
+    assert not equal(weights(model), weights(run.load(run.base)))
+
+
+def test_the_first_step_that_trains_is_checked_even_after_skipped_ones(world, tmp_path, capsys):
+    run, _ = start(world, tmp_path, "--forget-batch", "1")
+    last = steps_of(3, 1, 1.0, run.cfg.seed)[-1][0]
+    run_stage(run, "forget", run.load(run.base), negatives(3, {0, 1, 2} - {last}), npo_objective(0.1))
+    said = capsys.readouterr().out
+    assert "forget: first loss 0.693147, expected 0.693147" in said and "forget: 1 steps, 2 skipped" in said
+
+
+def test_a_response_without_any_weight_does_not_dilute_the_others(world, tmp_path):
+    run, _ = start(world, tmp_path, "--forget-batch", "8", "--forget-lr", "1e-3", "--micro-batch", "1")
+    seen = []
+    for examples in (negatives(3), [*negatives(3), *negatives(6, set(range(6)))[3:]]):
+        model = run.load(run.base)
+        run_stage(run, "forget", model, examples, npo_objective(0.1))
+        row = logged(run, "forget")[-1]
+        seen.append((row["loss"], row["grad_norm"], row.get("token_weight/fraction")))
+    assert seen[0][:2] == pytest.approx(seen[1][:2], rel=1e-4)
+    assert (seen[0][2], seen[1][2]) == (1.0, 0.5)
+
+
+def test_a_stage_of_only_zero_weights_is_refused_and_saves_nothing(world, tmp_path):
+    run, _ = start(world, tmp_path, "--forget-batch", "2")
+    with pytest.raises(UserError, match="forget: no token of 4 rows has a weight"):
+        train.forget(run, run.base, negatives(4, {0, 1, 2, 3}), None)
+    assert not (run.folder / "forget").exists()
+
+
+# ---- the best weights --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("scores, best", [([0.2, 0.9, 0.5], 1), ([0.7, 0.1, 0.7], 0), ([0.1, 0.2, 0.3], 2)])
+def test_eval_every_saves_the_weights_of_the_best_validation(world, tmp_path, monkeypatch, capsys,
+                                                             scores, best):
+    """Five steps, validated after 2, 4 and the last; of equal scores the earliest stays."""
+    seen, script = [], iter(scores)
+
+    def validate(model):
+        seen.append(weights(model))
+        return next(script)
+    monkeypatch.setattr(run_module.Run, "validator", lambda self: validate)
+    run, examples = start(world, tmp_path, "--eval-every", "2", "--val-rows", "2", "--max-steps", "5",
+                          "--dpo-batch", "4", "--dpo-lr", "1e-3")
+    saved = load_file(train.dpo(run, run.base, examples) / "model.safetensors")
+    assert len(seen) == 3 and not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
+    assert [equal({n: saved[n] for n in s}, s) for s in seen] == [i == best for i in range(3)]
+    assert f"best validation score, {scores[best]:.4f}" in capsys.readouterr().out
+    scored = {row["step"]: row["eval/score"] for row in logged(run, "dpo") if "eval/score" in row}
+    assert scored == dict(zip((2, 4, 5), scores))
+
+
+def test_validation_changes_no_training_step(world, tmp_path, monkeypatch):
+    """With the best score at the end, the result is that of a run that never validates."""
+    run, examples = start(world, tmp_path, "--eval-every", "1", "--val-rows", "2", "--max-steps", "3",
+                          "--dpo-lr", "1e-3")
+    score, results = iter([1, 2, 3]), []
+    real = run.validator()
+    assert real is not None
+    for validate in (None, lambda model: (real(model), next(score))[1]):
+        model = run.load(run.base)
+        run_stage(run, "dpo", model, examples, dpo_objective(0.1), None, validate)
+        results.append(weights(model))
+    assert next(score, None) is None and equal(*results)
+
+
+# ---- settings and warnings ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_learning_rates_scale_with_the_root_of_the_size_up_to_100_times(stage):
+    def lr(parameters):
+        return resolve_stage(stage, Stage(), parameters, 1000).lr
+    official = OFFICIAL[stage].lr
+    assert lr(7_000_000_000) == lr(70_000_000_000) == official
+    assert lr(1_750_000_000) == pytest.approx(2 * official, rel=0.05)  # two digits are kept
+    assert lr(70_000_000) == pytest.approx(10 * official, rel=0.05)
+    assert lr(700_000) == lr(7_000) == lr(1) == pytest.approx(100 * official)
+    assert resolve_stage(stage, Stage(lr=3e-4), 1000, 1000).lr == 3e-4
+
+
+def test_batches_give_50_steps_but_are_not_below_8_nor_above_the_official_size():
+    def batch(rows, **given):
+        return resolve_stage("improve", Stage(**given), 10**9, rows).batch
+    assert [batch(n) for n in (1, 5, 8, 100, 400, 450, 1000, 6400, 10**6)] == [1, 5, 8, 8, 8, 9, 20, 128, 128]
+    assert resolve_stage("warmup", Stage(), 10**9, 10**6).batch == 32
+    assert batch(10, batch=64) == 64 and batch(10**6, batch=3) == 3
+    kept = resolve_stage("improve", Stage(epochs=2.5, warmup=0.4), 10**9, 100)
+    assert (kept.epochs, kept.warmup) == (2.5, 0.4)
+
+
+@pytest.mark.parametrize("dtype, lr, moved", [("bf16", "1e-12", False), ("bf16", "1e-2", True),
+                                              ("fp32", "1e-30", False), ("fp32", "1e-6", True)])
+def test_it_warns_exactly_when_the_models_weights_did_not_move(world, tmp_path, capsys, dtype, lr, moved):
+    """In the model's dtype, that is: a bf16 weight stays where it is while its fp32 master creeps."""
+    run, examples = start(world, tmp_path, "--dtype", dtype, "--dpo-lr", lr, "--max-steps", "2")
+    model = run.load(run.base)
+    run_stage(run, "dpo", model, examples, dpo_objective(0.1))
+    assert equal(weights(model), weights(run.load(run.base))) is not moved
+    assert ("WARNING: the weights did not move" in capsys.readouterr().out) is not moved
