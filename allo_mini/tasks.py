@@ -23,7 +23,7 @@ def normalize(answer: str) -> str:
     """Case, commas inside numbers, final punctuation, and ".0" of whole numbers do not matter."""
     text = " ".join(answer.strip().lower().split()).rstrip(".,;:!?").strip()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
-    return re.sub(r"^\$?(-?\d+)\.0+$", r"\1", text).lstrip("$")
+    return re.sub(r"^\$?(-?\d+)\.0+$", r"\1", text).lstrip("$").strip()
 
 
 def is_correct(text: str, task: Task) -> bool:
