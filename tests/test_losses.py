@@ -48,6 +48,21 @@ def test_noisy_token_dpo_equals_official_loss_and_gradient(case):
     torch.testing.assert_close(rejected.grad, data["grad_rejected"], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("case, of_margin", [(4, lambda m: (1 - 0.1 * m).relu()),
+                                             (5, lambda m: (m - 1 / (2 * 0.1)).square())])
+def test_useful_tokens_equal_the_official_ones_under_hinge_and_ipo(case, of_margin):
+    """The official filter with its hinge (case 4) and IPO (case 5, summed ratios) losses, which are written here."""
+    data = case_of("noisy_token_dpo", case)
+    chosen, rejected = data["policy_chosen"].requires_grad_(), data["policy_rejected"].requires_grad_()
+    everywhere = torch.ones(rejected.shape, dtype=torch.bool)
+    useful = useful_token_mask(rejected, data["ref_rejected"], everywhere, round(float(data["epsilon"]), 6))
+    losses = of_margin((chosen - data["ref_chosen"]).sum(-1) - ((rejected - data["ref_rejected"]) * useful).sum(-1))
+    losses.sum().backward()
+    torch.testing.assert_close(losses, data["losses"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(chosen.grad, data["grad_chosen"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rejected.grad, data["grad_rejected"], atol=1e-6, rtol=1e-6)
+
+
 def test_values_while_theta_is_ref():
     """DPO: ln 2, whatever beta; NPO: w ln 2; gradients -beta/2, +beta/2 and w beta/2."""
     chosen, rejected = torch.randn(5).requires_grad_(), torch.randn(5).requires_grad_()
