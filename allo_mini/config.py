@@ -156,7 +156,8 @@ def number(kind):
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", allow_abbrev=False, description=(
-        "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo."))
+        "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose "
+        "own settings --print-config shows. A learning rate or batch of 0 is chosen for you."))
     parser.add_argument("--config", metavar="FILE.json", help="read settings from a file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
     groups = {}

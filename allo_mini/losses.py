@@ -12,7 +12,6 @@ the *whole* step, so that splitting a step into micro-batches changes nothing (d
 import math
 from fractions import Fraction
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

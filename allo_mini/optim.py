@@ -2,7 +2,8 @@
 
 All selected weights of all tensors stand in one flat fp32 vector, the *master*; gradient and moments are flat
 vectors beside it. A parameter's dense gradient lives only until backward has finished that parameter: a hook
-gathers its selected entries and drops it. So state costs 16 bytes per *selected* weight instead of per weight.
+gathers its selected entries and drops it. So state costs 16 bytes and a 4-byte index per *selected* weight, plus
+4 bytes of host memory for where it started.
 
     tensor A  . x . . x        tensor B  x . .        selected entries x
                |     |                   |
