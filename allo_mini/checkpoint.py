@@ -16,12 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allo_mini import UserError
+from allo_mini.linear import to_int8
+from allo_mini.mask import put
 from allo_mini.model import CausalLM, parse_config
 from allo_mini.tokenizer import Tokenizer, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
 DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+SHARD = 4 << 30  # bytes of one weights file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -113,10 +116,11 @@ def open_safetensors(path: Path):
 
 
 def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu",
-               revision: str | None = None) -> CausalLM:
+               revision: str | None = None, int8: bool = False, mask=None) -> CausalLM:
     """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
 
     Built on the meta device and filled tensor by tensor from memory-mapped files, so the peak is one model.
+    int8: store the linear layers' weights in 8 bits, but the entries selected by `mask` (name -> bool) as they are.
     Raises UserError for anything missing, truncated, misshapen or unsupported.
     """
     dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
@@ -132,7 +136,7 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
                or (name == "lm_head.weight" and config.tie_word_embeddings)}
     if extra := sorted(set(files) - set(wanted) - ignored):
         raise UserError(f"{folder}: weight {extra[0]} does not belong to {config.raw['architectures'][0]}")
-    state = {}
+    state, beside = {}, {}
     for path in sorted(set(files[name] for name in wanted)):
         with open_safetensors(path) as f:
             held = set(f.keys())
@@ -145,10 +149,15 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
                                     f"{list(wanted[name])}")
                 if not tensor.is_floating_point():
                     raise UserError(f"{path}: {name} holds {tensor.dtype}, only floating point is supported")
-                state[name] = tensor.to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+                if int8 and tensor.dim() == 2 and "embed_tokens" not in name:  # an embedding is read a row at a time
+                    state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device)
+                else:
+                    state[name] = tensor.to(device=device, dtype=dtype)
+    model.requires_grad_(False).load_state_dict(state, strict=True, assign=True)
+    for name, int8 in beside.items():
+        model.get_parameter(name).int8 = int8
     model.folder = folder
-    return model.requires_grad_(False)
+    return model
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -160,13 +169,37 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def dense_weight(model: CausalLM, name: str, files: dict[str, Path]) -> torch.Tensor:
+    """A weight as it is to be saved, on the CPU. For an int8 one: the file it came from, selected entries replaced."""
+    p = model.get_parameter(name)
+    if not hasattr(p, "int8"):
+        return p.detach().contiguous().cpu()
+    with open_safetensors(files[name]) as f:
+        dense = f.get_tensor(name).to(p.int8.values.dtype, copy=True)
+    for rows, entries, index in p.int8.selection.chunks():
+        put(dense[rows], None if index is None else index.cpu(), p.int8.values[entries])
+    return dense
+
+
 def write_model(model: CausalLM, folder: Path) -> None:
-    """Write config, weights and the tokenizer files of the model's own folder into an existing empty folder."""
-    state = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters()}
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    """Write config, weights (in shards of SHARD bytes) and the model's own tokenizer files into an existing empty folder."""
+    dtype, shards, size = model.model.embed_tokens.weight.dtype, [[]], 0
+    for name, p in model.named_parameters():
+        if size + p.numel() * dtype.itemsize > SHARD and shards[-1]:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += p.numel() * dtype.itemsize
     raw = {k: v for k, v in model.config.raw.items() if k not in ("torch_dtype", "dtype")}
-    (folder / "config.json").write_text(json.dumps({**raw, "dtype": dtype}, indent=2) + "\n")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**raw, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
+    files, table = shard_files(model.folder) if model.folder else {}, {}
+    for i, names in enumerate(shards, 1):  # a shard at a time: host memory never holds the whole model
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({name: dense_weight(model, name, files) for name in names}, folder / file, metadata={"format": "pt"})
+        table.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        (folder / "model.safetensors.index.json").write_text(json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": table}, indent=2) + "\n")
     for name in TOKENIZER_FILES:
         if model.folder and (model.folder / name).is_file():
             shutil.copyfile(model.folder / name, folder / name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import atomic_file, open_safetensors
 from allo_mini.data import Negative, messages_of, read_jsonl, text_of
-from allo_mini.mask import pack_mask, unpack_mask
+from allo_mini.mask import PackedMask, mask_metadata, pack_mask, read_mask
 
 
 def append_rows(path: Path, rows) -> None:
@@ -78,24 +78,24 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
 
-def save_mask(mask: dict[str, Tensor], path: Path) -> None:
+def save_mask(mask, path: Path) -> None:
     """1 bit a weight."""
-    bits, metadata = pack_mask(mask)
-    save_tensors(bits, path, metadata)
+    packed = mask if isinstance(mask, PackedMask) else pack_mask(mask.items())
+    save_tensors(packed.bits, path, mask_metadata(packed))
 
 
-def load_mask(path: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def load_mask(path: str | Path, shapes: dict[str, torch.Size]) -> PackedMask:
     """A mask that fits a model with these parameter shapes. Raises UserError naming what does not fit."""
     try:
-        mask = unpack_mask(*load_tensors(path))
+        mask = read_mask(*load_tensors(path))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise UserError(f"{path}: not a mask of ours: {' '.join(str(e).split())}") from None
     if extra := sorted(set(mask) - set(shapes)):
         raise UserError(f"{path}: holds a mask of {extra[0]}, which the model does not have")
     for name, shape in shapes.items():
-        if name not in mask or mask[name].shape != shape:
-            found = list(mask[name].shape) if name in mask else "missing"
+        if mask.shapes.get(name) != list(shape):
+            found = mask.shapes.get(name, "missing")
             raise UserError(f"{path}: mask of {name} is {found}, the model has {list(shape)}")
-    if not any(bool(m.any()) for m in mask.values()):
+    if not any(bool(bits.any()) for bits in mask.bits.values()):
         raise UserError(f"{path}: the mask selects nothing")
-    return {name: mask[name] for name in shapes}
+    return PackedMask(mask.bits, {name: mask.shapes[name] for name in shapes})

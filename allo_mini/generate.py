@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
 
 
@@ -165,7 +166,7 @@ class Sampler:
     def advance(self, samples: list[Sample], hidden: Tensor) -> None:
         """Give each sample its next token (`hidden` [len(samples), H]), then let the finished ones leave."""
         u = torch.stack([s.u[len(s.tokens)] for s in samples]).to(self.device)
-        tokens = pick(F.linear(hidden, self.model.head_weight), self.temperature, self.top_p, u).tolist()
+        tokens = pick(linear(hidden, self.model.head_weight), self.temperature, self.top_p, u).tolist()
         for s, token in zip(samples, tokens):
             s.tokens.append(token)
         over = [len(s.tokens) >= s.limit or self.over(s.tokens) for s in self.running]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
 
 HEAD_BYTES = 1 << 28  # at most this much fp32 logits at a time (0.27 GB)
@@ -64,7 +65,7 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
     """
     def one(hidden, targets):
-        return -F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        return -F.cross_entropy(linear(hidden, weight).float(), targets, reduction="none")
 
     rows = max(1, HEAD_BYTES // (4 * weight.shape[0]))
     if len(targets) <= rows:

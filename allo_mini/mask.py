@@ -8,6 +8,7 @@ select 21 % (departure a); here the threshold is global and the count is exact.
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
@@ -17,16 +18,16 @@ from torch import Tensor
 CHUNK = 1 << 24  # values looked at in one go: 64 MB of fp32
 
 
-def bit_patterns(values: Tensor):
+def bit_patterns(values: Tensor, device=None):
     """Yield |values| as int32 bit patterns, chunk by chunk: for non-negative floats, their order is the bits' order."""
     for chunk in values.detach().reshape(-1).split(CHUNK):
-        bits = chunk.float().abs().view(torch.int32)
+        bits = chunk.to(device).float().abs().view(torch.int32)
         if bits.numel() and int(bits.max()) >= 0x7F800000:
             raise ValueError("importance holds inf or NaN")
         yield bits
 
 
-def kth_largest(tensors: list[Tensor], k: int) -> tuple[int, int]:
+def kth_largest(tensors: list[Tensor], k: int, device=None) -> tuple[int, int]:
     """Radix select: the bit pattern of the k-th largest |value| over all tensors, and how many *equal* ones to take.
 
     Two streaming passes with a histogram of 65,536 bins each: the upper 16 bits first, then the lower 16 bits of
@@ -40,7 +41,7 @@ def kth_largest(tensors: list[Tensor], k: int) -> tuple[int, int]:
     def histogram(select) -> Tensor:
         total = torch.zeros(1 << 16, dtype=torch.int64)
         for values in tensors:
-            for bits in bit_patterns(values):
+            for bits in bit_patterns(values, device):
                 total += torch.bincount(select(bits), minlength=1 << 16).cpu()
         return total
 
@@ -49,29 +50,91 @@ def kth_largest(tensors: list[Tensor], k: int) -> tuple[int, int]:
     return high << 16 | low, k
 
 
+def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
+    """As select_neurons, but yield (name, bool tensor on the CPU) one after the other, counting on `device`.
+
+    The importance may lie in a memory-mapped file: two passes count, a third selects, each holding a chunk at a time.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
+    count = math.floor(Fraction(repr(float(fraction))) * sum(t.numel() for t in importance.values()))
+    threshold, ties = kth_largest(list(importance.values()), count, device) if count else (0x7F800000, 0)
+    for name, values in importance.items():
+        mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
+        for bits in bit_patterns(values, device):
+            above, equal = bits > threshold, bits == threshold
+            if (here := int(equal.sum())) > ties:
+                equal &= equal.cumsum(0) <= ties
+            ties -= min(ties, here)
+            mask[at:at + len(bits)] = above | equal
+            at += len(bits)
+        yield name, mask.view(values.shape)
+
+
 def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """The exact top `fraction` (0..1) of |importance| over all tensors together -> bool tensors of the same shapes.
 
     floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100); ties at the threshold go to
     the earlier (tensor, flat index). Raises ValueError for a fraction outside (0, 1] or non-finite importance.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    count = math.floor(Fraction(repr(float(fraction))) * sum(t.numel() for t in importance.values()))
-    if count == 0:
-        return {name: torch.zeros_like(t, dtype=torch.bool) for name, t in importance.items()}
-    threshold, ties = kth_largest(list(importance.values()), count)
-    mask = {}
-    for name, values in importance.items():
-        picked = []
-        for bits in bit_patterns(values):
-            above, equal = bits > threshold, bits == threshold
-            if (here := int(equal.sum())) > ties:
-                equal &= equal.cumsum(0) <= ties
-            ties -= min(ties, here)
-            picked.append(above | equal)
-        mask[name] = torch.cat(picked).view(values.shape) if picked else torch.zeros_like(values, dtype=torch.bool)
-    return mask
+    return dict(each_selected(importance, fraction))
+
+
+# ---- positions of selected entries, in few bytes -----------------------------------------------------------
+
+def row_edges(shape) -> list[int]:
+    """0, ..., rows: where chunks of at most CHUNK values begin and end; multiples of 256 rows, so blocks stay whole."""
+    step = max(256, CHUNK // max(1, math.prod(shape[1:])) // 256 * 256)
+    return [*range(0, shape[0], step), shape[0]]
+
+
+class Selection:
+    """Where a tensor's selected entries stand: one byte for each, and two for every block of 256 entries.
+
+        flat tensor   . . x . . . . . . x | . . . . . | x . . .       blocks of 256
+        offsets           2             9               0             uint8, block after block
+        counts                2              0          1             int16
+
+    `chunks()` walks over the tensor in groups of whole rows, so that whoever handles dense values of a large matrix
+    (its gradient, its dequantised weights) never holds more than CHUNK of them. Without a mask all are selected.
+    """
+
+    def __init__(self, shape, mask: Tensor | None = None, device="cpu"):
+        self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape)
+        self.all = mask is None
+        if self.all:
+            self.ends = [row * self.width for row in self.edges]
+            return
+        index = mask.reshape(-1).nonzero().squeeze(1)
+        self.offsets = (index & 255).to(device, torch.uint8)
+        self.counts = torch.bincount(index >> 8, minlength=-(-mask.numel() // 256)).to(device, torch.int16)
+        edges = torch.tensor(self.edges, device=index.device) * self.width
+        self.ends = torch.searchsorted(index, edges).tolist()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def chunks(self):
+        """Yield (row slice, slice of the selected entries, their flat positions within the chunk; None: all)."""
+        for first, last, begin, end in zip(self.edges, self.edges[1:], self.ends, self.ends[1:]):
+            index = None
+            if not self.all:
+                counts = self.counts[first * self.width // 256:-(-last * self.width // 256)].long()
+                blocks = torch.arange(len(counts), device=counts.device).repeat_interleave(
+                    counts, output_size=end - begin)  # told the size, it need not wait for the device
+                index = (blocks << 8) + self.offsets[begin:end]
+            yield slice(first, last), slice(begin, end), index
+
+
+def take(dense: Tensor, index: Tensor | None) -> Tensor:
+    """The selected entries of a dense chunk, flat."""
+    return dense.reshape(-1) if index is None else dense.reshape(-1)[index]
+
+
+def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
+    """Write the selected entries of a (contiguous) dense chunk in place."""
+    flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=True)
+    flat.copy_(values) if index is None else flat.index_copy_(0, index, values)
 
 
 def selected(mask: dict[str, Tensor]) -> int:
@@ -105,14 +168,38 @@ def kind_of(name: str) -> str:
     return name.split(".")[-2]
 
 
-def pack_mask(mask: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata for a mask file of 1 bit a weight (safetensors; shapes in the metadata)."""
-    bits = {n: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for n, m in mask.items()}
-    return bits, {"format": "allo_mini mask", "shapes": json.dumps({n: list(m.shape) for n, m in mask.items()})}
+class PackedMask(Mapping):
+    """A mask of 1 bit a weight that unpacks a tensor when it is asked for; bits: name -> uint8, shapes: name -> shape."""
+
+    def __init__(self, bits: dict[str, Tensor], shapes: dict[str, list[int]]):
+        self.bits, self.shapes = bits, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        flat = np.unpackbits(self.bits[name].numpy(), count=math.prod(self.shapes[name]))
+        return torch.from_numpy(flat.view(bool)).view(self.shapes[name])
+
+    def __iter__(self):
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
 
 
-def unpack_mask(bits: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """The inverse of pack_mask. Raises ValueError when the file does not hold a mask or contradicts itself."""
+def pack_mask(masks) -> PackedMask:
+    """(name, bool tensor) pairs -> PackedMask."""
+    bits, shapes = {}, {}
+    for name, m in masks:
+        bits[name], shapes[name] = torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))), list(m.shape)
+    return PackedMask(bits, shapes)
+
+
+def mask_metadata(mask: PackedMask) -> dict[str, str]:
+    """What stands beside the bits in a mask file (safetensors)."""
+    return {"format": "allo_mini mask", "shapes": json.dumps(mask.shapes)}
+
+
+def read_mask(bits: dict[str, Tensor], metadata: dict[str, str]) -> PackedMask:
+    """The content of a mask file. Raises ValueError when it does not hold a mask or contradicts itself."""
     if metadata.get("format") != "allo_mini mask":
         raise ValueError("not an allo_mini mask file")
     shapes = json.loads(metadata.get("shapes", "null"))
@@ -121,14 +208,11 @@ def unpack_mask(bits: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, 
         raise ValueError("the mask's shapes are missing or broken")
     if set(shapes) != set(bits):
         raise ValueError("the mask's names and shapes do not agree")
-    mask = {}
     for name, shape in shapes.items():
-        size = math.prod(shape)
-        if bits[name].dtype != torch.uint8 or bits[name].numel() != (size + 7) // 8:
-            raise ValueError(f"{name} has {bits[name].numel()} bytes, expected {(size + 7) // 8}")
-        flat = np.unpackbits(bits[name].numpy(), count=size).astype(bool)
-        mask[name] = torch.from_numpy(flat).view(shape)
-    return mask
+        size = (math.prod(shape) + 7) // 8
+        if bits[name].dtype != torch.uint8 or bits[name].numel() != size:
+            raise ValueError(f"{name} has {bits[name].numel()} bytes, expected {size}")
+    return PackedMask(bits, shapes)
 
 
 def mask_hash(mask: dict[str, Tensor]) -> str:

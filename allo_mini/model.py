@@ -23,6 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini import UserError
+from allo_mini.linear import embedding, linear
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
             "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -211,15 +212,25 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=c.output_bias)
+        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.output_bias)
         if c.family == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
@@ -235,9 +246,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -258,7 +269,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -275,7 +286,7 @@ class CausalLM(nn.Module):
         self.config, self.checkpoint_blocks, self.folder = config, 0, None
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -297,7 +308,7 @@ class CausalLM(nn.Module):
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B,T] -> [B,T,V]; for inspection and tests: training never builds the whole of it (logprobs.py)."""
-        return F.linear(self(input_ids), self.head_weight)
+        return linear(self(input_ids), self.head_weight)
 
     @torch.no_grad()
     def initialize(self, seed: int, std: float = 0.02) -> "CausalLM":

@@ -1,95 +1,165 @@
 """AdamW whose state exists for the selected weights only (departures d, e, h), and the learning-rate schedule.
 
 All selected weights of all tensors stand in one flat fp32 vector, the *master*; gradient and moments are flat
-vectors beside it. A parameter's dense gradient lives only until backward has finished that parameter: a hook
-gathers its selected entries and drops it. So state costs 16 bytes and a 4-byte index per *selected* weight, plus
-4 bytes of host memory for where it started.
+vectors beside it. A dense gradient lives only until its selected entries are added to the flat one.
 
     tensor A  . x . . x        tensor B  x . .        selected entries x
                |     |                   |
     master   [ a1    a2                  b1 ]          fp32; so are grad, exp_avg and exp_avg_sq
 
-The fp32 master is not optional: a bf16 weight cannot take a step of 5e-7.
+The fp32 master is not optional: a bf16 weight cannot take a step of 5e-7. Bytes per *selected* weight: 1.2 for its
+position, 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4 of host memory for where it started; offload
+moves master and moments ("state"), or these and the gradient ("gradient"), to host memory.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from allo_mini.mask import Selection, put, take
+from allo_mini.quant import BLOCK, decode, encode
+
+SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # selected weights updated in one go: a CPU's cache, few launches on a GPU
+
+
+@dataclass
+class Slot:
+    """The place of one parameter in the flat vectors; linear.py finds it as `parameter.slot`."""
+    name: str
+    p: Tensor
+    selection: Selection
+    where: slice  # in the flat vectors
+    grad: Tensor  # the flat gradient's part, fp32
+    handle: Tensor | None = None  # stands in for an int8 parameter in autograd's graph
+    rows: tuple | None = None
+
+    def add(self, entries: slice, values: Tensor) -> None:
+        """Accumulate gradient values of some selected entries."""
+        self.grad[entries] += values.to(self.grad.device)
+
+    def compact(self) -> tuple[Tensor, Selection]:
+        """For a matrix [V,H]: where each row stands among the rows with selected entries, and the selection within those."""
+        if self.rows is None and self.selection.all:
+            self.rows = torch.arange(len(self.p), device=self.p.device), self.selection
+        elif self.rows is None:
+            mask = torch.zeros(self.selection.shape, dtype=torch.bool, device=self.p.device)
+            for rows, _, index in self.selection.chunks():
+                mask[rows].view(-1)[index] = True
+            used = mask.any(1)
+            self.rows = torch.where(used, used.cumsum(0) - 1, used.sum()), Selection(mask[used].shape, mask[used], self.p.device)
+        return self.rows
+
 
 class FlatGradient:
-    """Gathers the selected entries of every gradient into one flat fp32 buffer while backward runs.
+    """Adds the selected entries of every gradient to one flat fp32 buffer while backward runs.
 
     named_parameters: pairs of (name, parameter) of any nn.Module; mask: name -> bool tensor, or None for all weights.
-    Parameters without a selected entry stop requiring gradients; `close()` undoes everything.
-    Raises ValueError when a mask entry is missing or has another shape than its parameter.
+    host: the buffer stands in (pinned) host memory. Parameters without a selected entry stop requiring gradients;
+    `close()` undoes everything. Raises ValueError when a mask entry is missing or has another shape than its parameter.
     """
 
-    def __init__(self, named_parameters, mask: dict[str, Tensor] | None = None):
-        self.slots, self.handles, self.before, size = [], [], [], 0  # slot: name, parameter, indices or None, slice
+    def __init__(self, named_parameters, mask: dict[str, Tensor] | None = None, host: bool = False):
+        chosen, self.handles, self.before, size = [], [], [], 0
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
-            indices, count = None, p.numel()
-            if mask is not None:
-                indices = mask[name].reshape(-1).nonzero().squeeze(1).to(p.device, torch.int32)
-                count = indices.numel()
             if not p.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous")
+            selection = Selection(p.shape, None if mask is None else mask[name], p.device)
             self.before.append((p, p.requires_grad))
-            p.requires_grad_(count > 0)
+            p.requires_grad_(len(selection) > 0 and p.is_floating_point())
             p.grad = None
-            if count:
-                self.slots.append((name, p, indices, slice(size, size + count)))
-                size += count
-        if not self.slots:
+            if len(selection):
+                chosen.append((name, p, selection, slice(size, size + len(selection))))
+                size += len(selection)
+        if not chosen:
             raise ValueError("the mask selects nothing")
-        self.grad = torch.zeros(size, dtype=torch.float32, device=self.slots[0][1].device)
-        for _, p, indices, where in self.slots:
-            self.handles.append(p.register_post_accumulate_grad_hook(self._gather(indices, where)))
+        self.grad = flat_zeros(size, chosen[0][1].device, host)
+        self.slots = [Slot(*one, self.grad[one[-1]]) for one in chosen]
+        for slot in self.slots:
+            slot.p.slot = slot
+            if slot.p.is_floating_point():
+                self.handles.append(slot.p.register_post_accumulate_grad_hook(self._gather(slot)))
+            else:
+                slot.handle = torch.zeros(1, requires_grad=True, device=slot.p.device)
 
-    def _gather(self, indices, where):
-        def hook(p):
-            entries = p.grad.reshape(-1)
-            self.grad[where] += entries if indices is None else entries[indices]
+    def _gather(self, slot: Slot):
+        def hook(p):  # for parameters outside linear.py: norms, biases, and any other module's
+            for rows, entries, index in slot.selection.chunks() if p.grad is not None else ():
+                slot.add(entries, take(p.grad[rows], index))
             p.grad = None  # the dense gradient ends here
         return hook
 
-    def gather_weights(self) -> Tensor:
-        """The selected weights as they stand in the parameters, flat fp32."""
-        parts = [p.detach().reshape(-1) if i is None else p.detach().reshape(-1)[i] for _, p, i, _ in self.slots]
-        return torch.cat([part.float() for part in parts])
+    def gather_weights(self, flat: Tensor | None = None) -> Tensor:
+        """The selected weights as they stand in the parameters, flat fp32 (into `flat` if given)."""
+        flat = torch.empty_like(self.grad) if flat is None else flat
+        for slot in self.slots:
+            int8 = getattr(slot.p, "int8", None)
+            for rows, entries, index in slot.selection.chunks():
+                flat[slot.where][entries] = int8.values[entries] if int8 else take(slot.p.detach()[rows], index)
+        return flat
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat vector cut into tensors of the parameters' shapes; needs mask = None."""
-        return {name: flat[where].view(p.shape) for name, p, _, where in self.slots}
+        return {s.name: flat[s.where].view(s.p.shape) for s in self.slots}
 
     def close(self) -> None:
-        """Remove the hooks; the parameters are ordinary again."""
+        """Remove hooks and slots; the parameters are ordinary again."""
         for handle in self.handles:
             handle.remove()
+        for slot in self.slots:
+            del slot.p.slot
         for p, required in self.before:
             p.grad = None
             p.requires_grad_(required)
 
 
+def flat_zeros(size: int, device, host: bool) -> Tensor:
+    """fp32 zeros on the device, or in host memory that a GPU can copy from and to without a detour."""
+    return torch.zeros(size, pin_memory=device.type == "cuda") if host else torch.zeros(size, device=device)
+
+
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float, betas, eps: float, decay: float):
+    """One AdamW update in place (Loshchilov & Hutter 2019; eps after bias correction, departure h). All fp32 [n].
+
+        m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
+        theta <- (1 - lr decay) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+    """
+    bias1, bias2 = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
+    m.lerp_(grad, 1 - betas[0])
+    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+    if decay:
+        master.mul_(1 - lr * decay)
+    master.addcdiv_(m, v.sqrt().add_(eps * bias2), value=-lr * bias2 / bias1)  # both sides of the fraction times bias2
+
+
 class MaskedAdamW(FlatGradient):
-    """AdamW (Loshchilov & Hutter 2019) over the selected weights, equal to torch.optim.AdamW on those.
+    """AdamW over the selected weights, equal to torch.optim.AdamW on those.
 
     After it is made, `backward()` leaves no dense .grad behind, and `step()` changes selected entries only: no
-    decay, no rounding and no moment ever touches another weight. `state_bits` is 32.
+    decay, no rounding and no moment ever touches another weight.
+
+    state_bits: 32, or 8 for blockwise 8-bit moments (m, and the square root of v; quant.py).
+    offload: "none"; "state": master and moments in host memory; "gradient": the gradient buffer too.
     """
 
     def __init__(self, named_parameters, mask=None, lr: float = 1e-6, betas=(0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, state_bits: int = 32):
-        if state_bits != 32:
-            raise ValueError(f"state_bits must be 32, got {state_bits}")
-        super().__init__(named_parameters, mask)
+                 weight_decay: float = 0.0, state_bits: int = 32, offload: str = "none"):
+        if state_bits not in (8, 32):
+            raise ValueError(f"state_bits must be 8 or 32, got {state_bits}")
+        super().__init__(named_parameters, mask, host=offload == "gradient")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, 0
-        self.master = self.gather_weights()
+        self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
+        self.master = flat_zeros(size, device, offload != "none")
+        self.gather_weights(self.master)
         self.start = self.master.to("cpu", copy=True)  # to say at the end how far the weights have come
-        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        kind = torch.uint8 if state_bits == 8 else torch.float32
+        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master, dtype=kind) for _ in "mv")
+        if state_bits == 8:
+            self.exp_avg_scale, self.exp_avg_sq_scale = (
+                torch.zeros(-(-size // BLOCK), device=self.master.device) for _ in "mv")
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
@@ -101,34 +171,40 @@ class MaskedAdamW(FlatGradient):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update, five verbs; the gradient buffer is empty afterwards."""
+        """One update; the gradient buffer is empty afterwards."""
         self.steps += 1
-        self._decay()
-        self._update_moments()
-        self._move()
+        size = SLICE.get(self.master.device.type, SLICE["cuda"])
+        for at in range(0, len(self.master), size):
+            part = slice(at, min(at + size, len(self.master)))
+            m, v = self._moments(part)
+            adamw(self.master[part], self.grad[part].to(self.master.device), m, v, self.steps, self.lr, self.betas,
+                  self.eps, self.weight_decay)
+            self._store(part, m, v)
         self.write_back()
         self.grad.zero_()
 
-    def _decay(self):
-        if self.weight_decay:
-            self.master.mul_(1 - self.lr * self.weight_decay)
+    def _moments(self, part: slice) -> tuple[Tensor, Tensor]:
+        m, v, blocks = self.exp_avg[part], self.exp_avg_sq[part], slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        if self.bits == 8:
+            m, v = decode(m, self.exp_avg_scale[blocks], True), decode(v, self.exp_avg_sq_scale[blocks], False).square_()
+        return m, v
 
-    def _update_moments(self):
-        self.exp_avg.lerp_(self.grad, 1 - self.betas[0])
-        self.exp_avg_sq.mul_(self.betas[1]).addcmul_(self.grad, self.grad, value=1 - self.betas[1])
+    def _store(self, part: slice, m: Tensor, v: Tensor) -> None:
+        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        if self.bits == 8:
+            self.exp_avg[part], self.exp_avg_scale[blocks] = encode(m, True)
+            self.exp_avg_sq[part], self.exp_avg_sq_scale[blocks] = encode(v.sqrt_(), False)
 
-    def _move(self):
-        bias1, bias2 = 1 - self.betas[0] ** self.steps, 1 - self.betas[1] ** self.steps
-        denominator = self.exp_avg_sq.sqrt().div_(math.sqrt(bias2)).add_(self.eps)  # eps after bias correction
-        self.master.addcdiv_(self.exp_avg, denominator, value=-self.lr / bias1)
-
-    def write_back(self):
-        for _, p, indices, where in self.slots:
-            values = self.master[where].to(p.dtype)
-            if indices is None:
-                p.detach().view(-1).copy_(values)
-            else:
-                p.detach().view(-1).index_copy_(0, indices.long(), values)
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """The master's values into the parameters, rounded to their dtype."""
+        for slot in self.slots:
+            master, int8 = self.master[slot.where], getattr(slot.p, "int8", None)
+            if int8:
+                int8.values.copy_(master, non_blocking=True)
+                continue
+            for rows, entries, index in slot.selection.chunks():
+                put(slot.p.detach()[rows], index, master[entries])
 
     def movement(self) -> dict[str, Tensor]:
         """|theta - theta_start| of every weight in fp32, on the CPU; needs mask = None."""
@@ -140,14 +216,15 @@ class MaskedAdamW(FlatGradient):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on: flat tensors and the step count."""
-        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq,
-                "start": self.start, "steps": torch.tensor(self.steps)}
+        names = ["master", "start", "exp_avg", "exp_avg_sq"] + ["exp_avg_scale", "exp_avg_sq_scale"] * (self.bits == 8)
+        return {**{name: getattr(self, name) for name in names}, "steps": torch.tensor(self.steps)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of state_dict; the parameters get the master's values."""
-        for name in ("master", "exp_avg", "exp_avg_sq", "start"):
-            getattr(self, name).copy_(state[name])
+        for name, mine in self.state_dict().items():
+            if name != "steps":
+                mine.copy_(state[name])
         self.steps = int(state["steps"])
         self.write_back()
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError, mask as mask_module
 from allo_mini.files import load_mask, save_mask
-from allo_mini.mask import (density_by, kind_of, layer_of, mask_hash, overlap, pack_mask, select_neurons,
-                            selected, unpack_mask)
+from allo_mini.mask import (density_by, kind_of, layer_of, mask_hash, mask_metadata, overlap, pack_mask, select_neurons,
+                            selected, read_mask)
 
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8),
           "model.layers.0.mlp.up_proj.weight": (13, 8), "model.layers.1.mlp.up_proj.weight": (13, 8),
@@ -149,11 +149,12 @@ def test_densities_by_layer_and_by_kind():
 
 def test_pack_and_unpack_are_inverses_at_one_bit_a_weight(tmp_path):
     chosen = select_neurons(random_importance(1, {**SHAPES, "odd": (3, 7), "one": (1,)}), 0.3)
-    bits, metadata = pack_mask(chosen)
+    packed = pack_mask(chosen.items())
+    bits, metadata = packed.bits, mask_metadata(packed)
     assert all(bits[n].numel() == -(-m.numel() // 8) for n, m in chosen.items())
     save_mask(chosen, tmp_path / "mask.safetensors")
     shapes = {n: m.shape for n, m in chosen.items()}
-    for back in (unpack_mask(bits, metadata), load_mask(tmp_path / "mask.safetensors", shapes)):
+    for back in (read_mask(bits, metadata), load_mask(tmp_path / "mask.safetensors", shapes)):
         assert back.keys() == chosen.keys()
         assert all(torch.equal(back[n], m) and back[n].dtype == torch.bool for n, m in chosen.items())
 
@@ -186,15 +187,16 @@ CORRUPT = {
 
 @pytest.mark.parametrize("how", CORRUPT)
 def test_corrupted_masks_are_refused(how, tmp_path):
-    """ValueError from unpack_mask, as it promises; one UserError line naming the file from load_mask."""
+    """ValueError from read_mask, as it promises; one UserError line naming the file from load_mask."""
     good = {"a": torch.ones(2, 4, dtype=torch.bool), "b": torch.ones(9, dtype=torch.bool)}
-    bits, meta = CORRUPT[how](*pack_mask(good))
+    packed = pack_mask(good.items())
+    bits, meta = CORRUPT[how](packed.bits, mask_metadata(packed))
     path = tmp_path / "mask.safetensors"
     save_file(bits, path, metadata=meta or None)
     with pytest.raises(UserError, match="mask.safetensors"):
         load_mask(path, {"a": torch.Size([2, 4]), "b": torch.Size([9])})
     with pytest.raises(ValueError):
-        unpack_mask(bits, meta)
+        read_mask(bits, meta)
 
 
 def test_mask_files_that_do_not_fit_the_model_are_refused(tmp_path):

@@ -1,0 +1,117 @@
+"""Products with trained weights whose dense gradient never exists, for plain and for int8 weights.
+
+    y = x W^T        dx = dy W        dW = dy^T x
+
+dW is made a group of rows at a time: its selected entries are added to the optimizer's flat buffer (optim.py) and the
+rest is dropped at once; autograd itself sees no gradient of W. The plain twin of all this is F.linear with the
+post-accumulate hook of optim.py, and the tests compare the two.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from allo_mini.mask import Selection, put, take
+from allo_mini.quant import dequantize_rows, quantize_rows
+
+
+@dataclass
+class Int8:
+    """What stands beside the codes of an int8 weight: block scales, and the selected entries with their exact values."""
+    scale: Tensor  # fp32 [O, I / block]
+    selection: Selection
+    values: Tensor  # [selected entries]
+
+
+def to_int8(weight: Tensor, mask: Tensor | None, device) -> tuple[Tensor, Int8]:
+    """weight [O,I] -> (codes int8 [O,I], what belongs to them), on `device`; entries in `mask` (bool [O,I]) stay exact."""
+    mask = torch.zeros(weight.shape, dtype=torch.bool) if mask is None else mask
+    int8 = Int8(None, Selection(weight.shape, mask, device), weight[mask].to(device))
+    parts = [quantize_rows(weight[rows].to(device), mask[rows].to(device)) for rows, _, _ in int8.selection.chunks()]
+    codes, int8.scale = (torch.cat(one) for one in zip(*parts))
+    return codes, int8
+
+
+def dense_rows(weight: Tensor, dtype: torch.dtype):
+    """Yield (row slice, dense rows in `dtype`) of a weight: all rows if it is plain, dequantised chunks if int8."""
+    int8 = getattr(weight, "int8", None)
+    if int8 is None:
+        yield slice(0, weight.shape[0]), weight.detach().to(dtype)
+        return
+    for rows, entries, index in int8.selection.chunks():
+        dense = dequantize_rows(weight[rows], int8.scale[rows], dtype)
+        put(dense, index, int8.values[entries])
+        yield rows, dense
+
+
+def slow_bf16(x: Tensor) -> bool:
+    """Whether x is bf16 on a CPU without bf16 units: there a product through fp32 is about seven times as fast."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class MaskedLinear(torch.autograd.Function):
+    """y = x W^T. x [N,I], W [O,I] -> [N,O]. `handle` stands in for an int8 W, which cannot itself require a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, handle):
+        ctx.weight, ctx.dtype = weight, torch.float32 if slow_bf16(x) else x.dtype
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None)  # dx alone does not need x
+        y, x = x.new_empty(len(x), weight.shape[0]), x.to(ctx.dtype)
+        for rows, dense in dense_rows(weight, ctx.dtype):
+            y[:, rows] = x @ dense.T
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,), weight, dx = ctx.saved_tensors, ctx.weight, None
+        kind, dy = dy.dtype, dy.to(ctx.dtype)
+        if ctx.needs_input_grad[0]:
+            for rows, dense in dense_rows(weight, ctx.dtype):
+                part = dy[:, rows] @ dense
+                dx = part if dx is None else dx.float() + part
+            dx = dx.to(kind)
+        if x is not None:
+            x = x.to(ctx.dtype)
+            for rows, entries, index in weight.slot.selection.chunks():
+                if entries.stop > entries.start:
+                    weight.slot.add(entries, take(dy[:, rows].T @ x, index))
+        return dx, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I], weight [O,I] -> [..., O]: F.linear, unless the weight is trained by a FlatGradient, or is int8."""
+    slot = getattr(weight, "slot", None)
+    if slot is None and weight.is_floating_point() and not slow_bf16(x):
+        return F.linear(x, weight, bias)
+    y = MaskedLinear.apply(x.flatten(0, -2), weight, slot and slot.handle).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+class MaskedEmbedding(torch.autograd.Function):
+    """Rows of W [V,H] for ids [N] -> [N,H]. Nearly all rows hold no selected entry: their gradients are never added up."""
+
+    @staticmethod
+    def forward(ctx, ids, weight):
+        ctx.weight = weight
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (ids,), slot = ctx.saved_tensors, ctx.weight.slot
+        row_of, within = slot.compact()  # [V] place of a row among those with selected entries, the last place if none
+        dense = dy.new_zeros(within.shape[0] + 1, within.width, dtype=torch.float32)
+        dense.index_add_(0, row_of[ids], dy.float())
+        for rows, entries, index in within.chunks():
+            slot.add(entries, take(dense[rows], index))
+        return None, None
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """ids [...] -> [..., H]: F.embedding, unless the weight is trained by a FlatGradient."""
+    if getattr(weight, "slot", None) is None:
+        return F.embedding(ids, weight)
+    return MaskedEmbedding.apply(ids.flatten(), weight).unflatten(0, ids.shape)
