@@ -25,21 +25,18 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from allo_mini import UserError, tasks
-from allo_mini.checkpoint import save_model, write_jsonl
+from allo_mini.checkpoint import write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
 from allo_mini.edits import edit_weights
-from allo_mini.files import (append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask,
-                             save_tensors)
+from allo_mini.files import append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
+from allo_mini.locate import COMPARE, forget_importance, gradient_importance, importance_mask, located
 from allo_mini.log import progress, say
-from allo_mini.logprobs import by_response, micro_batches, pack, token_logps
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
-from allo_mini.mask import overlap, select_neurons
-from allo_mini.optim import FlatGradient
+from allo_mini.mask import PackedMask, overlap
 from allo_mini.report import describe_mask, finish, reprint
 from allo_mini.run import Run
 from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
@@ -49,13 +46,14 @@ from allo_mini.scoring import rewrite_examples, token_scores, weights_from_score
 
 def sft(run: Run, theta: Path) -> Path:
     """Supervised fine-tuning of all weights on the reference solutions."""
-    with run.stage("sft") as target:
+    with run.stage("sft", ranks=True) as target:
         if target:
             rows = [(t.input, t.output) for t in run.tasks] or [(p.prompt, p.chosen) for p in run.pairs]
             examples = run.encode(((q, [a]) for q, a in rows), "training rows")
-            model = run.load(theta)
-            run_stage(run, "sft", model, examples, sft_objective(), validate=run.validator())
-            save_model(model, target)
+            mask = located(run, theta, "sft", examples)
+            model = run.load(theta, mask)
+            run_stage(run, "sft", model, examples, sft_objective(), mask, run.validator())
+            run.save(model, target)
     return run.folder / "sft"
 
 
@@ -97,37 +95,16 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
 
 def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
     """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
-    with run.stage("warmup", "movement.safetensors") as target:
+    with run.stage("warmup", "movement.safetensors", ranks=True) as target:
         if target:
             model = run.load(theta)
             optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
-            save_tensors(optimizer.movement(), target)
+            run.save(optimizer.movement(), target)
     return run.folder / "movement.safetensors"
 
 
-def gradient_importance(run: Run, theta: Path, examples: list[Example]) -> list[dict[str, Tensor]]:
-    """|sum_t dL_DPO/dtheta_i| at theta = theta_ref, where L's gradient is -(beta/2)(grad log pi(y+) - grad log pi(y-)).
-
-    No reference pass is needed: the policy is its own. Returns the importance from all examples and from each half
-    of them, whose masks' overlap says how noisy the location is.
-    """
-    model, loss = run.load(theta), dpo_objective(run.cfg.beta).loss
-    flat, sums = FlatGradient(model.named_parameters()), []
-    for half in (examples[0::2], examples[1::2]):
-        flat.grad.zero_()
-        with progress(total=len(half), label="gradient", unit="pair") as bar:
-            for micro in micro_batches(half, run.cfg.micro_batch, run.cfg.micro_tokens):
-                batch = pack(micro, run.device)
-                logps, real = by_response(token_logps(model, batch), batch.lengths)
-                loss(logps, logps.detach(), real, micro)[0].backward()
-                bar.update(len(micro))
-        sums.append(flat.grad.to("cpu", copy=True))
-    flat.close()
-    return [flat.named(total.abs_()) for total in (sums[0] + sums[1], *sums)]
-
-
-def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, Tensor]]:
-    """The masks of forgetting and improving: {"forget": name -> bool, "improve": name -> bool}."""
+def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]:
+    """The masks of forgetting and improving: {"forget": mask, "improve": mask}."""
     cfg = run.cfg
     shares = {stage: getattr(cfg, f"p_{stage}") or cfg.p for stage in ("forget", "improve")}
     if cfg.mask:
@@ -136,20 +113,23 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, dict[str, T
              for p in shares.values()}
     if not all(path.exists() for path in paths.values()):
         some = pairs[:cfg.locate_pairs]
-        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate == "movement" else None
-        with run.stage("locate", next(path.name for path in paths.values() if not path.exists())):
-            gradient, *halves = gradient_importance(run, theta, some)
-            importance = movement or gradient
-            masks = {p: select_neurons(importance, p / 100) for p in paths}
-            p = shares["improve"]
-            other = overlap(masks[p], select_neurons(gradient, p / 100)) if movement else None
-            noise = overlap(*(select_neurons(h, p / 100) for h in halves))
-            say((f"overlap of movement and gradient masks: {100 * other:.1f} %; " if movement else "")
-                + f"of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % (chance {p:g} %)")
-            run.log.note("locate", movement_gradient_overlap=other, halves_overlap=noise)
-            for share, path in paths.items():
-                describe_mask(run, masks[share], share)
-                save_mask(masks[share], path)
+        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" else None
+        with run.stage("locate", next(path.name for path in paths.values() if not path.exists())) as target:
+            if target:
+                compare = run.parameters < COMPARE
+                gradient, *halves = gradient_importance(run, theta, "locate", some, dpo_objective(cfg.beta), compare)
+                masks = {p: importance_mask(run, movement or gradient, p) for p in paths}
+                p = shares["improve"]
+                other = overlap(masks[p], importance_mask(run, gradient, p)) if movement else None
+                noise = overlap(*(importance_mask(run, h, p) for h in halves)) if compare else None
+                say((f"overlap of movement and gradient masks: {100 * other:.1f} % (chance {p:g} %)\n" if movement else "")
+                    + (f"overlap of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % "
+                       f"(chance {p:g} %)" if compare else ""))
+                run.log.note("locate", movement_gradient_overlap=other, halves_overlap=noise)
+                for share, path in paths.items():
+                    describe_mask(run, masks[share], share)
+                    save_mask(masks[share], path)
+                forget_importance(run, "locate")
     loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 
@@ -180,11 +160,14 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
     """Train the rewriting model (unless one was given) and let it score every token of every negative."""
     folder = Path(run.cfg.reward_model or run.folder / "reward")
     if not run.cfg.reward_model:
-        with run.stage("reward") as target:
+        with run.stage("reward", ranks=True) as target:
             if target:
-                model = run.load(run.same_tokenizer(run.cfg.reward_base or theta))
-                run_stage(run, "reward", model, rewrite_examples(run.encoder, [n for n, _ in kept]), sft_objective())
-                save_model(model, target)
+                base = run.same_tokenizer(run.cfg.reward_base or theta)
+                examples = rewrite_examples(run.encoder, [n for n, _ in kept])
+                mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
+                model = run.load(base, mask)
+                run_stage(run, "reward", model, examples, sft_objective(), mask)
+                run.save(model, target)
     with run.stage("score", "token_weights.jsonl") as target:
         if target:
             model = run.load(run.same_tokenizer(folder))
@@ -198,31 +181,31 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
 
 def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
     """Phase 1: token-weighted NPO on what is unaligned, over the masked weights only."""
-    with run.stage("forget") as target:
+    with run.stage("forget", ranks=True) as target:
         if target:
-            model = run.load(theta)
+            model = run.load(theta, mask)
             run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
-            save_model(model, target)
+            run.save(model, target)
     return run.folder / "forget"
 
 
 def improve(run: Run, theta: Path, pairs: list[Example], mask) -> Path:
     """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
-    with run.stage("improve") as target:
+    with run.stage("improve", ranks=True) as target:
         if target:
-            model = run.load(theta)
+            model = run.load(theta, mask)
             run_stage(run, "improve", model, pairs, dpo_objective(run.cfg.beta, run.cfg.epsilon), mask, run.validator())
-            save_model(model, target)
+            run.save(model, target)
     return run.folder / "improve"
 
 
 def dpo(run: Run, theta: Path, pairs: list[Example]) -> Path:
     """The baseline: full-weight DPO on the same pairs from the same model, with its own tuned learning rate."""
-    with run.stage("dpo") as target:
+    with run.stage("dpo", ranks=True) as target:
         if target:
             model = run.load(theta)
             run_stage(run, "dpo", model, pairs, dpo_objective(run.cfg.beta), None, run.validator())
-            save_model(model, target)
+            run.save(model, target)
     return run.folder / "dpo"
 
 

@@ -113,6 +113,18 @@ class Config:
     dtype: str = knob("auto", "optimizer", "weights: bf16 or fp32 (auto: bf16 on CUDA, fp32 elsewhere)",
                       ("auto", "bf16", "fp32"))
     device: str = knob("auto", "optimizer", "cuda, mps, cpu or cuda:1 (auto: the best there is)")
+    # memory and speed
+    memory: str = knob("", "memory", "fit every stage into a card of this size: chooses the flags of this group", 
+                       ("", "24gb", "16gb", "12gb", "8gb"))
+    int8: bool = knob(False, "memory", "store what is not trained of the linear layers in 8 bits [ours]")
+    state_bits: int = knob(32, "memory", "bits of an optimizer moment, 32 or 8 [ours]")
+    offload: str = knob("none", "memory", "state: optimizer in host memory; gradient: its gradient buffer too [ours]",
+                        ("none", "state", "gradient"))
+    p_sft: float = knob(0.0, "memory", "percent of the weights that sft and the rewriting model train, located by the "
+                        "gradient of their own loss (0: all) [ours]")
+    locate_groups: int = knob(0, "memory", "passes over the pairs when locating by gradient, each over a group of "
+                              "tensors (0: as many as the memory needs) [ours]")
+    compile: bool = knob(False, "memory", "torch.compile the pointwise pieces (CUDA) [ours]")
     # watching
     eval_every: int = knob(0, "watch", "validate every so many steps of sft, forget, improve and dpo; the best weights "
                            "are kept")

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from allo_mini import UserError
 from allo_mini.tokenizer import Tokenizer
 
@@ -28,11 +30,13 @@ Text = str | Messages
 class Example(NamedTuple):
     """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
 
-    `weights`, when given, has one token weight for each token of the (single) response.
+    `weights`, when given, has one token weight for each token of the (single) response; `ref` the reference's
+    log-probs of all response tokens, one after the other.
     """
     prompt: list[int]
     responses: list[list[int]]
     weights: list[float] | None = None
+    ref: Tensor | None = None
 
 
 @dataclass

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, demo
+from allo_mini import UserError, demo, parallel
 from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
                                   write_jsonl)
 from allo_mini.config import Config
@@ -232,6 +232,7 @@ def check_own_files(run: Run) -> None:
 def open_run(cfg: Config) -> Run:
     """Check everything that can be checked without training, then claim the run folder."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
+    device = parallel.join(device)
     base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None)
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
@@ -244,7 +245,10 @@ def open_run(cfg: Config) -> Run:
     check_rows(run)
     check_own_files(run)
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
-    run.folder = claim_folder(cfg, base, {"machine": {"device": device, "dtype": str(dtype), **threads}})
+    for rank in (0, 1):  # rank 0 makes the folder, then the others find it
+        if bool(parallel.RANK) == bool(rank):
+            run.folder = claim_folder(cfg, base, {"machine": {"device": device.split(":")[0], "dtype": str(dtype), **threads}})
+        parallel.wait()
     run.log = Log(run.folder)
     if not (cfg.model or cfg.train or cfg.pairs) and not (run.folder / "test.jsonl").exists():  # the demo's own problems
         write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))

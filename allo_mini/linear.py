@@ -59,10 +59,9 @@ class MaskedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, handle):
         ctx.weight, ctx.dtype = weight, torch.float32 if slow_bf16(x) else x.dtype
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None)  # dx alone does not need x
-        y, x = x.new_empty(len(x), weight.shape[0]), x.to(ctx.dtype)
-        for rows, dense in dense_rows(weight, ctx.dtype):
-            y[:, rows] = x @ dense.T
-        return y
+        kind, x = x.dtype, x.to(ctx.dtype)
+        parts = [x @ dense.T for _, dense in dense_rows(weight, ctx.dtype)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(kind)
 
     @staticmethod
     def backward(ctx, dy):

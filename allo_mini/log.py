@@ -8,15 +8,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from allo_mini import parallel
+
 
 def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
     """A tqdm bar that is silent when the output is not a terminal."""
-    return tqdm(items, total=total, desc=label, unit=unit, disable=not sys.stderr.isatty(), leave=False,
+    return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0 or not sys.stderr.isatty(), leave=False,
                 dynamic_ncols=True)
 
 
 def say(*parts) -> None:
-    """Print a line without tearing a progress bar."""
+    """Print a line (rank 0 alone) without tearing a progress bar."""
+    if parallel.RANK:
+        return
     tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
     sys.stdout.flush()
 
@@ -25,7 +29,7 @@ class Log:
     """Writes metrics.jsonl (one object a training step, appended and flushed) and the printed step lines."""
 
     def __init__(self, folder: Path | None):
-        self.path = Path(folder) / "metrics.jsonl" if folder else None
+        self.path = Path(folder) / "metrics.jsonl" if folder and not parallel.RANK else None
         self.began = time.time()
 
     def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:

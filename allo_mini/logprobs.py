@@ -90,30 +90,32 @@ def by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     return rows, mask
 
 
-def micro_batches(examples: list, rows: int = 0, tokens: int = 8192):
-    """Split examples, in order, into lists of `rows`, or (rows = 0) of at most `tokens` tokens but never empty."""
-    group, held = [], 0
-    for example in examples:
-        size = len(example[0]) + sum(len(r) for r in example[1])
-        if group and (len(group) == rows if rows else held + size > tokens):
-            yield group
-            group, held = [], 0
-        group.append(example)
+def micro_batches(examples: list, rows: int = 0, tokens: int = 8192) -> list[list]:
+    """Split examples into lists of `rows`, or (rows = 0) of at most `tokens` tokens but never empty.
+
+    Sorted by length, longest first: lists of alike lengths, and memory runs out at once or not at all.
+    """
+    groups, held = [], 0
+    for example in sorted(examples, key=size_of, reverse=True):
+        size = size_of(example)
+        if not groups or (len(groups[-1]) == rows if rows else held + size > tokens):
+            groups.append([])
+            held = 0
+        groups[-1].append(example)
         held += size
-    if group:
-        yield group
+    return groups
+
+
+def size_of(example) -> int:
+    """Tokens the model reads for an example: the prompt once, and every response."""
+    return len(example[0]) + sum(map(len, example[1]))
 
 
 @torch.no_grad()
 def score(model: CausalLM, examples: list, tokens: int = 8192, on_batch=lambda n: None) -> list[list[Tensor]]:
-    """Per-token log-probs on the CPU of every response of every example: [[Tensor [n], ...], ...], in order given.
-
-    Longest first inside, so that the first batch is the largest (and memory runs out at once or not at all).
-    """
-    device = model.head_weight.device
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i][0]) - sum(map(len, examples[i][1])))
-    out = [None] * len(examples)
-    for group in micro_batches([(*examples[i][:2], i) for i in order], tokens=tokens):
+    """Per-token log-probs on the CPU of every response of every example: [[Tensor [n], ...], ...], in order given."""
+    device, out = model.head_weight.device, [None] * len(examples)
+    for group in micro_batches([(*e[:2], i) for i, e in enumerate(examples)], tokens=tokens):
         batch = pack(group, device)
         rows = iter(token_logps(model, batch).cpu().split(batch.lengths))
         for _, responses, i in group:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allo_mini import UserError, losses
+from allo_mini import UserError, losses, parallel
 from allo_mini.config import resolve_stage
 from allo_mini.data import Example, steps_of
 from allo_mini.log import progress, say
-from allo_mini.logprobs import by_response, micro_batches, pack, token_logps
+from allo_mini.logprobs import by_response, pack, size_of, token_logps
 from allo_mini.optim import MaskedAdamW, cosine_lr
 from allo_mini.run import Run
-from allo_mini.scoring import reference_logps
+from allo_mini.scoring import with_reference
 
 LN2 = 0.6931471805599453
 
@@ -43,43 +43,30 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
     s = resolve_stage(name, cfg.stages[name], size, len(examples))
-    steps = [list(micro_batches([examples[i] for i in rows], cfg.micro_batch, cfg.micro_tokens))
-             for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
-    total, steps = len(steps), [micros for micros in steps if units_of(micros, objective)]
+    every = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    steps = [group for group in every if units_of(group, objective)]
     if not steps:
         raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
-    reference = None
+    optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay,
+                            state_bits=cfg.state_bits, offload=cfg.offload)
     if objective.step0:
-        reference = reference_logps(model, progress(steps, label=f"{name}: reference", unit="step"))
-    optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay)
-    progress_of = run.checkpoint(name, optimizer, len(steps), skipped=total - len(steps))
+        steps = [with_reference(model, run.micro_batches(group))
+                 for group in progress(steps, label=f"{name}: reference", unit="step")]
+    progress_of = run.checkpoint(name, optimizer, len(steps), skipped=len(every) - len(steps))
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
     run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
     bar = progress(range(progress_of.step, len(steps)), label=name, unit="step")
     for step in bar:
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
-        group = [e for micro in steps[step] for e in micro]
-        units = units_of(steps[step], objective)  # of the whole step, before any micro-batch
-        loss_sum, sums = 0.0, {}
-        for i, micro in enumerate(steps[step]):
-            batch = pack(micro, run.device)
-            logps, real = by_response(token_logps(model, batch), batch.lengths)
-            ref = logps.detach()
-            if reference:
-                ref, _ = by_response(reference[step][i].to(run.device, non_blocking=True), batch.lengths)
-            loss, metrics = objective.loss(logps, ref, real, micro)
-            (loss / units).backward()
-            loss_sum = loss_sum + loss.detach()
-            for key, values in metrics.items():
-                sums[key] = sums.get(key, 0.0) + values.detach().float().sum()
-        values = {"loss": float(loss_sum) / units, "learning_rate": optimizer.lr,
-                  "epoch": s.epochs * (step + 1) / len(steps)}
-        values |= {key: float(total) / len(group) for key, total in sums.items()}
+        group = steps[step]
+        sums = accumulate_or_halve(run, model, optimizer, group, objective)
+        values = {"learning_rate": optimizer.lr, "epoch": s.epochs * (step + 1) / len(steps), "loss": sums.pop("loss")}
+        values |= {key: total / len(group) for key, total in sums.items()}
         run.check_loss(name, step, values["loss"], objective.step0(group) if objective.step0 and step == 0 else None)
         values["grad_norm"] = optimizer.clip(cfg.clip)
         optimizer.step()
-        values |= run.speed(sum(batch_tokens(e) for e in group))
+        values |= run.speed(sum(map(size_of, group)))
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
             progress_of.keep_if_best(values["eval/score"])
@@ -91,14 +78,49 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     return optimizer
 
 
-def units_of(micros: list[list[Example]], objective: Objective) -> float:
+def accumulate(run: Run, model, group: list[Example], objective: Objective) -> dict[str, float]:
+    """Forward and backward of a step's examples; gradients gather in the optimizer's flat buffer.
+
+    Returns {"loss": sum of losses / units of the whole step, metric: its sum over the step's examples}.
+    """
+    units, total = units_of(group, objective), {}  # of the whole step, before any micro-batch
+    micros = run.micro_batches(group)
+    mine, part = parallel.share(micros), 1.0
+    if not mine:  # fewer micro-batches than ranks: this one computes along, for nothing
+        mine, part = micros[:1], 0.0
+    for micro in mine:
+        batch = pack(micro, run.device)
+        logps, real = by_response(token_logps(model, batch), batch.lengths)
+        ref = logps.detach()
+        if micro[0].ref is not None:
+            flat = torch.cat([e.ref for e in micro]).to(run.device, non_blocking=True)
+            ref, _ = by_response(flat, batch.lengths)
+        loss, metrics = objective.loss(logps, ref, real, micro)
+        (loss * (part / units)).backward()
+        for key, values in {**metrics, "loss": loss / units}.items():
+            total[key] = total.get(key, 0.0) + part * values.detach().float().sum()
+    sums = torch.stack(list(total.values()))
+    parallel.sum_over_ranks(sums, run.device)
+    return dict(zip(total, sums.tolist()))  # the step's first wait for the device
+
+
+def accumulate_or_halve(run: Run, model, optimizer: MaskedAdamW, group: list[Example],
+                        objective: Objective) -> dict[str, float]:
+    """`accumulate`; when memory runs out, once more with micro-batches of half the size, which then stay so."""
+    for last in (False, True):
+        try:
+            sums = accumulate(run, model, group, objective)
+            parallel.sum_over_ranks(optimizer.grad, run.device)
+            return sums
+        except torch.OutOfMemoryError:
+            if last or not run.halve():
+                raise
+        optimizer.grad.zero_()  # outside of `except`, where the failed step's tensors are gone
+
+
+def units_of(group: list[Example], objective: Objective) -> float:
     """What the loss sum of a step is divided by."""
-    return sum(objective.units(e) for micro in micros for e in micro)
-
-
-def batch_tokens(example: Example) -> int:
-    """Tokens the model reads for an example: the prompt once, and every response."""
-    return len(example.prompt) + sum(map(len, example.responses))
+    return sum(objective.units(e) for e in group)
 
 
 def sft_objective() -> Objective:

@@ -65,9 +65,13 @@ class FlatGradient:
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
+            if mask is not None and hasattr(p, "int8") and len(p.int8.selection) != int(mask[name].sum()):
+                raise ValueError(f"parameter {name} is int8 and keeps other entries than the mask selects")
             if not p.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous")
-            selection = Selection(p.shape, None if mask is None else mask[name], p.device)
+            int8 = getattr(p, "int8", None)
+            selection = int8.selection if int8 and mask is not None else Selection(
+                p.shape, None if mask is None else mask[name], p.device)
             self.before.append((p, p.requires_grad))
             p.requires_grad_(len(selection) > 0 and p.is_floating_point())
             p.grad = None

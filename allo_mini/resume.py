@@ -5,7 +5,7 @@ import math
 import time
 from pathlib import Path
 
-from allo_mini import UserError
+from allo_mini import UserError, parallel
 from allo_mini.files import load_tensors, save_tensors
 from allo_mini.log import Log, say
 from allo_mini.optim import MaskedAdamW
@@ -37,7 +37,7 @@ class StageProgress:
 
     def save(self, step: int) -> None:
         """Write a checkpoint when the last one is old enough; `step` steps are done."""
-        if time.monotonic() - self.saved_at < 60 * self.minutes or step == self.total:
+        if time.monotonic() - self.saved_at < 60 * self.minutes or step == self.total or parallel.RANK:
             return
         state = dict(self.optimizer.state_dict())
         if self.best_master is not None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer
+from allo_mini import UserError, parallel
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, save_model
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
+from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
+from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.model import CausalLM
 from allo_mini.resume import StageProgress
 from allo_mini.tasks import evaluate
@@ -35,26 +37,50 @@ class Run:
     val: list = field(default_factory=list)   # Tasks, or Pairs in a run that starts from pairs
     test: list = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    halved: int = 1  # 2 after memory ran out: micro-batches are that much smaller
     clock: float = 0.0  # when the current training step began
 
     @property
     def parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def load(self, folder: Path) -> CausalLM:
-        """A model of this run, on its device, with its activation checkpointing."""
-        model = load_model(str(folder), self.dtype, self.device)
+    def load(self, folder: Path, mask=None) -> CausalLM:
+        """A model of this run, on its device, with its activation checkpointing; mask: what is going to be trained."""
+        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8, mask=mask)
         blocks = self.cfg.checkpoint_blocks
         model.checkpoint_blocks = blocks if blocks >= 0 else (10**9 if self.device.startswith("cuda") else 0)
         return model
 
+    def micro_batches(self, group: list[Example]) -> list[list[Example]]:
+        """A step's examples as micro-batches of --micro-batch rows or --micro-tokens tokens, at least one a rank."""
+        cfg, ranks = self.cfg, parallel.WORLD
+        tokens = cfg.micro_tokens if ranks == 1 else min(cfg.micro_tokens, -(-sum(map(size_of, group)) // ranks))
+        return micro_batches(group, -(-cfg.micro_batch // self.halved), tokens // self.halved)
+
+    def halve(self) -> bool:
+        """After memory ran out: micro-batches of half the size from now on. False when that was tried already."""
+        if self.halved > 1 or self.cfg.micro_batch == 1:
+            return False
+        self.halved = 2
+        say("out of memory: going on with micro-batches of half the size; lower --micro-tokens to keep it so")
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        return True
+
     @contextmanager
-    def stage(self, name: str, artefact: str | None = None):
-        """Yield the artefact's path if it is still to be made, else None; say seconds and peak memory afterwards."""
+    def stage(self, name: str, artefact: str | None = None, ranks: bool = False):
+        """Yield the artefact's path if it is still to be made, else None; say seconds and peak memory afterwards.
+
+        Under torchrun all ranks take part if `ranks`, else the others get None and wait for rank 0.
+        """
         target = self.folder / (artefact or name)
-        if target.exists():
+        parallel.wait()
+        found = target.exists()
+        parallel.wait()  # all have looked, rank 0 may write
+        if found or (parallel.RANK and not ranks):
             say(f"{name}: found {target}, skipped")
             yield None
+            parallel.wait()
             return
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -65,6 +91,20 @@ class Run:
         peak = peak_gb(self.device)
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
         say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB\n")
+        parallel.wait()
+
+    def save(self, what, target: Path) -> None:
+        """A model's folder, or a file of tensors; written by rank 0."""
+        if not parallel.RANK:
+            save_model(what, target) if isinstance(what, CausalLM) else save_tensors(what, target)
+
+    def importance_budget(self) -> int:
+        """Bytes of fp32 gradient that locating may hold at a time."""
+        if self.cfg.locate_groups:
+            return -(-4 * self.parameters // self.cfg.locate_groups)
+        if self.device.startswith("cuda"):  # half of what is free beside the model; the rest is for activations
+            return torch.cuda.mem_get_info(self.device)[0] // 2
+        return 4 * self.parameters
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"

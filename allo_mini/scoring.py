@@ -18,16 +18,17 @@ REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\
 
 
 @torch.no_grad()
-def reference_logps(model: CausalLM, steps: Iterable[list[list[Example]]]) -> list[list[torch.Tensor]]:
-    """log pi_ref(y_t) for every micro-batch of every step: [step][micro-batch] -> [S] fp32 on the CPU.
+def with_reference(model: CausalLM, micros: Iterable[list[Example]]) -> list[Example]:
+    """The examples of micro-batches, now carrying log pi_ref(y_t) of all their response tokens, flat fp32 on the CPU.
 
     Made by the same code on the same micro-batches as training, so that at theta = theta_ref every ratio is
     exactly 0, in any precision.
     """
-    device, out = model.head_weight.device, []
-    for micros in steps:
-        logps = [token_logps(model, pack(micro, device)) for micro in micros]
-        out.append([values.cpu() for values in logps])
+    out = []
+    for micro in micros:
+        logps = token_logps(model, pack(micro, model.head_weight.device)).cpu()
+        sizes = [sum(map(len, e.responses)) for e in micro]
+        out += [e._replace(ref=values) for e, values in zip(micro, logps.split(sizes))]
     return out
 
 

@@ -137,14 +137,15 @@ def test_score_keeps_the_given_order_whatever_the_budget():
                 torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
-def test_micro_batches_lose_and_reorder_nothing():
+def test_micro_batches_lose_nothing_and_go_by_length():
     examples = [([1] * n, [[2] * 3]) for n in (5, 30, 2, 2, 2, 9, 1)]
+    longest_first = sorted(examples, key=lambda e: -len(e[0]))
     for group, sizes in ((1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (50, [7])):
-        by_rows = list(micro_batches(examples, rows=group))
-        assert [len(b) for b in by_rows] == sizes and [e for b in by_rows for e in b] == examples
-    by_tokens = list(micro_batches(examples, tokens=15))
-    assert [e for b in by_tokens for e in b] == examples
-    assert [len(b) for b in by_tokens] == [1, 1, 3, 1, 1]
+        by_rows = micro_batches(examples, rows=group)
+        assert [len(b) for b in by_rows] == sizes and [e for b in by_rows for e in b] == longest_first
+    by_tokens = micro_batches(examples, tokens=15)
+    assert [e for b in by_tokens for e in b] == longest_first
+    assert [[len(e[0]) + 3 for e in b] for b in by_tokens] == [[33], [12], [8, 5], [5, 5, 4]]
 
 
 def test_by_response_pads_on_the_right_and_masks_by_length():

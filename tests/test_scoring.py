@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from allo_mini import logprobs
-from allo_mini.data import Encoder, Negative
+from allo_mini.data import Encoder, Example, Negative
 from allo_mini.edits import edit_table, edit_weights, nearest
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.losses import dpo_loss, npo_loss
-from allo_mini.scoring import (reference_logps, rewrite_examples, rewrite_prompt, token_scores,
+from allo_mini.scoring import (rewrite_examples, rewrite_prompt, token_scores, with_reference,
                                weights_from_scores)
 from allo_mini.tokenizer import Tokenizer
 from helpers import EOS, random_ids, separate_logps, tiny_model, write_tokenizer
@@ -103,22 +103,21 @@ def test_reference_equals_training_logps_exactly(variant, monkeypatch):
         model = model.bfloat16()
     examples = [(random_ids(5 + i, i), [random_ids(4 + i, 50 + i), random_ids(9 - i, 90 + i)])
                 for i in range(5)]
-    steps = [[examples[:2], examples[2:3]], [[examples[4], examples[0]]]]
-    reference, seen = reference_logps(model, steps), 0
-    for micros, refs in zip(steps, reference, strict=True):
-        for micro, ref in zip(micros, refs, strict=True):
-            batch = pack(micro)
-            logps = token_logps(model, batch)
-            assert logps.requires_grad and not ref.requires_grad
-            assert logps.dtype == ref.dtype == torch.float32
-            assert torch.equal(logps, ref)
-            zero = torch.zeros(len(batch.lengths) // 2)
-            ratios = torch.stack([r.sum() for r in (logps - ref).split(batch.lengths)]).view(-1, 2)
-            assert torch.equal(dpo_loss(*ratios.T, zero, zero, 0.1), torch.full_like(zero, math.log(2)))
-            weights = torch.rand(len(logps))
-            torch.testing.assert_close(npo_loss(logps, ref, weights, 0.1), weights * math.log(2))
-            seen += 1
-    assert seen == 3
+    micros, seen = [examples[:2], examples[2:3], [examples[4], examples[0]]], 0
+    known = iter(with_reference(model, [[Example(*e) for e in micro] for micro in micros]))
+    for micro in micros:
+        batch = pack(micro)
+        logps, ref = token_logps(model, batch), torch.cat([next(known).ref for _ in micro])
+        assert logps.requires_grad and not ref.requires_grad
+        assert logps.dtype == ref.dtype == torch.float32
+        assert torch.equal(logps, ref)
+        zero = torch.zeros(len(batch.lengths) // 2)
+        ratios = torch.stack([r.sum() for r in (logps - ref).split(batch.lengths)]).view(-1, 2)
+        assert torch.equal(dpo_loss(*ratios.T, zero, zero, 0.1), torch.full_like(zero, math.log(2)))
+        weights = torch.rand(len(logps))
+        torch.testing.assert_close(npo_loss(logps, ref, weights, 0.1), weights * math.log(2))
+        seen += 1
+    assert seen == 3 and next(known, None) is None
 
 
 # ---- with a tokenizer --------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from allo_mini.config import OFFICIAL, STAGES, Stage, parse, resolve_stage
 from allo_mini.data import Example, steps_of
 from allo_mini.files import load_mask
 from allo_mini.inputs import open_run
+from allo_mini.locate import gradient_importance, tensor_groups
 from allo_mini.loop import dpo_objective, npo_objective, run_stage
 from allo_mini.mask import kind_of, overlap, select_neurons
 from helpers import gradients, random_ids, separate_logps
@@ -47,31 +48,38 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
+def importance_of(run, examples):
+    return gradient_importance(run, run.base, "locate", examples, dpo_objective(run.cfg.beta), compare=True)
+
+
 # ---- locate ------------------------------------------------------------------------------------------------
 
-def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path):
-    run, examples = start(world, tmp_path, "--beta", "0.3", "--micro-batch", "2")
+@pytest.mark.parametrize("groups", [1, 3, 1000])
+def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
+    """In one pass, in three, and a tensor at a time."""
+    run, examples = start(world, tmp_path, "--beta", "0.3", "--micro-batch", "2", "--locate-groups", str(groups))
     examples = examples[:5]
-    importance, *halves = train.gradient_importance(run, run.base, examples)
+    assert len(tensor_groups(run)) == min(groups, len(run.shapes)) if groups != 3 else len(tensor_groups(run)) > 2
+    importance, *halves = importance_of(run, examples)
 
     def expected(some):
         model = run.load(run.base).requires_grad_(True)
         for prompt, (chosen, rejected) in some:
             (-0.3 / 2 * (separate_logps(model, prompt, chosen).sum()
                          - separate_logps(model, prompt, rejected).sum())).backward()
-        return {name: g.abs() for name, g in gradients(model).items()}
+        return gradients(model)
     for got, some in zip([importance, *halves], (examples, examples[0::2], examples[1::2])):
         wanted = expected([e[:2] for e in some])
         assert got.keys() == wanted.keys()
         for name in got:
             assert got[name].dtype == torch.float32
-            scale = float(wanted[name].max())
+            scale = float(wanted[name].abs().max())
             torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_a_mask_from_importance_fits_the_models_names_and_shapes(world, tmp_path):
     run, examples = start(world, tmp_path)
-    importance = train.gradient_importance(run, run.base, examples[:2])[0]
+    importance = importance_of(run, examples[:2])[0]
     assert {name: t.shape for name, t in importance.items()} == run.shapes
     mask = select_neurons(importance, 0.03)
     assert {name: m.shape for name, m in mask.items()} == run.shapes
@@ -89,9 +97,9 @@ def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strat
                           "--p-forget", "2", "--max-steps", "1")
     masks = train.locate(run, run.base, examples)
     said = capsys.readouterr().out
-    gradient, *halves = train.gradient_importance(run, run.base, examples[:6])
+    gradient, *halves = importance_of(run, examples[:6])
     noise = overlap(*(select_neurons(h, 0.04) for h in halves))
-    assert f"of gradient masks from two halves of 6 pairs: {100 * noise:.1f} % (chance 4 %)" in said
+    assert f"overlap of gradient masks from two halves of 6 pairs: {100 * noise:.1f} % (chance 4 %)" in said
     other = 100 * overlap(masks["improve"], select_neurons(gradient, 0.04))
     assert (f"overlap of movement and gradient masks: {other:.1f} %" in said) == (strategy == "movement")
     if strategy == "gradient":
