@@ -17,10 +17,10 @@ from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenize
 from allo_mini.config import Config, Parser, check, number
 from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
 from allo_mini.inputs import both_sides, need_usable, pick_device, row_style
+from allo_mini.jsonio import read_json
 from allo_mini.log import say, table
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import evaluate
-from allo_mini.tokenizer import read_json
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
 
@@ -83,8 +83,8 @@ def run(args) -> None:
     for encoder, (file, pairs, rows, target) in zip(encoders, jobs):
         began = time.monotonic()
         items = evaluate(model, encoder, rows, settings, {*ends, encoder.closing}, Path(file).name)
-        if encoder.dropped:
-            say(f"{file}: dropped: {encoder.report()}")
+        if report := encoder.report():
+            say(f"{file}: {report}")
         write_jsonl(target, items)
         saved.append(str(target))
         lines.append([*summary_row(Path(file).name, summary(items)), f"{time.monotonic() - began:.0f}"])

@@ -15,10 +15,10 @@ from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, loa
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.files import load_mask, read_samples, read_weights
+from allo_mini.jsonio import read_json
 from allo_mini.log import Log, say
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
-from allo_mini.tokenizer import read_json
 
 
 
@@ -193,8 +193,8 @@ def need_usable(encoder: Encoder, rows: list, where: str) -> None:
             except UserError as e:
                 raise UserError(f"{where}: in the conversation that begins {plain(prompt)[:40]!r}: {e}") from None
     if rows and not any(encoder.example(*row) for row in rows):
-        raise UserError(f"{where}: no row can be used: {encoder.report()}")
-    encoder.dropped.clear()
+        raise UserError(f"{where}: no row can be used; {encoder.report()}")
+    encoder.clear()
 
 
 def check_own_files(run: Run) -> None:
@@ -219,7 +219,7 @@ def check_own_files(run: Run) -> None:
             raise UserError(f"{cfg.token_weights_file}: none of its 'input' is a training question or prompt")
         need_usable(run.encoder, [(n.prompt, [n.response]) for n in rows], cfg.token_weights_file)
         sizes = [(len(n.scores), len(e.responses[0])) for n in rows if (e := run.encoder.example(n.prompt, [n.response]))]
-        run.encoder.dropped.clear()
+        run.encoder.clear()
         if all(given != wanted for given, wanted in sizes):
             raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
                             f"{sizes[0][0]}, expected {sizes[0][1]} (the closing token included)")

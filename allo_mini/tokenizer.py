@@ -14,23 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
 from allo_mini import UserError
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file holding an object. Raises UserError naming file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', e)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+from allo_mini.jsonio import read_json
 
 
 class Tokenizer:

@@ -135,7 +135,7 @@ PAIRS = [
      '"rejected": "x"}\n', ["p.jsonl:1", "surrogate"]),
     ("nothing in common", lines({"chosen": "yes", "rejected": "no"}), ["p.jsonl:1", "no 'prompt'"]),
     ("implicit, two kinds", lines({"chosen": "yes", "rejected": talk("a")}),
-     ["p.jsonl:1", "'rejected' must both"]),
+     ["p.jsonl:1", "'rejected' must all be strings or all message lists"]),
     ("only empty responses", lines(*(pair(str(i), "", "x") for i in range(12))),
      ["p.jsonl", "empty response"]),
     ("only identical pairs", lines(*(pair(str(i), "x", "x") for i in range(12))),
@@ -328,7 +328,7 @@ NORM = "model.norm.weight"
 MODELS = [
     ("no weights", lambda f: (f / "model.safetensors").unlink(), ["model: no weights"]),
     ("no tokenizer", lambda f: (f / "tokenizer.json").unlink(), ["model: no tokenizer.json"]),
-    ("no config", lambda f: (f / "config.json").unlink(), ["model/config.json", "not found"]),
+    ("no config", lambda f: (f / "config.json").unlink(), ["model/config.json", "No such file"]),
     ("broken config", cut("config.json", 0.5), ["model/config.json:", "JSON"]),
     ("config is a list", lambda f: (f / "config.json").write_text("[]"), ["model/config.json", "object"]),
     ("config is binary", lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
