@@ -101,7 +101,7 @@ def is_pairs(path: str | Path) -> bool:
 
 
 def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_answer: bool = False) -> list[Task]:
-    """Task rows of several files, at most `limit` in all. `question`/`prediction` and bare `answer` rows are read too."""
+    """Task rows of several files, at most `limit` in all; `question`/`prediction` and bare `answer` rows too."""
     tasks = []
     for where, row in islice(chain.from_iterable(map(read_jsonl, paths)), limit or None):
         question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
@@ -245,7 +245,7 @@ class Encoder:
         self.dropped, self.trimmed = Counter(), 0
 
     def report(self) -> str:
-        """'dropped: 2 empty response, 4 identical pair; kept with a trimmed prompt: 3', or '' when all rows went in whole."""
+        """'dropped: 2 empty response, 4 identical pair; kept with a trimmed prompt: 3'; '' when all rows are whole."""
         dropped = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items()))
         notes = {"dropped": dropped, "kept with a trimmed prompt": self.trimmed}
         return "; ".join(f"{what}: {count}" for what, count in notes.items() if count)

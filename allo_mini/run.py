@@ -121,7 +121,8 @@ class Run:
         """Say what the encoder dropped or trimmed since it was last cleared. Raises UserError when nothing is left."""
         if report := self.encoder.report():
             say(f"{name}: {kept} kept; {report}")
-            self.log.note("data", rows=name, kept=kept, dropped=dict(self.encoder.dropped), trimmed=self.encoder.trimmed)
+            counts = {"dropped": dict(self.encoder.dropped), "trimmed": self.encoder.trimmed}
+            self.log.note("data", rows=name, kept=kept, **counts)
         self.encoder.clear()
         if not kept:
             raise UserError(f"none of the {name} can be used; {report or 'there are none'}")
