@@ -14,7 +14,7 @@ from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
 from allo_mini.config import Config, Parser, add_knob, check, number
 from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
-from allo_mini.inputs import both_sides, need_usable, pick_device, row_style
+from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
 from allo_mini.jsonio import read_json
 from allo_mini.log import say, table
 from allo_mini.report import summary, summary_row
@@ -64,8 +64,7 @@ def run(args) -> None:
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))
     lines, saved, ends = [], [], eos_ids(model, tokenizer)
-    styles = [row_style(rows[0]) if settings.prompt == "auto" else settings.prompt for _, _, rows, _ in jobs]
-    encoders = [Encoder(tokenizer, style, settings.max_length) for style in styles]
+    encoders = [Encoder(tokenizer, style_of(settings.prompt, rows[0]), settings.max_length) for _, _, rows, _ in jobs]
     for encoder, (file, _, rows, _) in zip(encoders, jobs):
         need_usable(encoder, both_sides(rows), file)
     try:

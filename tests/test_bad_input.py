@@ -202,7 +202,7 @@ FLAGS = [
     (T + " --test p.jsonl", {}, ["p.jsonl", "preference rows"]),
     (T + " --val p.jsonl", {}, ["p.jsonl", "preference rows"]),
     (P + " --test p.jsonl test.jsonl", {}, ["--test", "mixes"]),
-    (P + " --val p.jsonl t.jsonl", {}, ["t.jsonl:1", "'chosen'"]),
+    (P + " --val p.jsonl t.jsonl", {}, ["--val mixes", "p.jsonl, t.jsonl"]),
     (T + " --out t.jsonl", {}, ["t.jsonl", "choose another --out"]),
     (T + " --out t.jsonl/run", {}, ["t.jsonl/run", "cannot be written"]),
     (T + " --out foreign", {"foreign/thesis.tex": "years"}, ["foreign", "no run of ours"]),
