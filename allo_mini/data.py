@@ -171,12 +171,11 @@ class Encoder:
     def _closing(self) -> int:
         t = self.tokenizer
         if self.style == "chat":  # what the template writes after a response
-            ask = [{"role": "user", "content": "a"}]
-            full = t.render([*ask, {"role": "assistant", "content": "marker"}], False)
-            if "marker" not in full:
+            full = t.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "marker"}], False)
+            _, found, after = full.rpartition("marker")
+            if not found:
                 raise UserError(f"{t.folder}: the chat template leaves out what the assistant says")
-            after = t.encode(full[full.rindex("marker") + len("marker"):], bos=False)
-            if special := [i for i in after if i in t.special_ids]:
+            if special := [i for i in t.encode(after, bos=False) if i in t.special_ids]:
                 return special[0]
         if t.eos_id is None:
             raise UserError(f"{t.folder / 'tokenizer_config.json'}: eos_token is missing; responses need an end")

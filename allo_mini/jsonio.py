@@ -19,17 +19,14 @@ def open_bytes(path: str | Path):
 
 def parse_object(raw: bytes, path: str | Path, line: int | None = None, **hooks) -> dict:
     """One JSON object, all of a file or the `line` of one. Raises UserError."""
-    where = f"{path}:{line}" if line else str(path)
     try:
         value = json.loads(raw.decode("utf-8-sig"), **hooks)
-    except UnicodeDecodeError as e:
-        raise UserError(f"{where}: not UTF-8 text (byte {e.start + 1}{' of the line' if line else ''})") from None
     except (ValueError, RecursionError) as e:
-        place = where if line else f"{path}:{getattr(e, 'lineno', 1)}"
-        raise UserError(f"{place}: not valid JSON: {getattr(e, 'msg', e)}"
-                        + ("; expected one object a line" if line else "")) from None
+        wanted = "one object a line" if line else "one object"
+        raise UserError(f"{path}:{line or getattr(e, 'lineno', 1)}: not valid JSON in UTF-8, expected {wanted}: "
+                        f"{getattr(e, 'msg', e)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise UserError(f"{path}:{line or 1}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
