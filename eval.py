@@ -3,24 +3,22 @@
     python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/]
 """
 
-import argparse
 import os
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
-from allo_mini.config import Config, Parser, check, number
+from allo_mini.config import Config, Parser, add_knob, check, number
 from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
-from allo_mini.inputs import both_sides, need_usable, pick_device, row_style
+from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
+from allo_mini.jsonio import read_json
 from allo_mini.log import say, table
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import evaluate
-from allo_mini.tokenizer import read_json
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
 
@@ -29,18 +27,13 @@ def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
                     "accuracy and margin on preference rows, with 95 % intervals.")
-    parser.add_argument("--model", required=True, metavar="X", help="folder or hub id")
-    parser.add_argument("--test", required=True, nargs="+", metavar="X", help="JSONL files, one table row each")
-    parser.add_argument("--out", default="", metavar="X", help="folder for <file>.jsonl, one line per row "
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
+    parser.add_argument("--test", required=True, nargs="+", metavar="FILE", help="JSONL files, one table row each")
+    parser.add_argument("--out", default="", metavar="FOLDER", help="for <file>.jsonl, one line per row "
                         "(default: eval/<model folder's name>)")
-    parser.add_argument("--limit", type=number(int), default=0, metavar="X", help="rows per file at most (0: all)")
-    for f in fields(Config):
-        if f.name in SHARED:
-            default = None if f.name == "stop" else f.default
-            many = {"nargs": "+"} if f.name == "stop" else {"type": number(int) if f.type is int else str}
-            parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=f.metadata["choices"],
-                                metavar=None if f.metadata["choices"] else "X", **many,
-                                help=f"{f.metadata['help']} (default {default or 'none'})".replace("%", "%%"))
+    parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
+    for name in SHARED:
+        add_knob(parser, name)
     return parser
 
 
@@ -49,16 +42,15 @@ def settings_of(args) -> Config:
     path, given = Path(args.model).resolve().parent / "config.json", vars(args)
     written = read_json(path).get("config", {}) if path.is_file() else {}
     own = {k: written[k] for k in ("prompt", "max_length", "max_new_tokens", "stop") if k in written and k not in given}
+    check(own, str(path))
     if own:
         say(f"as in {path}: " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v))
     return Config(**own, **{k: given[k] for k in SHARED if k in given})
 
 
 def run(args) -> None:
+    check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
     settings, jobs = settings_of(args), []
-    check(settings)
-    if args.limit < 0:
-        raise UserError(f"--limit is {args.limit}, expected 0 or more")
     device, dtype = pick_device(settings.device, settings.dtype)
     out = Path(args.out or Path("eval") / Path(args.model).name)
     for file in args.test:  # read everything before the model: a bad file shows at once
@@ -72,8 +64,7 @@ def run(args) -> None:
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))
     lines, saved, ends = [], [], eos_ids(model, tokenizer)
-    styles = [row_style(rows[0]) if settings.prompt == "auto" else settings.prompt for _, _, rows, _ in jobs]
-    encoders = [Encoder(tokenizer, style, settings.max_length) for style in styles]
+    encoders = [Encoder(tokenizer, style_of(settings.prompt, rows[0]), settings.max_length) for _, _, rows, _ in jobs]
     for encoder, (file, _, rows, _) in zip(encoders, jobs):
         need_usable(encoder, both_sides(rows), file)
     try:
@@ -83,8 +74,8 @@ def run(args) -> None:
     for encoder, (file, pairs, rows, target) in zip(encoders, jobs):
         began = time.monotonic()
         items = evaluate(model, encoder, rows, settings, {*ends, encoder.closing}, Path(file).name)
-        if encoder.dropped:
-            say(f"{file}: dropped: {encoder.report()}")
+        if report := encoder.report():
+            say(f"{file}: {report}")
         write_jsonl(target, items)
         saved.append(str(target))
         lines.append([*summary_row(Path(file).name, summary(items)), f"{time.monotonic() - began:.0f}"])

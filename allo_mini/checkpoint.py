@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allo_mini import UserError
+from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
 from allo_mini.mask import put
 from allo_mini.model import CausalLM, parse_config
-from allo_mini.tokenizer import Tokenizer, read_json
+from allo_mini.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")

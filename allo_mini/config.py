@@ -1,151 +1,159 @@
-"""Every knob in one place: name, default, unit and where the default comes from. Flags are made from this.
+"""Every knob in one place: default, unit, meaning, source and bounds. Flags, --help and checks are made from this.
 
-Sources: [paper] arXiv 2406.12606, [official] its released 8-GPU scripts, [ours] chosen here.
+Sources: "paper" arXiv 2406.12606, "official" its released 8-GPU scripts, "ours" chosen here.
 """
 
 import argparse
 import difflib
 import json
 import math
+import operator
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 
 from allo_mini import UserError
+from allo_mini.jsonio import read_json
 
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
+GROUPS = ("input", "own files", "stages", "sft", "sample", "warmup", "locate", "reward", "forget", "improve", "dpo",
+          "training", "memory", "watching")  # --help shows the flags so, in the order of the stages
+WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string",
+         list[str]: "a list of strings that are not empty"}
+LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
+
+
+def knob(default, group: str, unit: str | tuple, help: str, source: str = "ours", **limits):
+    """A dataclass field that becomes a flag.
+
+    group: one of GROUPS; unit: what --help shows as the flag's value, or a tuple of the values it may have;
+    limits: bounds by the names in LIMITS, as in `above=0, at_most=1`; without any, a number is 0 or more.
+    """
+    about = {"group": group, "unit": unit, "help": help, "source": source, "limits": limits or {"at_least": 0}}
+    return field(metadata=about, **{"default_factory": list} if default == [] else {"default": default})
 
 
 @dataclass
 class Stage:
-    """Optimizer settings of one training stage; 0 means: chosen from the model's size and the data (`resolve_stage`)."""
-    lr: float = 0.0
-    batch: int = 0
-    epochs: float = 1.0
-    warmup: float = 0.1
+    """Optimizer settings of a training stage; 0 means: chosen from the model's size and the data (`resolve_stage`).
+
+    Group and source depend on the stage.
+    """
+    lr: float = knob(0.0, "", "RATE", "peak learning rate (0: as at 7B, larger for smaller models)", "")
+    batch: int = knob(0, "", "ROWS", "for an optimizer step (0: as at 7B, smaller for few rows)", "")
+    epochs: float = knob(1.0, "", "PASSES", "over the rows", "", above=0)
+    warmup: float = knob(0.1, "", "SHARE", "of the steps in which the learning rate rises", "", at_least=0, at_most=1)
 
 
-# Peak learning rate for a 7B model, largest batch, epochs, warm-up share of the steps.
-OFFICIAL = {"sft": Stage(1e-5, 16, 3, 0.1),       # [ours]
-            "warmup": Stage(1e-6, 32, 1, 0.1),    # [official]
-            "reward": Stage(1e-5, 16, 1, 0.1),    # [ours]
-            "forget": Stage(5e-7, 128, 1, 0.03),  # [official]
-            "improve": Stage(5e-6, 128, 1, 0.1),  # [official]
-            "dpo": Stage(1e-6, 32, 1, 0.1)}       # [ours]: as the official warm-up, which is plain DPO
+# Peak learning rate for a 7B model, largest batch, epochs, warm-up share of the steps; ours unless in RELEASED.
+OFFICIAL = {"sft": Stage(1e-5, 16, 3, 0.1), "warmup": Stage(1e-6, 32, 1, 0.1), "reward": Stage(1e-5, 16, 1, 0.1),
+            "forget": Stage(5e-7, 128, 1, 0.03), "improve": Stage(5e-6, 128, 1, 0.1),
+            "dpo": Stage(1e-6, 32, 1, 0.1)}  # as the official warm-up, which is plain DPO
+RELEASED = ("warmup", "forget", "improve")  # the stages whose settings the official scripts give
 
-
-# `python train.py` without a model or data: the demo's settings, learning rates by tests/benchmarks/tune_demo.py. [ours]
+# The settings of `python train.py` without a model or data; learning rates by tests/benchmarks/tune_demo.py. (ours)
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "dpo_lr": 3e-5, "forget_lr": 8e-5, "improve_lr": 2e-5}
-
-
-def knob(default, group: str, help: str, choices=None):
-    """A dataclass field that becomes a flag."""
-    about = {"group": group, "help": help, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=about)
-    return field(default=default, metadata=about)
 
 
 @dataclass
 class Config:
     """A run's settings; saved as config.json in the run folder."""
-    # input
-    model: str = knob("", "input", "folder or hub id of the policy (default: the demo model)")
-    revision: str = knob("", "input", "hub revision: branch, tag or commit")
-    train: list[str] = knob([], "input", "task rows, JSONL, one or more files")
-    val: list[str] = knob([], "input", "validation rows for --eval-every (default: --val-rows of the training rows)")
-    test: list[str] = knob([], "input", "test rows: task rows, or preference rows in a --pairs run")
-    limit: int = knob(0, "input", "use at most this many training rows (0: all)")
-    test_limit: int = knob(0, "input", "use at most this many test rows (0: all)")
-    val_rows: int = knob(0, "input", "training rows set aside for validation (with --eval-every: 200 unless --val)")
-    prompt: str = knob("auto", "input", "alpaca for task rows, none for strings, chat for message lists, or one for all",
-                       ("auto", "alpaca", "chat", "none"))
-    max_length: int = knob(1200, "input", "tokens of prompt and response together [official]")
-    out: str = knob("", "input", "run folder (default runs/<data>-<seed>); resumes when it holds the same run")
-    seed: int = knob(2023, "input", "one seed for data order, sampling and splits [official]")
-    # one's own files instead of a stage
-    samples: str = knob("", "bring your own", "sampled responses, JSONL {input, samples}: replaces the sample stage")
-    pairs: list[str] = knob([], "bring your own", "preference rows, JSONL {prompt, chosen, rejected}, one or more files: "
-                            "replaces sample and pairs")
-    mask: str = knob("", "bring your own", "mask.safetensors: replaces warmup and locate")
-    token_weights_file: str = knob("", "bring your own", "JSONL {input, output, reward: [a score a token]}: replaces reward")
-    reward_model: str = knob("", "bring your own", "trained rewriting model: replaces its training")
-    # which stages
-    sft: bool = knob(False, "stages", "supervised fine-tuning first (makes the paper's 'SFT LLM')")
-    only_sft: bool = knob(False, "stages", "stop after supervised fine-tuning")
-    allo: bool = knob(True, "stages", "warmup, locate, reward, forget and improve (--no-allo: the baseline alone)")
-    dpo_baseline: bool = knob(True, "stages", "also train the full-weight DPO baseline and put it in the table")
-    eval: bool = knob(True, "stages", "evaluate the resulting models on --test")
-    # sampling
-    n: int = knob(10, "sample", "responses per question [paper]")
-    temperature: float = knob(0.7, "sample", "sampling temperature [paper]")
-    top_p: float = knob(0.95, "sample", "nucleus mass, 0..1 [paper]")
-    max_new_tokens: int = knob(1024, "sample", "tokens per response at most [paper]")
-    sample_batch: int = knob(320, "sample", "samples running at once [ours]")
-    stop: list[str] = knob([], "sample", "strings that end a response (for base models)")
-    sample_questions: int = knob(0, "sample", "training questions that are sampled (0: all)")
-    pairs_per_question: int = knob(5, "sample", "random (correct, wrong) pairs per question at most [paper]")
-    # locating neurons
-    locate: str = knob("movement", "locate", "importance of a weight: movement of a DPO warm-up [paper] or its gradient",
-                       ("movement", "gradient"))
-    p: float = knob(5.0, "locate", "percent of all weights that are trained [paper]")
-    p_forget: float = knob(0.0, "locate", "percent for forgetting alone (0: --p)")
-    p_improve: float = knob(0.0, "locate", "percent for improving alone (0: --p)")
-    locate_pairs: int = knob(512, "locate", "pairs for the gradient, and for the overlap of both strategies [ours]")
-    # token weights
-    token_weights: str = knob("threshold", "reward", "threshold: 1 where score < --threshold [paper]; soft: 1 - score; "
-                              "released: the score [official code]; edit: outside the edit alignment; uniform: 1",
-                              ("threshold", "soft", "released", "edit", "uniform"))
-    threshold: float = knob(0.5, "reward", "score under which a token is unaligned [paper]")
-    reward_base: str = knob("", "reward", "model that the rewriting model is trained from (default: the policy)")
-    # losses
-    beta: float = knob(0.1, "losses", "strength of the reference in DPO and NPO [paper]")
-    epsilon: float = knob(0.1, "losses", "share of rejected tokens kept when improving [official]")
-    # optimization: per-stage flags (--improve-lr, ...) are added below
-    clip: float = knob(1.0, "optimizer", "largest gradient norm over the selected weights [official]")
-    weight_decay: float = knob(0.0, "optimizer", "decay of the selected weights [official]")
-    max_steps: int = knob(0, "optimizer", "optimizer steps per stage at most (0: as epochs say)")
-    micro_batch: int = knob(0, "optimizer", "pairs or sequences per forward pass (0: as many as fit --micro-tokens)")
-    micro_tokens: int = knob(4096, "optimizer", "tokens per forward pass [ours]")
-    checkpoint_blocks: int = knob(-1, "optimizer", "first n blocks recompute activations in backward (-1: all on CUDA, "
-                                  "none on CPU)")
-    dtype: str = knob("auto", "optimizer", "weights: bf16 or fp32 (auto: bf16 on CUDA, fp32 elsewhere)",
-                      ("auto", "bf16", "fp32"))
-    device: str = knob("auto", "optimizer", "cuda, mps, cpu or cuda:1 (auto: the best there is)")
-    # memory and speed
-    memory: str = knob("", "memory", "fit every stage into a card of this size: chooses the flags of this group", 
-                       ("", "24gb", "16gb", "12gb", "8gb"))
-    int8: bool = knob(False, "memory", "store what is not trained of the linear layers in 8 bits [ours]")
-    state_bits: int = knob(32, "memory", "bits of an optimizer moment, 32 or 8 [ours]")
-    offload: str = knob("none", "memory", "state: optimizer in host memory; gradient: its gradient buffer too [ours]",
-                        ("none", "state", "gradient"))
-    p_sft: float = knob(0.0, "memory", "percent of the weights that sft and the rewriting model train, located by the "
-                        "gradient of their own loss (0: all) [ours]")
-    locate_groups: int = knob(0, "memory", "passes over the pairs when locating by gradient, each over a group of "
-                              "tensors (0: as many as the memory needs) [ours]")
-    compile: bool = knob(False, "memory", "torch.compile the pointwise pieces (CUDA) [ours]")
-    # watching
-    eval_every: int = knob(0, "watch", "validate every so many steps of sft, forget, improve and dpo; the best weights "
-                           "are kept")
-    save_minutes: float = knob(10.0, "watch", "minutes between checkpoints inside a stage")
-    # per stage
+    model: str = knob("", "input", "FOLDER", "the policy: a folder or hub id (none: the demo model)")
+    revision: str = knob("", "input", "NAME", "hub revision: branch, tag or commit")
+    train: list[str] = knob([], "input", "FILE", "task rows, JSONL, one or more files")
+    val: list[str] = knob([], "input", "FILE", "validation rows for --eval-every (none: see --val-rows)")
+    test: list[str] = knob([], "input", "FILE", "test rows: task rows, or preference rows in a --pairs run")
+    limit: int = knob(0, "input", "ROWS", "training rows at most (0: all)")
+    test_limit: int = knob(0, "input", "ROWS", "test rows at most (0: all)")
+    val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
+    prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
+                       "alpaca for task rows, none for strings, chat template for message lists)")
+    max_length: int = knob(1200, "input", "TOKENS", "prompt and response together at most", "official", at_least=8)
+    out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
+    seed: int = knob(2023, "input", "NUMBER", "of data order, sampling and splits", "official")
+
+    samples: str = knob("", "own files", "FILE", "{input, samples}, JSONL: replaces the sample stage")
+    pairs: list[str] = knob([], "own files", "FILE", "{prompt, chosen, rejected}, JSONL: replaces sample and its pairs")
+    mask: str = knob("", "own files", "FILE", "mask.safetensors: replaces warmup and locate")
+    token_weights_file: str = knob("", "own files", "FILE", "{input, output, reward: scores}, JSONL: replaces reward")
+    reward_model: str = knob("", "own files", "FOLDER", "a trained rewriting model: replaces its training")
+
+    sft: bool = knob(False, "stages", "", "supervised fine-tuning first (makes the paper's 'SFT LLM')", "paper")
+    only_sft: bool = knob(False, "stages", "", "stop after supervised fine-tuning")
+    allo: bool = knob(True, "stages", "", "warmup, locate, reward, forget, improve (off: only the baseline)", "paper")
+    dpo_baseline: bool = knob(True, "stages", "", "also train the baseline, full-weight DPO, and show it", "paper")
+    eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
+
+    n: int = knob(10, "sample", "RESPONSES", "sampled for each question", "paper", at_least=1)
+    temperature: float = knob(0.7, "sample", "NUMBER", "divides the logits; 0: always the likeliest token", "paper")
+    top_p: float = knob(0.95, "sample", "SHARE", "nucleus: probability mass sampled from", "paper", above=0, at_most=1)
+    max_new_tokens: int = knob(1024, "sample", "TOKENS", "of a response at most", "paper", at_least=1)
+    sample_batch: int = knob(320, "sample", "SAMPLES", "running at once", at_least=1)
+    stop: list[str] = knob([], "sample", "TEXT", "strings that end a response (for base models)")
+    sample_questions: int = knob(0, "sample", "QUESTIONS", "training questions that are sampled (0: all)")
+    pairs_per_question: int = knob(5, "sample", "PAIRS", "(correct, wrong) drawn at most", "paper", at_least=1)
+
+    locate: str = knob("auto", "locate", ("auto", "movement", "gradient"), "a weight's importance: how far the "
+                       "warm-up moves it, or its gradient (auto: movement, but gradient with --memory)", "paper")
+    p: float = knob(5.0, "locate", "PERCENT", "of all weights that are trained", "paper", above=0, at_most=100)
+    p_forget: float = knob(0.0, "locate", "PERCENT", "for forgetting alone (0: --p)", at_least=0, at_most=100)
+    p_improve: float = knob(0.0, "locate", "PERCENT", "for improving alone (0: --p)", at_least=0, at_most=100)
+    locate_pairs: int = knob(512, "locate", "PAIRS", "for the gradient and its overlap with movement", at_least=1)
+
+    token_weights: str = knob("threshold", "reward", ("threshold", "soft", "released", "edit", "uniform"),
+                              "threshold: 1 where score < --threshold; soft: 1 - score; released: the score, as in the "
+                              "official code; edit: 1 outside the edit alignment; uniform: 1", "paper")
+    threshold: float = knob(0.5, "reward", "SCORE", "under which a token is unaligned", "paper", at_least=0, at_most=1)
+    reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
+    epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)
+
+    beta: float = knob(0.1, "training", "NUMBER", "strength of the reference in DPO and NPO", "paper", above=0)
+    clip: float = knob(1.0, "training", "NORM", "of the selected weights' gradient at most", "official", above=0)
+    weight_decay: float = knob(0.0, "training", "RATE", "of the selected weights", "official")
+    max_steps: int = knob(0, "training", "STEPS", "of the optimizer at most (0: as epochs say)")
+    micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
+    micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
+    dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
+    device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
+
+    memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
+                       "the flags of this group, --micro-tokens and --sample-batch (none: as they are)")
+    int8: bool = knob(False, "memory", "", "8 bits for what is not trained of the linear layers")
+    state_bits: int = knob(32, "memory", "BITS", "of an optimizer moment: 32, or 8 blockwise", at_least=8, at_most=32)
+    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's state, or its "
+                        "gradient buffer too")
+    p_sft: float = knob(0.0, "memory", "PERCENT", "of the weights that sft and the rewriting model train, located by the "
+                        "gradient of their own loss (0: all)", at_least=0, at_most=100)
+    locate_groups: int = knob(0, "memory", "PASSES", "over the pairs when locating by gradient, each over a group of "
+                              "tensors (0: as many as the memory needs)")
+    checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "that recompute activations in backward, the first ones "
+                                  "(-1: on CUDA as many as the memory needs, on CPU none)", at_least=-1)
+    head_mb: int = knob(256, "memory", "MB", "of fp32 logits made at a time", at_least=1)
+    compile: bool = knob(False, "memory", "", "torch.compile for the pointwise pieces (CUDA)")
+
+    eval_every: int = knob(0, "watching", "STEPS", "between validations in sft, forget, improve and dpo; the best "
+                           "weights are kept (0: off)")
+    save_minutes: float = knob(10.0, "watching", "MINUTES", "between checkpoints inside a stage")
     stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
                                                               for name in STAGES})
+
+
+KNOBS = {f.name: f for f in fields(Config) if f.metadata} | {f"{s}_{f.name}": f for s in STAGES for f in fields(Stage)}
+
+
+def flat(config: Config) -> dict:
+    """All settings by their names in KNOBS: a stage's lr is "improve_lr"."""
+    values = asdict(config)
+    return {f"{s}_{k}": v for s, own in values.pop("stages").items() for k, v in own.items()} | values
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with a suggestion for a mistyped flag."""
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (-[\w-]+)", message)
-        wrong = re.match(r"argument (\S+): invalid (?:([\w ]+) value|choice): '(.*?)'(?: \(choose from (.*)\))?$", message)
-        if unknown:
-            message = f"unknown flag {unknown[1]}" + (similar(unknown[1], self._option_string_actions) or "; see --help")
-        elif wrong:
-            flag, kind, value, choices = wrong.groups()
-            choices = (choices or "").replace("'", "")
-            message = f"{flag} is {value}, expected {choices or kind}{similar(value, choices.split(', '))}"
+        if unknown := re.match(r"unrecognized arguments: (-[\w-]+)", message):
+            near = similar(unknown[1], self._option_string_actions)
+            message = f"unknown flag {unknown[1]}{near or '; see --help'}"
         raise UserError(message.removeprefix("argument "))
 
 
@@ -156,130 +164,104 @@ def similar(word: str, words) -> str:
 
 
 def number(kind):
-    """int or float for argparse, refusing NaN and infinity."""
-    def parse(text):
-        value = kind(text)
-        if not math.isfinite(value):
-            raise ValueError
-        return value
-    parse.__name__ = "a whole number" if kind is int else "a finite number"  # argparse's error shows it
-    return parse
+    """int or float for argparse; what is no such number stays a string, which `check` refuses."""
+    def read(text):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return read
+
+
+def add_knob(group, name: str) -> None:
+    """Make a knob's flag. It is absent from the result unless given, and `check` judges its value."""
+    f, unit, default = KNOBS[name], KNOBS[name].metadata["unit"], flat(Config())[name]
+    shown = ("off", "on")[default] if f.type is bool else "none" if default in ("", []) else default
+    source = f.metadata["source"] or ("official" if name.startswith(RELEASED) else "ours")
+    options = {"help": f"{f.metadata['help']} [{shown}; {source}]".replace("%", "%%")}
+    if f.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["metavar"] = unit if isinstance(unit, str) else "{" + ",".join(unit) + "}"
+        options["type"] = number(f.type) if f.type in (int, float) else str
+        options["nargs"] = "+" if f.type == list[str] else None
+    group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="train.py", allow_abbrev=False, description=(
-        "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose "
-        "own settings --print-config shows. A learning rate or batch of 0 is chosen for you."))
+        "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose own "
+        "settings --print-config shows. In brackets: the default and where it comes from."))
     parser.add_argument("--config", metavar="FILE.json", help="read settings from a file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
-    groups = {}
-    for f in fields(Config):
-        if f.name == "stages":
-            continue
-        group = groups.setdefault(f.metadata["group"], parser.add_argument_group(f.metadata["group"]))
-        flag, default = "--" + f.name.replace("_", "-"), f.default
-        options = {"default": argparse.SUPPRESS, "help": f.metadata["help"].replace("%", "%%")}
-        if f.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif f.type is str:
-            options["choices"] = f.metadata["choices"]
-        elif f.type in (int, float):
-            options["type"] = number(f.type)
-        else:
-            options["nargs"], default = "+", None
-        if default not in (None, ""):
-            options["help"] += f" (default {default})"
-        if f.type is not bool:
-            options["metavar"] = None if options.get("choices") else "X"
-        group.add_argument(flag, **options)
-    group = parser.add_argument_group("per stage", "sft, warmup, reward, forget, improve, dpo; "
-                                      "0: chosen from the model's size and the data; metrics.jsonl says what was used")
-    for stage in STAGES:
-        for name, kind, text in (("lr", float, "peak learning rate"), ("batch", int, "rows per optimizer step"),
-                                 ("epochs", float, "passes over the rows"), ("warmup", float, "share of rising steps")):
-            group.add_argument(f"--{stage}-{name}", type=number(kind), metavar="X", default=argparse.SUPPRESS, help=text)
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for stage, s in OFFICIAL.items():
+        groups[stage].description = f"at 7B: --{stage}-lr {s.lr:g}, --{stage}-batch {s.batch}"
+    for name, f in KNOBS.items():
+        add_knob(groups[f.metadata["group"] or name.split("_")[0]], name)
     return parser
+
+
+def expected(f: Field, value) -> str:
+    """What the knob `f` wants, in words, when `value` is not that; else ''."""
+    unit, limits = f.metadata["unit"], f.metadata["limits"].items()
+    words = "one of " + ", ".join(unit) + similar(str(value), unit) if isinstance(unit, tuple) else WORDS[f.type]
+    if f.type in (int, float):
+        words += " " + " and ".join(f"{limit.replace('_', ' ')} {bound}" for limit, bound in limits)
+        good = (type(value) in (int, f.type) and abs(value) < 2**63  # NaN is not below anything
+                and all(LIMITS[limit](value, bound) for limit, bound in limits))
+    elif f.type == list[str]:
+        good = isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+    else:
+        good = isinstance(value, f.type) and (isinstance(unit, str) or value in unit)
+    return "" if good else words
+
+
+def check(values: dict, file: str = "") -> None:
+    """Refuse settings (as `flat` names them) that cannot mean anything.
+
+    Raises UserError naming the flag (or `file` and key), its value and what was expected.
+    """
+    for name, value in values.items():
+        if name not in KNOBS:
+            raise UserError(f"{file}: {name} is no setting of ours{similar(name, KNOBS)}")
+        if wanted := expected(KNOBS[name], value):
+            found = f"{file}: {name} is {value!r}" if file else f"--{name.replace('_', '-')} is {value}"
+            raise UserError(f"{found}, expected {wanted}")
 
 
 def from_file(path: str) -> dict:
     """Flat, checked settings of a --config file, `config.json` of another run included."""
+    values = read_json(path)
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         values = dict(values.get("config", values))
-        for stage, settings in values.pop("stages", {}).items():
-            values.update({f"{stage}_{k}": v for k, v in settings.items()})
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: expected a JSON object of settings: {e}") from None
-    kinds = {f.name: (f.type, f.metadata["choices"]) for f in fields(Config) if f.name != "stages"}
-    kinds |= {f"{s}_{f.name}": (f.type, None) for s in STAGES for f in fields(Stage)}
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
-    for key, value in values.items():
-        if key not in kinds:
-            raise UserError(f"{path}: {key} is no setting of ours" + similar(key, kinds))
-        kind, choices = kinds[key]
-        good = (isinstance(value, list) and all(isinstance(v, str) for v in value) if kind not in words else
-                isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool))
-        if not good or (choices and value not in choices):
-            expected = ", ".join(choices) if choices else words.get(kind, "a list of strings")
-            raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+        for stage, own in values.pop("stages", {}).items():
+            values |= {f"{stage}_{name}": value for name, value in own.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}: expected a JSON object of settings, its 'stages' an object of objects") from None
+    check(values, path)
     return values
 
 
 def parse(argv: list[str]) -> Config:
     """Command line -> checked Config; without model and data the demo's settings apply. Raises UserError."""
-    parser = make_parser()
-    given = vars(parser.parse_args(argv))
-    path, show = given.pop("config", None), given.pop("print_config")
-    written = from_file(path) if path else {}
-    own = any((given | written).get(key) for key in ("model", "train", "pairs"))
-    values = ({} if own else dict(DEMO)) | written | given
-    config = Config(**{k: v for k, v in values.items() if k in Config.__dataclass_fields__})
-    for stage in STAGES:
-        for f in fields(Stage):
-            if (key := f"{stage}_{f.name}") in values:
-                setattr(config.stages[stage], f.name, values[key])
-    check(config)
+    given = vars(make_parser().parse_args(argv))
+    path, show = given.pop("config"), given.pop("print_config")
+    check(given)
+    values = (from_file(path) if path else {}) | given
+    own = any(values.get(key) for key in ("model", "train", "pairs"))
+    values = flat(Config()) | ({} if own else DEMO) | values
+    stages = {s: Stage(*(values.pop(f"{s}_{f.name}") for f in fields(Stage))) for s in STAGES}
+    config = Config(**values, stages=stages)
+    check_together(config)
     if show:
         print(json.dumps(asdict(config), indent=2))
         raise SystemExit(0)
     return config
 
 
-def check(c: Config) -> None:
-    """Refuse values that cannot mean anything. Raises UserError naming flag, value and what was expected."""
-    def need(flag, value, good, expected):
-        if not good:
-            raise UserError(f"--{flag} is {value}, expected {expected}")
-
-    for f in fields(c):
-        if f.type in (int, float):  # NaN is not below anything
-            need(f.name.replace("_", "-"), getattr(c, f.name), abs(getattr(c, f.name)) < 2**63, "a finite number")
-    for flag in ("p", "p_forget", "p_improve"):
-        value = getattr(c, flag)
-        need(flag.replace("_", "-"), value, 0 < value <= 100 or (value == 0 and flag != "p"), "a percentage in (0, 100]")
-    for flag in ("top_p", "epsilon"):
-        need(flag.replace("_", "-"), getattr(c, flag), 0 < getattr(c, flag) <= 1, "a share in (0, 1]")
-    for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens"):
-        need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 1, "at least 1")
-    for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every",
-                 "weight_decay", "temperature",
-                 "seed", "save_minutes"):
-        need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 0, "0 or more")
-    for flag in ("beta", "clip"):
-        need(flag, getattr(c, flag), getattr(c, flag) > 0, "more than 0")
-    need("threshold", c.threshold, 0 <= c.threshold <= 1, "a probability, 0 to 1")
-    need("max-length", c.max_length, c.max_length >= 8, "at least 8")
-    need("checkpoint-blocks", c.checkpoint_blocks, c.checkpoint_blocks >= -1, "-1 or more")
-    need("stop", c.stop, all(c.stop), "strings that are not empty")
-    for name, stage in c.stages.items():
-        need(f"{name}-lr", stage.lr, 0 <= stage.lr < math.inf, "0 or more")
-        need(f"{name}-batch", stage.batch, stage.batch >= 0, "0 or more")
-        need(f"{name}-epochs", stage.epochs, 0 < stage.epochs < math.inf, "more than 0")
-        need(f"{name}-warmup", stage.warmup, 0 <= stage.warmup <= 1, "a share, 0 to 1")
+def check_together(c: Config) -> None:
+    """Refuse settings that contradict each other, or ask for rows that nobody gave. Raises UserError."""
     if c.temperature == 0 and c.n > 1 and not (c.samples or c.pairs or c.only_sft):
         raise UserError("--temperature 0 gives --n equal responses; use a temperature above 0")
     if c.token_weights_file and c.token_weights in ("edit", "uniform"):
@@ -287,17 +269,16 @@ def check(c: Config) -> None:
                         "expected threshold, soft or released")
     if c.samples and c.pairs:
         raise UserError("--samples and --pairs are both given; pairs replace the samples, expected one of them")
-    if (c.test or c.val) and not (c.train or c.pairs):
-        raise UserError("--test and --val need rows to train on: --train FILE (task rows) or --pairs FILE (preferences)")
-    if c.model and not (c.train or c.pairs):
-        raise UserError("--model needs rows to train on: --train FILE (task rows) or --pairs FILE (preferences)")
+    if (c.model or c.test or c.val) and not (c.train or c.pairs):
+        raise UserError("--model, --test and --val need rows to train on: --train FILE (task rows) or --pairs FILE "
+                        "(preferences)")
 
 
 def resolve_stage(name: str, stage: Stage, parameters: int, rows: int) -> Stage:
     """Fill in lr and batch where they are 0.
 
-    lr: the official value is for 7B; smaller models take steps larger by sqrt(7e9 / parameters), at most 100x [ours].
-    batch: the official one, but small enough for at least 50 steps an epoch, and not below 8 [ours].
+    lr: the official value is for 7B; smaller models take steps larger by sqrt(7e9 / parameters), at most 100x (ours).
+    batch: the official one, but small enough for at least 50 steps an epoch, and not below 8 (ours).
     """
     official = OFFICIAL[name]
     scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))

@@ -6,22 +6,23 @@
     official ALLO    {"question", "prediction"} and {"input", "output", "reward"[, "ref_prob"]}
 """
 
-import json
 import random
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
 from allo_mini import UserError
+from allo_mini.jsonio import read_jsonl
 from allo_mini.tokenizer import Tokenizer
 
 # The form ALLO's official scripts use for its tasks (from WizardMath, arXiv 2308.09583; github.com/RUCAIBox/ALLO).
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
-MAX_LINE = 64 << 20  # characters; a longer line is no row of ours
+HH_TURN = "\n\nAssistant:"  # what a response follows in Anthropic HH strings
 
 Messages = list[dict]
 Text = str | Messages
@@ -69,143 +70,85 @@ class Negative:
     scores: list[float] | None = None
 
 
-def read_jsonl(path: str | Path):
-    """Yield (line number, object). Raises UserError `FILE:LINE: ...` for anything that is not one object a line."""
-    path = Path(path)
-    try:
-        f = path.open("rb")
-    except (OSError, ValueError) as e:  # ValueError: a name that no file can have
-        raise UserError(f"{path}: cannot be read as JSONL: {getattr(e, 'strerror', e)}") from None
-    with f:
-        for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1):
-            if len(raw) == MAX_LINE:
-                raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not line:
-                    continue
-                row = json.loads(line, object_pairs_hook=no_duplicates, parse_constant=no_constant)
-            except UnicodeDecodeError as e:
-                raise UserError(f"{path}:{number}: not UTF-8 text (byte {e.start + 1} of the line)") from None
-            except (ValueError, RecursionError) as e:
-                hint = " (a JSON list? expected one object a line)" if number == 1 and line in "[{" else ""
-                raise UserError(f"{path}:{number}: not valid JSON: {getattr(e, 'msg', e)}{hint}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            yield number, row
-
-
-def no_duplicates(pairs):
-    """A JSON object hook that refuses {"a": 1, "a": 2} instead of silently keeping the last."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError(f"key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} appears twice")
-    return row
-
-
-def no_constant(name):
-    """Refuses NaN and Infinity, which Python's json reads though they are no JSON."""
-    raise ValueError(f"{name} is no JSON value")
-
-
-def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
+def text_of(row: dict, key: str, where: str, optional: bool = False, expected: str = "a string") -> str | None:
     """row[key] as a string that can be encoded. Raises UserError naming the place and what was found."""
     value = row.get(key)
     if value is None and optional:
         return None
     if key not in row:
-        found = ", ".join(map(repr, list(row)[:6])) or "no keys"
-        raise UserError(f"{where}: missing key {key!r}; the row has {found}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and key == "answer":
+        raise UserError(f"{where}: missing key {key!r}; the row has {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
+    if key == "answer" and type(value) in (int, float):
         value = str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string")
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected {expected}")
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {key!r} holds half a surrogate pair, which no text file can hold")
     return value
 
 
-def is_pairs(path: str | Path) -> bool:
-    """Whether the first row of a file is a preference row."""
-    for _, row in read_jsonl(path):
-        return "chosen" in row or "rejected" in row
-    raise UserError(f"{path}: no rows")
-
-
-def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_answer: bool = False) -> list[Task]:
-    """Task rows of several files, at most `limit` in all. `question`/`prediction` and bare `answer` rows are read too."""
-    tasks = []
-    for path in paths:
-        for number, row in read_jsonl(path):
-            where = f"{path}:{number}"
-            if limit and len(tasks) == limit:
-                break
-            question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
-            output = text_of(row, "output", where, optional=not need_output)
-            answer = text_of(row, "answer", where, optional=True)
-            if need_answer and not (answer or "").strip() and "the answer is" not in (output or "").lower():
-                raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
-            if not question.strip():
-                raise UserError(f"{where}: 'input' is empty")
-            tasks.append(Task(len(tasks), question, output, answer, text_of(row, "rewrite", where, optional=True)))
-    if not tasks:
-        raise UserError(f"{', '.join(map(str, paths))}: no rows")
-    return tasks
-
-
-def messages_of(value, key: str, where: str) -> Text:
-    """A string as it is, or a checked list of {"role", "content"}."""
-    if isinstance(value, str):
-        return text_of({key: value}, key, where)
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string or a list of messages")
-    for m in value:
+def messages_of(row: dict, key: str, where: str) -> Text:
+    """row[key]: a string that can be encoded, or a list of {"role", "content"}. Raises UserError."""
+    messages = row.get(key)
+    if not isinstance(messages, list):
+        return text_of(row, key, where, expected="a string or a list of messages")
+    for m in messages or ["nothing"]:
         if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         text_of(m, "content", f"{where}: {key!r}")
-    return value
+    return messages
+
+
+def is_pairs(path: str | Path) -> bool:
+    """Whether the first row of a file is a preference row."""
+    _, row = next(read_jsonl(path))
+    return "chosen" in row or "rejected" in row
+
+
+def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_answer: bool = False) -> list[Task]:
+    """Task rows of several files, at most `limit` in all; `question`/`prediction` and bare `answer` rows too."""
+    tasks = []
+    for where, row in islice(chain.from_iterable(map(read_jsonl, paths)), limit or None):
+        question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
+        output = text_of(row, "output", where, optional=not need_output)
+        answer, rewrite = (text_of(row, key, where, optional=True) for key in ("answer", "rewrite"))
+        if need_answer and not (answer or "").strip() and "the answer is" not in (output or "").lower():
+            raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
+        if not question.strip():
+            raise UserError(f"{where}: 'input' is empty")
+        tasks.append(Task(len(tasks), question, output, answer, rewrite))
+    return tasks
 
 
 def split_implicit(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
-    """(prompt, chosen, rejected) of a pair whose prompt is the common beginning of both."""
-    if type(chosen) is not type(rejected):
-        raise UserError(f"{where}: 'chosen' and 'rejected' must both be strings or both message lists")
-    if chosen == rejected:  # an identical pair: counted and dropped later
-        cut = len(chosen) - 1 if isinstance(chosen, list) else chosen.rfind("\n\nAssistant:") + 12
-        return chosen[:cut], chosen[cut:], rejected[cut:]
+    """(prompt, chosen, rejected) of a pair whose prompt is the common beginning of both.
+
+    Of an identical pair something stays as response: the encoder counts and drops it.
+    """
     cut = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
-    if isinstance(chosen, str):
-        turn = chosen.rfind("\n\nAssistant:", 0, cut)
-        cut = turn + len("\n\nAssistant:") if turn >= 0 else max(chosen.rfind(" ", 0, cut), chosen.rfind("\n", 0, cut), 0)
-    if not chosen[:cut]:
+    if isinstance(chosen, list):
+        cut -= chosen == rejected
+    else:
+        turn = chosen.rfind(HH_TURN, 0, cut)
+        cut = turn + len(HH_TURN) if turn >= 0 else max(chosen.rfind(" ", 0, cut), chosen.rfind("\n", 0, cut), 0)
+    if not cut and chosen != rejected:
         raise UserError(f"{where}: no 'prompt', and 'chosen' and 'rejected' do not begin with one in common")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def read_pairs(path: str, limit: int = 0) -> list[Pair]:
-    """Preference rows in any of TRL's forms."""
+    """Preference rows in any of TRL's forms, at most `limit`."""
     pairs = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
-        if limit and len(pairs) == limit:
-            break
-        for key in ("chosen", "rejected"):
-            if key not in row:
-                text_of(row, key, where)
-        chosen, rejected = (messages_of(row[key], key, where) for key in ("chosen", "rejected"))
-        if "prompt" in row:
-            prompt = messages_of(row["prompt"], "prompt", where)
-            if isinstance(prompt, list) and isinstance(chosen, list) and chosen[:len(prompt)] == prompt:
-                chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # the whole conversation was given
-        else:
-            prompt, chosen, rejected = split_implicit(chosen, rejected, where)
-        if len({isinstance(x, list) for x in (prompt, chosen, rejected)}) > 1:
+    for where, row in islice(read_jsonl(path), limit or None):
+        chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
+        prompt = messages_of(row, "prompt", where) if "prompt" in row else chosen
+        if len({type(text) for text in (prompt, chosen, rejected)}) > 1:
             raise UserError(f"{where}: 'prompt', 'chosen' and 'rejected' must all be strings or all message lists")
-        task = row.get("task")
-        pairs.append(Pair(prompt, chosen, rejected, task if isinstance(task, int) else None,
-                          text_of(row, "rewrite", where, optional=True)))
-    if not pairs:
-        raise UserError(f"{path}: no rows")
+        if "prompt" not in row:
+            prompt, chosen, rejected = split_implicit(chosen, rejected, where)
+        elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt:  # the whole conversation was given
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+        task = row.get("task") if isinstance(row.get("task"), int) else None
+        pairs.append(Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True)))
     return pairs
 
 
@@ -217,7 +160,7 @@ def plain(text: Text) -> str:
 # ---- text -> token ids -------------------------------------------------------------------------------------
 
 class Encoder:
-    """Turns prompts and responses into ids in one prompt style, counting what it has to drop and why.
+    """Turns prompts and responses into ids in one prompt style, counting what it has to drop (and why) or trim.
 
     style: "alpaca" wraps the question in ALPACA and sets a space before the response; "none" takes strings as they
     are; "chat" applies the checkpoint's template. The closing token is the template's end of turn for chat, else
@@ -225,18 +168,18 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
-        self.tokenizer, self.style, self.max_length, self.dropped = tokenizer, style, max_length, Counter()
+        self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.closing = self._closing()
+        self.clear()
 
     def _closing(self) -> int:
         t = self.tokenizer
         if self.style == "chat":  # what the template writes after a response
-            ask = [{"role": "user", "content": "a"}]
-            full = t.render([*ask, {"role": "assistant", "content": "marker"}], False)
-            if "marker" not in full:
+            full = t.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "marker"}], False)
+            _, found, after = full.rpartition("marker")
+            if not found:
                 raise UserError(f"{t.folder}: the chat template leaves out what the assistant says")
-            after = t.encode(full[full.rindex("marker") + len("marker"):], bos=False)
-            if special := [i for i in after if i in t.special_ids]:
+            if special := [i for i in t.encode(after, bos=False) if i in t.special_ids]:
                 return special[0]
         if t.eos_id is None:
             raise UserError(f"{t.folder / 'tokenizer_config.json'}: eos_token is missing; responses need an end")
@@ -286,8 +229,7 @@ class Encoder:
         room = self.max_length - max(map(len, answers))
         if room < 1 + len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
-        if len(ids) > room:
-            self.dropped["(prompt trimmed, row kept)"] += 1
+        self.trimmed += len(ids) > room
         return Example(self.trim(ids, room), answers)
 
     def response_ids(self, prompt: Text, response: Text) -> list[int]:
@@ -301,20 +243,23 @@ class Encoder:
     def drop(self, why: str) -> None:
         self.dropped[why] += 1
 
+    def clear(self) -> None:
+        """Start counting anew."""
+        self.dropped, self.trimmed = Counter(), 0
+
     def report(self) -> str:
-        """'2 empty response, 4 identical pair' or 'nothing'."""
-        return ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items())) or "nothing"
+        """'dropped: 2 empty response, 4 identical pair; kept with a trimmed prompt: 3'; '' when all rows are whole."""
+        dropped = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items()))
+        notes = {"dropped": dropped, "kept with a trimmed prompt": self.trimmed}
+        return "; ".join(f"{what}: {count}" for what, count in notes.items() if count)
 
 
 def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
     """Row numbers of every optimizer step: epochs are seeded shuffles laid end to end, then cut into batches."""
-    steps, rng = [], random.Random(seed)
-    total = round(count * epochs)
-    order: list[int] = []
+    order, rng, total = [], random.Random(seed), round(count * epochs)
     while len(order) < total:
         epoch = list(range(count))
         rng.shuffle(epoch)
         order += epoch
-    order = order[:total]
-    steps = [order[i:i + batch] for i in range(0, total, batch)]
-    return steps[:max_steps] if max_steps else steps
+    steps = [order[i:min(i + batch, total)] for i in range(0, total, batch)]
+    return steps[:max_steps or None]

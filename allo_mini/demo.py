@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from allo_mini.checkpoint import save_model, write_jsonl
+from allo_mini.config import Config
 from allo_mini.data import Task
 from allo_mini.model import CausalLM, parse_config
 
@@ -69,6 +70,15 @@ def problems(count: int, seed: int | str, avoid: set[str] = frozenset(),
             seen.add(question)
             tasks.append(Task(len(tasks), question, solution, answer))
     return tasks
+
+
+def splits(cfg: Config) -> tuple[list[Task], list[Task], list[Task]]:
+    """(train, val, test) problems of a demo run; no question is in two of them."""
+    splits, seen = {}, set()
+    for name, count in (("test", cfg.test_limit), ("val", cfg.val_rows), ("train", cfg.limit)):
+        splits[name] = problems(count or ROWS[name], f"{cfg.seed}/{name}", seen)
+        seen |= {t.input for t in splits[name]}
+    return splits["train"], splits["val"], splits["test"]
 
 
 DEMO_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 128,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from allo_mini import UserError
 from allo_mini.checkpoint import atomic_file, open_safetensors
-from allo_mini.data import Negative, messages_of, read_jsonl, text_of
+from allo_mini.data import Negative, messages_of, text_of
+from allo_mini.jsonio import read_jsonl
 from allo_mini.mask import PackedMask, mask_metadata, pack_mask, read_mask
 
 
@@ -36,31 +37,26 @@ def keep_whole(path: Path, group: int, total: int) -> int:
 def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
     """Question -> sampled responses, and how many were left out as unfinished. Raises UserError naming the line."""
     samples, unfinished = {}, 0
-    for number, row in read_jsonl(path):
-        where, texts = f"{path}:{number}", row.get("samples")
+    for where, row in read_jsonl(path):
+        texts = row.get("samples")
         if not isinstance(texts, list):
             raise UserError(f"{where}: 'samples' is {type(texts).__name__}, expected a list of strings")
         for text in texts:
             text_of({"samples": text}, "samples", where)
         samples.setdefault(text_of(row, "input", where), []).extend(texts)
         unfinished += row["unfinished"] if isinstance(row.get("unfinished"), int) else 0
-    if not samples:
-        raise UserError(f"{path}: no rows")
     return samples, unfinished
 
 
 def read_weights(path: str | Path) -> list[Negative]:
     """Rows {input, output, reward: one score in 0..1 a token, EOS included}; also the official release's files."""
     negatives = []
-    for number, row in read_jsonl(path):
-        where, scores = f"{path}:{number}", row.get("reward")
+    for where, row in read_jsonl(path):
+        scores = row.get("reward")
         if not isinstance(scores, list) or not all(type(s) in (int, float) and 0 <= s <= 1.001 for s in scores):
             raise UserError(f"{where}: 'reward' must be a list of probabilities, one for each token of 'output' and EOS")
-        prompt, output = (messages_of(row[key], key, where) if isinstance(row.get(key), list) else
-                          text_of(row, key, where) for key in ("input", "output"))
+        prompt, output = (messages_of(row, key, where) for key in ("input", "output"))
         negatives.append(Negative(prompt, output, "", None, [float(s) for s in scores]))
-    if not negatives:
-        raise UserError(f"{path}: no rows")
     return negatives
 
 

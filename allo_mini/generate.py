@@ -122,9 +122,8 @@ def bytes_per_token(model: CausalLM) -> int:
 
 @dataclass
 class Sample:
-    """One running sample: which prompt and which of its n, cache length, random stream, tokens so far."""
+    """One sample: the number of its prompt, cache length, random stream, tokens so far."""
     prompt: int
-    k: int
     length: int
     limit: int  # tokens at most
     u: Tensor
@@ -172,7 +171,7 @@ class Sampler:
         over = [len(s.tokens) >= s.limit or self.over(s.tokens) for s in self.running]
         for s, ended in zip(self.running, over):
             if ended:
-                self.on_done(s)
+                self.on_done(s.prompt, s.tokens)
         stay = over.count(False)
         gaps = [i for i in range(stay) if over[i]]
         movers = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
@@ -197,8 +196,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    rows, slots, eos = rows or list(range(len(prompts))), max(slots, n), set(eos_ids)
-    results: list = [[None] * n for _ in prompts]
+    rows, slots, eos = rows or range(len(prompts)), max(slots, n), set(eos_ids)
 
     def over(tokens):
         return tokens[-1] in eos or stopped(tokens)
@@ -206,28 +204,23 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     def start(i: int, k: int) -> Sample:
         length = len(prompts[i])
         limit = max(1, min(max_new_tokens, (max_length or length + max_new_tokens) - length))
-        return Sample(i, k, length, limit, uniforms(seed, rows[i], k, limit))
+        return Sample(i, length, limit, uniforms(seed, rows[i], k, limit))
 
-    def done(s: Sample):
-        results[s.prompt][s.k] = s.tokens
-        on_done(s.prompt, s.tokens)
-
+    samples = [[start(i, k) for k in range(n)] for i in range(len(prompts))]
     longest = max(map(len, prompts), default=0)
     if model.head_weight.is_cuda:  # the cache may take 60 % of the memory that is free now
         each = (longest + max_new_tokens) * bytes_per_token(model)
         slots = max(n, min(slots, int(0.6 * torch.cuda.mem_get_info(model.head_weight.device)[0] / each)))
-    sampler = Sampler(model, min(slots, n * len(prompts)), longest + 64, temperature, top_p,
-                      over, done)
+    sampler = Sampler(model, min(slots, n * len(prompts)), longest + 64, temperature, top_p, over, on_done)
     at = 0
     while at < len(prompts) or sampler.running:
         free = (sampler.slots - len(sampler.running)) // n  # prompts that could start now
         if at < len(prompts) and free * n * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
-            new = range(at, min(at + free, len(prompts)))
-            sampler.admit([prompts[i] for i in new], [[start(i, k) for k in range(n)] for i in new])
-            at = new.stop
+            sampler.admit(prompts[at:at + free], samples[at:at + free])
+            at += free
         else:
             sampler.step()
-    return results
+    return [[s.tokens for s in group] for group in samples]
 
 
 def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,

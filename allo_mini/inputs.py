@@ -15,30 +15,29 @@ from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, loa
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.files import load_mask, read_samples, read_weights
+from allo_mini.jsonio import read_json
 from allo_mini.log import Log, say
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
-from allo_mini.tokenizer import read_json
 
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """--device and --dtype -> what is really there. Raises UserError when it is not."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind in works if works[kind]]  # the best first
+    device = there[0] if device == "auto" else device
     kind = device.split(":")[0]
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(kind) or (kind == "cpu" and device != "cpu"):
-        raise UserError(f"--device is {device}, but this machine offers {', '.join(k for k, v in there.items() if v)}")
+    if kind not in there or device.startswith("cpu:"):
+        raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device is {device}, which torch refuses: {str(e).splitlines()[0]}") from None
-    if dtype == "auto":
-        dtype = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if dtype == "bf16" and kind == "cuda" and not torch.cuda.is_bf16_supported():
+    bf16 = kind == "cuda" and torch.cuda.is_bf16_supported()
+    if dtype == "bf16" and kind == "cuda" and not bf16:
         raise UserError("--dtype is bf16, which this card cannot compute; use --dtype fp32")
-    return device, DTYPES[dtype]
+    return device, DTYPES[("bf16" if bf16 else "fp32") if dtype == "auto" else dtype]
 
 
 def file_print(path: Path) -> str:
@@ -96,27 +95,12 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
 
 def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     """(tasks, pairs, val, test) as the flags say; overlaps between train and test are dropped and counted."""
-    if not cfg.model and not cfg.train and not cfg.pairs:
-        test = demo.problems(cfg.test_limit or demo.ROWS["test"], f"{cfg.seed}/test")
-        seen = {t.input for t in test}
-        val = demo.problems(cfg.val_rows or demo.ROWS["val"], f"{cfg.seed}/val", seen)
-        seen |= {t.input for t in val}
-        return demo.problems(cfg.limit or demo.ROWS["train"], f"{cfg.seed}/train", seen), [], val, test
-    tasks = read_tasks(cfg.train, 0, need_output=cfg.sft or cfg.only_sft or not cfg.pairs) if cfg.train else []
+    if not (cfg.model or cfg.train or cfg.pairs):
+        tasks, val, test = demo.splits(cfg)
+        return tasks, [], val, test
+    tasks = read_tasks(cfg.train, need_output=cfg.sft or cfg.only_sft or not cfg.pairs)
     pairs = [p for path in cfg.pairs for p in read_pairs(path)]
-    test = []
-    if cfg.test:
-        kinds = {is_pairs(path) for path in cfg.test}
-        if len(kinds) > 1:
-            raise UserError("--test mixes task rows and preference rows; give one kind")
-        test = [p for path in cfg.test for p in read_pairs(path)] if kinds.pop() else read_tasks(
-            cfg.test, 0, need_output=False, need_answer=True)
-    for path in (*cfg.test, *cfg.val):
-        if not cfg.pairs and is_pairs(path):
-            raise UserError(f"{path}: holds preference rows; a run on --train task rows needs task rows to test")
-    val = []
-    if cfg.val:
-        val = [p for f in cfg.val for p in read_pairs(f)] if is_pairs(cfg.val[0]) else read_tasks(cfg.val, 0, False, True)
+    test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
     drop_held(tasks, [*test, *val], "training rows")
     drop_held(pairs, [*test, *val], "pairs")
     main = pairs if cfg.pairs else tasks
@@ -124,15 +108,28 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     if cfg.pairs and not test:  # a tenth of the pairs, at most 500, is held out for the table
         cut = max(1, min(500, len(main) // 10))
         test, main[:cut] = main[:cut], []
-    if (cut := cfg.val_rows or (200 if cfg.eval_every else 0)) and not val:
+    if not val:
+        cut = cfg.val_rows or (200 if cfg.eval_every else 0)
         val, main[:cut] = main[:cut], []
     for rows in (tasks, pairs):  # what has just been held out may stand in other rows too
         drop_held(rows, [*test, *val], "rows")
-    if cfg.limit:
-        del main[cfg.limit:]
+    del main[cfg.limit or len(main):]
     if not main:
         raise UserError(f"{', '.join(cfg.train or cfg.pairs)}: no rows are left to train on")
     return tasks, pairs, val, test[:cfg.test_limit or None]
+
+
+def held_rows(cfg: Config, flag: str) -> list[Task] | list[Pair]:
+    """The rows of --test or --val: all of one kind, and preference rows in a --pairs run only."""
+    files = getattr(cfg, flag)
+    kinds = {is_pairs(path) for path in files}
+    if len(kinds) > 1:
+        raise UserError(f"--{flag} mixes task rows and preference rows in {', '.join(files)}; give one kind")
+    if kinds != {True}:
+        return read_tasks(files, need_output=False, need_answer=True)
+    if not cfg.pairs:
+        raise UserError(f"{', '.join(files)}: --{flag} holds preference rows; a run on --train task rows needs task rows")
+    return [p for path in files for p in read_pairs(path)]
 
 
 def drop_held(rows: list, held: list, name: str) -> None:
@@ -148,17 +145,10 @@ def key_of(row) -> str:
     return (row.input if isinstance(row, Task) else plain(row.prompt)).strip()
 
 
-def style_of(cfg: Config, tasks: list[Task], pairs: list[Pair]) -> str:
-    """The prompt style: what --prompt says, else what the rows are."""
-    if cfg.prompt != "auto":
-        return cfg.prompt
-    if cfg.pairs or cfg.train:
-        return row_style([*tasks, *pairs][0])
-    return "chat"  # the demo's template is one line break
-
-
-def row_style(row) -> str:
-    """alpaca for task rows and for pairs made from them, chat for message lists, none for other strings."""
+def style_of(prompt: str, row: Task | Pair) -> str:
+    """What --prompt says; for auto alpaca for task rows and pairs made from them, chat for message lists, else none."""
+    if prompt != "auto":
+        return prompt
     if isinstance(row, Task) or row.task is not None:
         return "alpaca"
     return "chat" if isinstance(row.prompt, list) else "none"
@@ -167,8 +157,7 @@ def row_style(row) -> str:
 def check_rows(run: Run) -> None:
     """Refuse rows without an answer to grade by, and files of which no row can be encoded."""
     cfg = run.cfg
-    known = [gold_answer(t) is not None for t in run.tasks]
-    if known and not any(known) and not cfg.pairs and not cfg.only_sft:
+    if not (cfg.pairs or cfg.only_sft or any(gold_answer(t) is not None for t in run.tasks)):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
     for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
         need_usable(run.encoder, both_sides(rows), ", ".join(files or cfg.pairs))
@@ -193,8 +182,8 @@ def need_usable(encoder: Encoder, rows: list, where: str) -> None:
             except UserError as e:
                 raise UserError(f"{where}: in the conversation that begins {plain(prompt)[:40]!r}: {e}") from None
     if rows and not any(encoder.example(*row) for row in rows):
-        raise UserError(f"{where}: no row can be used: {encoder.report()}")
-    encoder.dropped.clear()
+        raise UserError(f"{where}: no row can be used; {encoder.report()}")
+    encoder.clear()
 
 
 def check_own_files(run: Run) -> None:
@@ -214,12 +203,12 @@ def check_own_files(run: Run) -> None:
         if all(len(kinds) < 2 for kinds in graded):
             raise UserError(f"{cfg.samples}: no question has both a correct and a wrong sample")
     if cfg.token_weights_file:
-        rows, trained = read_weights(cfg.token_weights_file), {key_of(row) for row in [*run.tasks, *run.pairs]}
-        if not any(plain(n.prompt).strip() in trained for n in rows):
+        rows = read_weights(cfg.token_weights_file)
+        if {key_of(row) for row in [*run.tasks, *run.pairs]}.isdisjoint(map(key_of, rows)):
             raise UserError(f"{cfg.token_weights_file}: none of its 'input' is a training question or prompt")
         need_usable(run.encoder, [(n.prompt, [n.response]) for n in rows], cfg.token_weights_file)
         sizes = [(len(n.scores), len(e.responses[0])) for n in rows if (e := run.encoder.example(n.prompt, [n.response]))]
-        run.encoder.dropped.clear()
+        run.encoder.clear()
         if all(given != wanted for given, wanted in sizes):
             raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
                             f"{sizes[0][0]}, expected {sizes[0][1]} (the closing token included)")
@@ -240,7 +229,7 @@ def open_run(cfg: Config) -> Run:
     eos_ids(model, tokenizer)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
-    encoder = Encoder(tokenizer, style_of(cfg, tasks, pairs), cfg.max_length)
+    encoder = Encoder(tokenizer, style_of(cfg.prompt, [*tasks, *pairs][0]), cfg.max_length)
     run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test)
     check_rows(run)
     check_own_files(run)

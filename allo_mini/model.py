@@ -13,115 +13,14 @@ function `attend(q, k, v, layer)`, handed to `forward`; there are three of them:
     Cache                one new token for each of many running samples                (generate.py)
 """
 
-import math
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
-from allo_mini import UserError
+from allo_mini.architecture import ModelConfig, parse_config, rope_angles  # noqa: F401, for who imports them from here
 from allo_mini.linear import embedding, linear
-
-FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
-            "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What we read from a Hugging Face config.json; field names are Hugging Face's."""
-    family: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
-    mlp_bias: bool
-    max_position_embeddings: int
-    sliding_window: int | None
-    eos_token_ids: tuple[int, ...] = ()
-    raw: dict = field(default_factory=dict, compare=False, repr=False)
-
-    def check_length(self, tokens: int, where: str = "config.json") -> None:
-        """Raise UserError when `tokens` is longer than what the model was made for."""
-        if tokens > self.max_position_embeddings:
-            raise UserError(f"{where}: max_position_embeddings is {self.max_position_embeddings}, but "
-                            f"sequences of {tokens} tokens are asked for; lower --max-length")
-        if self.sliding_window and tokens > self.sliding_window:
-            raise UserError(f"{where}: sliding_window is {self.sliding_window}, and windows are not supported: "
-                            f"lower --max-length from {tokens} to {self.sliding_window} or less")
-
-
-def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
-    """Hugging Face config dict -> ModelConfig.
-
-    Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, and `rope_parameters`.
-    Raises UserError naming the key when something is missing, of the wrong type or not supported.
-    """
-    names = raw.get("architectures") or [""]
-    one = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
-    family = FAMILIES.get(names[0]) if one else None
-    if family is None:
-        raise UserError(f"{where}: architectures is {names}, supported are {', '.join(FAMILIES)}")
-
-    def get(key, kind, *default):
-        value = raw.get(key)
-        value = default[0] if value is None and default else value
-        good = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
-        if not good or (kind is not bool and isinstance(value, bool)):
-            raise UserError(f"{where}: {key} is {value!r}, expected {kind.__name__}")
-        if kind in (int, float) and not 0 < value < 1e9:
-            raise UserError(f"{where}: {key} is {value!r}, expected a positive number below 1e9")
-        return value
-
-    heads, hidden = get("num_attention_heads", int), get("hidden_size", int)
-    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, hidden // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
-                        f"{head_dim} do not fit together")
-    if raw.get("quantization_config"):
-        raise UserError(f"{where}: quantization_config is set; only unquantized checkpoints are supported")
-    if get("hidden_act", str, "silu") != "silu":
-        raise UserError(f"{where}: hidden_act is {raw['hidden_act']!r}, only silu is supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: rope_scaling (or rope_parameters) is {rope!r}, expected an object")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    if not isinstance(theta, (int, float)) or not 1 < theta < math.inf:
-        raise UserError(f"{where}: rope_theta is {theta!r}, expected a number above 1")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    needed = {"default": (), "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if not isinstance(kind, str) or kind not in needed:
-        raise UserError(f"{where}: rope_type is {kind!r}, supported are {', '.join(needed)}")
-    for key in needed[kind]:
-        if not isinstance(rope.get(key), (int, float)) or not 0 < rope[key] < math.inf:
-            raise UserError(f"{where}: {key} is {rope.get(key)!r}, rope_type {kind} needs a positive number")
-    bias = get("attention_bias", bool, False)
-    window = raw.get("sliding_window") if family == "mistral" or raw.get("use_sliding_window") else None
-    if window is not None and (type(window) is not int or window < 1):
-        raise UserError(f"{where}: sliding_window is {window!r}, expected a positive int or null")
-    eos = raw.get("eos_token_id")
-    return ModelConfig(
-        family=family, vocab_size=get("vocab_size", int), hidden_size=hidden,
-        intermediate_size=get("intermediate_size", int), num_hidden_layers=get("num_hidden_layers", int),
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rms_norm_eps=get("rms_norm_eps", float, 1e-6), rope_theta=float(theta), rope_scaling={**rope, "rope_type": kind},
-        tie_word_embeddings=get("tie_word_embeddings", bool, False),
-        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2",
-        mlp_bias=get("mlp_bias", bool, False), max_position_embeddings=get("max_position_embeddings", int, 2048),
-        sliding_window=window, eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-        raw=raw)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -170,27 +69,6 @@ class TreeAttention:
                 c = r
             at = c
         return torch.cat(out)
-
-
-def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """positions [...] -> cos and sin of the rotary angles, each [..., 1, d], fp32 (RoFormer, arXiv 2104.09864).
-
-    llama3 scaling stretches wavelengths longer than original/low_freq_factor by `factor`, leaves those shorter
-    than original/high_freq_factor alone and blends in between (Llama 3.1 model card).
-    """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
-    freq = 1.0 / (config.rope_theta ** (half / config.head_dim))  # [d/2]
-    rope = config.rope_scaling
-    if rope["rope_type"] == "linear":
-        freq = freq / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)  # rotations in the old context
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        freq = (1 - blend) * freq / rope["factor"] + blend * freq
-    angles = positions[..., None].float() * freq  # [..., d/2]
-    angles = torch.cat((angles, angles), -1).unsqueeze(-2)  # [..., 1, d]
-    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Run:
 
     def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
         """Greedy answers to tasks, log-prob comparison of pairs; one dict a row."""
-        self.encoder.dropped.clear()
+        self.encoder.clear()
         items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
         self.report_dropped(f"{label} rows", len(items))
         return items
@@ -152,18 +152,20 @@ class Run:
 
     def encode(self, rows, name: str) -> list[Example]:
         """(prompt, responses) rows -> examples; says what was dropped and why, refuses to go on with nothing."""
-        self.encoder.dropped.clear()
+        self.encoder.clear()
         examples = [self.encoder.example(prompt, responses) for prompt, responses in rows]
         self.report_dropped(name, sum(e is not None for e in examples))
         return [e for e in examples if e is not None]
 
     def report_dropped(self, name: str, kept: int) -> None:
-        if self.encoder.dropped:
-            say(f"{name}: {kept} kept; dropped: {self.encoder.report()}")
-            self.log.note("data", rows=name, kept=kept, dropped=dict(self.encoder.dropped))
-        why, _ = self.encoder.report(), self.encoder.dropped.clear()
+        """Say what the encoder dropped or trimmed since it was last cleared. Raises UserError when nothing is left."""
+        if report := self.encoder.report():
+            say(f"{name}: {kept} kept; {report}")
+            counts = {"dropped": dict(self.encoder.dropped), "trimmed": self.encoder.trimmed}
+            self.log.note("data", rows=name, kept=kept, **counts)
+        self.encoder.clear()
         if not kept:
-            raise UserError(f"none of the {name} can be used: {why}")
+            raise UserError(f"none of the {name} can be used; {report or 'there are none'}")
 
     def same_tokenizer(self, folder: Path | str) -> Path:
         """A reward model's folder, checked to use the policy's vocabulary."""

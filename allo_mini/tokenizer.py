@@ -14,23 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
 from allo_mini import UserError
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file holding an object. Raises UserError naming file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start})") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not valid JSON: {e.msg}") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', e)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+from allo_mini.jsonio import read_json
 
 
 class Tokenizer:
@@ -65,12 +49,11 @@ class Tokenizer:
     def _prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text: [bos] or nothing."""
         wanted = self.settings.get("add_bos_token")
-        plain = self.inner.encode("a", add_special_tokens=False).ids
-        full = self.inner.encode("a").ids
+        plain, full = (self.inner.encode("a", add_special_tokens=special).ids for special in (False, True))
         added = full[:full.index(plain[0])] if plain and plain[0] in full else []
-        if wanted is False:
-            return []
-        return added or ([self.inner.token_to_id(self.bos_token)] if wanted and self.bos_token else [])
+        if wanted and self.bos_token and not added:
+            return [self.inner.token_to_id(self.bos_token)]
+        return [] if wanted is False else added
 
     def _read_template(self) -> str | None:
         path = self.folder / "chat_template.jinja"
@@ -81,8 +64,8 @@ class Tokenizer:
                 raise UserError(f"{path}: cannot be read as UTF-8 text: {e}") from None
         template = self.settings.get("chat_template")
         if isinstance(template, list):  # the named form: [{"name": "default", "template": ...}, ...]
-            named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
-            template = named[0] if named else None
+            named = (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default")
+            template = next(named, None)
         return template if isinstance(template, str) else None
 
     @property

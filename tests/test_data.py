@@ -287,7 +287,7 @@ def test_truncation_trims_the_prompts_left(make):
     assert e.responses == whole.responses  # never shortened, and both beside the same prompt
     assert len(e.prompt) + max(map(len, e.responses)) == 40
     assert e.prompt[0] == 0 and e.prompt[1:] == whole.prompt[-(len(e.prompt) - 1):]
-    assert encoder.report() == "1 (prompt trimmed, row kept)"
+    assert encoder.report() == "kept with a trimmed prompt: 1" and not encoder.dropped
 
 
 @pytest.mark.parametrize("length", range(8, 40))
@@ -368,7 +368,7 @@ def test_unusable_rows_among_good_ones_are_skipped(place, capsys):
     examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in run.pairs), "pairs")
     assert len(examples) == 8
     assert "8 kept; dropped: 1 empty response, 1 identical pair" in capsys.readouterr().out
-    with pytest.raises(UserError, match="none of the pairs can be used: 1 empty response"):
+    with pytest.raises(UserError, match="none of the pairs can be used; dropped: 1 empty response"):
         run.encode([("a", ["", "b"])], "pairs")
 
 

@@ -1,0 +1,124 @@
+"""What a checkpoint's config.json says: ModelConfig, read and checked, and the rotary angles that follow from it."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from allo_mini import UserError
+
+FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
+            "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+# Keys that are taken as they are: type, and what a missing key or null means (None: the key is needed).
+KEYS = {"vocab_size": (int, None), "hidden_size": (int, None), "intermediate_size": (int, None),
+        "num_hidden_layers": (int, None), "num_attention_heads": (int, None), "rms_norm_eps": (float, 1e-6),
+        "max_position_embeddings": (int, 2048), "tie_word_embeddings": (bool, False), "mlp_bias": (bool, False),
+        "attention_bias": (bool, False)}
+# rope_type -> the numbers it needs
+ROPE = {"default": (), "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What we read from a Hugging Face config.json; field names are Hugging Face's."""
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    max_position_embeddings: int
+    sliding_window: int | None
+    eos_token_ids: tuple[int, ...] = ()
+    raw: dict = field(default_factory=dict, compare=False, repr=False)
+
+    def check_length(self, tokens: int, where: str = "config.json") -> None:
+        """Raise UserError when `tokens` is longer than what the model was made for."""
+        for key in ("max_position_embeddings", "sliding_window"):  # attention is never cut to a window
+            if (most := getattr(self, key)) and tokens > most:
+                raise UserError(f"{where}: {key} is {most}, but sequences of {tokens} tokens are asked for; lower "
+                                f"--max-length to {most} or less")
+
+
+def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
+    """Hugging Face config dict -> ModelConfig.
+
+    Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, and `rope_parameters`.
+    Raises UserError naming the key when something is missing, of the wrong type or not supported.
+    """
+    def need(good, key, value, expected):
+        if not good:
+            raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
+
+    def get(key, kind, default):
+        value = default if raw.get(key) is None else raw[key]
+        if kind is bool:
+            need(isinstance(value, bool), key, value, "true or false")
+        else:
+            need(type(value) in (int, kind) and 0 < value < 1e9, key, value, f"a positive {kind.__name__} below 1e9")
+        return value
+
+    def number(values, key, low):
+        value = values.get(key)
+        need(type(value) in (int, float) and low < value < math.inf, key, value, f"a number above {low}")
+        return float(value)
+
+    names, act = raw.get("architectures"), raw.get("hidden_act")
+    family = next((family for name, family in FAMILIES.items() if names == [name]), None)
+    need(family, "architectures", names, f"one of {', '.join(FAMILIES)}")
+    need(act in (None, "silu"), "hidden_act", act, "silu, the only one supported")
+    need(not raw.get("quantization_config"), "quantization_config", "set", "an unquantized model")
+    plain = {key: get(key, kind, default) for key, (kind, default) in KEYS.items()}
+    heads = plain["num_attention_heads"]
+    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, plain["hidden_size"] // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
+                        f"{head_dim} do not fit together")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict), "rope_scaling (or rope_parameters)", rope, "an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
+    for key in ROPE[kind]:
+        number(rope, key, 0)
+    theta = number({"rope_theta": raw.get("rope_theta", 10000.0), **rope}, "rope_theta", 1)
+    window = raw.get("sliding_window") if family == "mistral" or raw.get("use_sliding_window") else None
+    need(window is None or (type(window) is int and window > 0), "sliding_window", window, "a positive int or null")
+    eos, bias = raw.get("eos_token_id"), plain.pop("attention_bias")
+    return ModelConfig(
+        **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim,
+        rope_theta=theta, rope_scaling={**rope, "rope_type": kind}, sliding_window=window,
+        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2",
+        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]), raw=raw)
+
+
+def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """positions [...] -> cos and sin of the rotary angles, each [..., 1, d], fp32 (RoFormer, arXiv 2104.09864).
+
+    llama3 scaling stretches wavelengths longer than original/low_freq_factor by `factor`, leaves those shorter
+    than original/high_freq_factor alone and blends in between (Llama 3.1 model card).
+    """
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device)
+    freq = 1.0 / (config.rope_theta ** (half / config.head_dim))  # [d/2]
+    rope = config.rope_scaling
+    if rope["rope_type"] == "linear":
+        freq = freq / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * freq / (2 * math.pi)  # rotations in the old context
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        freq = (1 - blend) * freq / rope["factor"] + blend * freq
+    angles = positions[..., None].float() * freq  # [..., d/2]
+    angles = torch.cat((angles, angles), -1).unsqueeze(-2)  # [..., 1, d]
+    return angles.cos(), angles.sin()
