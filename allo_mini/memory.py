@@ -1,0 +1,152 @@
+"""What each stage needs of a GPU's memory, term by term, and the settings with which all of them fit a card.
+
+    python train.py --memory 12gb ...       prints the table below for the model at hand, and trains with what it chose
+
+All numbers here are estimates, in bytes, of what torch allocates at a stage's peak; what was measured is printed after
+each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n trained weights; see model.py for the rest.
+"""
+
+from dataclasses import replace
+
+from allo_mini import UserError
+from allo_mini.architecture import ModelConfig
+from allo_mini.config import Config
+from allo_mini.log import say, table
+
+CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
+SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
+LADDER = ({}, {"state_bits": 8}, {"offload": "state"}, {"offload": "gradient"},  # from fastest to leanest
+          {"int8": True, "state_bits": 8}, {"int8": True, "offload": "state"}, {"int8": True, "offload": "gradient"},
+          {"int8": True, "offload": "gradient", "head_mb": 64})
+TRAINING = ("sft", "reward", "warmup", "dpo", "forget", "improve")
+
+
+def percent_of(cfg: Config, stage: str) -> float:
+    """How many percent of the weights a stage trains."""
+    if stage in ("sft", "reward"):
+        return cfg.p_sft or 100
+    return {"forget": cfg.p_forget or cfg.p, "improve": cfg.p_improve or cfg.p}.get(stage, 100)
+
+
+def block_bytes(c: ModelConfig, size: int) -> tuple[int, int]:
+    """Bytes a token: what one block keeps for its backward pass, and what that pass itself needs at most at a time."""
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = 2 * (4 + 2 * size) * c.hidden_size  # each keeps its input in fp32, the normed and the scaled output
+    attention = size * (3 * q + 2 * kv)  # rotated q, k, and v, the output in both orders of its axes
+    mlp = size * 4 * c.intermediate_size  # gate, silu(gate), up, their product
+    return norms + attention + mlp, size * 3 * c.intermediate_size + 12 * c.hidden_size
+
+
+def weight_bytes(shapes: dict, size: int, int8: bool) -> int:
+    """The model at rest."""
+    total = 0
+    for name, shape in shapes.items():
+        quantized = int8 and len(shape) == 2 and "embed_tokens" not in name
+        total += shape.numel() + shape.numel() // 64 if quantized else shape.numel() * size
+    return total
+
+
+def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 2, groups: int = 1) -> dict[str, int]:
+    """{term: bytes} of one stage; size: bytes of an unquantized weight."""
+    every, tokens = sum(s.numel() for s in shapes.values()), cfg.micro_tokens
+    terms = {"weights": weight_bytes(shapes, size, cfg.int8)}
+    kept, busy = block_bytes(c, size)
+    head = 4 * cfg.head_mb * 2**20 + (min(c.vocab_size * c.hidden_size, 1 << 24) * size if cfg.int8 else 0)
+    if stage in TRAINING:
+        n = int(every * percent_of(cfg, stage) / 100)
+        some = n < every
+        terms["positions"] = int(n * 1 + every / 128) if some else 0
+        terms["exact entries"] = n * size if cfg.int8 and some else 0
+        moments = 8 if cfg.state_bits == 32 else 2.04
+        terms["optimizer"] = int(n * (4 + moments)) if cfg.offload == "none" else 0
+        terms["gradient"] = 4 * n if cfg.offload != "gradient" else 0
+    if stage == "locate":
+        terms["gradient"] = 4 * every // groups
+    if stage in TRAINING or stage == "locate":
+        blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
+        open_blocks = max(1, c.num_hidden_layers - blocks)
+        terms["activations"] = tokens * (size * c.hidden_size * (blocks + 4) + kept * open_blocks + busy)
+        terms["one dW, head"] = max(head, (1 << 24) * (4 + size)) + (1 << 24) * 2 * size
+    if stage == "sample":
+        terms["KV cache"] = cfg.sample_batch * cfg.max_length * cache_bytes(c, size)
+        terms["logits"] = cfg.sample_batch * c.vocab_size * 10
+    if stage == "score":
+        terms["activations"] = tokens * (busy + 8 * size * c.hidden_size)
+        terms["head"] = head
+    return {name: int(value) for name, value in terms.items() if value}
+
+
+def cache_bytes(c: ModelConfig, size: int) -> int:
+    """Keys and values of one token in all layers."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
+
+
+def stages_of(cfg: Config) -> list[str]:
+    """The stages of a run that hold a model on the device, in order."""
+    stages = ["sft"] if cfg.sft or cfg.only_sft else []
+    if not cfg.only_sft:
+        stages += ["sample"] if not (cfg.pairs or cfg.samples) else []
+        stages += ["dpo"] if cfg.dpo_baseline else []
+        if cfg.allo:
+            stages += ["warmup"] if cfg.locate == "movement" and not cfg.mask else []
+            stages += [] if cfg.mask else ["locate"]
+            scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
+            stages += (["reward"] if not cfg.reward_model else []) + ["score"] if scored else []
+            stages += ["forget", "improve"]
+    return stages
+
+
+def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Config, dict[str, dict[str, int]]]:
+    """--memory: the settings of the first rung of LADDER with which every stage fits, and {stage: {term: bytes}}.
+
+    Raises UserError naming the stage, what it needs and the flag to change when none does.
+    """
+    room, worst = SPARE * CARDS[cfg.memory] * 2**30, None
+    if cfg.locate == "auto":
+        cfg = replace(cfg, locate="gradient")
+    every = sum(s.numel() for s in shapes.values())
+    if not cfg.p_sft and room < 18 * every:  # bf16 weight, fp32 master, gradient and moments
+        cfg = replace(cfg, p_sft=10.0)
+    for rung in LADDER:
+        tried = replace(cfg, **rung, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
+        free = room - sum(estimate("sample", replace(tried, sample_batch=0), c, shapes, size).values())
+        slots = int(free / (cfg.max_length * cache_bytes(c, size) + 10 * c.vocab_size))
+        tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
+        base = sum(estimate("locate", tried, c, shapes, size, groups=10**9).values())
+        groups = max(1, -(-4 * every // max(1, int(room - base))))
+        tried = replace(tried, locate_groups=tried.locate_groups or groups)
+        needs = {s: estimate(s, tried, c, shapes, size, tried.locate_groups) for s in stages_of(tried)}
+        worst = max(needs, key=lambda s: sum(needs[s].values()))
+        if sum(needs[worst].values()) <= room:
+            return spend(tried, c, shapes, size, room), needs
+    hint = {"warmup": "use --locate gradient", "dpo": "add --no-dpo-baseline (all weights are trained there)",
+            "sft": "lower --p-sft or --max-length", "reward": "lower --p-sft, or use --token-weights edit",
+            "sample": "lower --max-length"}.get(worst, "lower --p or --max-length, or take a larger --memory")
+    raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
+                    f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: {hint}")
+
+
+def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float) -> Config:
+    """Use what is left: larger micro-batches first, then fewer blocks that recompute their activations."""
+    def fits(tried):
+        return all(sum(estimate(s, tried, c, shapes, size, tried.locate_groups).values()) <= room for s in stages_of(tried))
+
+    for tokens in (16384, 8192, 4096):
+        if tokens > cfg.micro_tokens and fits(replace(cfg, micro_tokens=tokens)):
+            cfg = replace(cfg, micro_tokens=tokens)
+    blocks = c.num_hidden_layers
+    while blocks and fits(replace(cfg, checkpoint_blocks=blocks - 1)):
+        blocks -= 1
+    return replace(cfg, checkpoint_blocks=blocks)
+
+
+def show(cfg: Config, needs: dict[str, dict[str, int]]) -> None:
+    """Print the chosen settings and the estimate, term by term, in GB."""
+    names = list(dict.fromkeys(term for terms in needs.values() for term in terms))
+    say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in (
+        "int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch", "head_mb")))
+    say(table(["estimate in GB", *names, "sum"],
+              [[stage, *(f"{terms[t] / 1e9:.2f}" if t in terms else "-" for t in names), f"{sum(terms.values()) / 1e9:.2f}"]
+               for stage, terms in needs.items()]))
+    if "locate" in needs:
+        say(f"locate: {cfg.locate_groups} passes over {cfg.locate_pairs} pairs\n")
