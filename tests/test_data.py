@@ -372,6 +372,18 @@ def test_unusable_rows_among_good_ones_are_skipped(place, capsys):
         run.encode([("a", ["", "b"])], "pairs")
 
 
+def test_trimmed_prompts_are_counted_apart_from_what_is_dropped(place, capsys):
+    write(place / "p.jsonl", *({"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(12)))
+    run = opened("--pairs p.jsonl --max-length 30")
+    examples = run.encode([("x" * 50, ["a", "b"]), ("x", ["", "b"]), ("y", ["a", "b"])], "pairs")
+    assert len(examples) == 2 and len(examples[0].prompt) == 28
+    assert "pairs: 2 kept; dropped: 1 empty response; kept with a trimmed prompt: 1\n" in capsys.readouterr().out
+    [note] = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert (note["kept"], note["dropped"], note["trimmed"]) == (2, {"empty response": 1}, 1)
+    run.encode([("x", ["a", "b"])], "pairs")
+    assert capsys.readouterr().out == ""  # counted anew each time
+
+
 def test_order_does_not_depend_on_what_else_is_read(place):
     rows = [{"input": f"{i}?", "output": "The answer is 1"} for i in range(20)]
     write(place / "t.jsonl", *rows)
