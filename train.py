@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, tasks
+from allo_mini import UserError, memory, tasks
 from allo_mini.checkpoint import write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
@@ -239,9 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as e:
-        print(f"error: out of GPU memory: lower --micro-tokens, --sample-batch or --max-length ({str(e)[:80]})",
-              file=sys.stderr)
+    except torch.OutOfMemoryError:
+        print(f"error: {memory.advice(cfg)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -267,6 +267,8 @@ def check_together(c: Config) -> None:
     if c.token_weights_file and c.token_weights in ("edit", "uniform"):
         raise UserError(f"--token-weights is {c.token_weights}, which uses no scores; with --token-weights-file, "
                         "expected threshold, soft or released")
+    if c.state_bits not in (8, 32):
+        raise UserError(f"--state-bits is {c.state_bits}, expected 8 or 32")
     if c.samples and c.pairs:
         raise UserError("--samples and --pairs are both given; pairs replace the samples, expected one of them")
     if (c.model or c.test or c.val) and not (c.train or c.pairs):

@@ -196,7 +196,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    rows, slots, eos = rows or range(len(prompts)), max(slots, n), set(eos_ids)
+    rows, eos = rows or range(len(prompts)), set(eos_ids)
 
     def over(tokens):
         return tokens[-1] in eos or stopped(tokens)
@@ -210,13 +210,15 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     longest = max(map(len, prompts), default=0)
     if model.head_weight.is_cuda:  # the cache may take 60 % of the memory that is free now
         each = (longest + max_new_tokens) * bytes_per_token(model)
-        slots = max(n, min(slots, int(0.6 * torch.cuda.mem_get_info(model.head_weight.device)[0] / each)))
-    sampler = Sampler(model, min(slots, n * len(prompts)), longest + 64, temperature, top_p, over, on_done)
+        slots = max(1, min(slots, int(0.6 * torch.cuda.mem_get_info(model.head_weight.device)[0] / each)))
+    m = max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, slots))  # of a prompt's n at a time: all if they fit
+    jobs = [(prompt, group[k:k + m]) for prompt, group in zip(prompts, samples) for k in range(0, n, m)]
+    sampler = Sampler(model, min(slots, m * len(jobs)), longest + 64, temperature, top_p, over, on_done)
     at = 0
-    while at < len(prompts) or sampler.running:
-        free = (sampler.slots - len(sampler.running)) // n  # prompts that could start now
-        if at < len(prompts) and free * n * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
-            sampler.admit(prompts[at:at + free], samples[at:at + free])
+    while at < len(jobs) or sampler.running:
+        free = (sampler.slots - len(sampler.running)) // m  # jobs that could start now
+        if at < len(jobs) and free * m * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
+            sampler.admit(*zip(*jobs[at:at + free]))
             at += free
         else:
             sampler.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, demo, parallel
+from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
                                   write_jsonl)
 from allo_mini.config import Config
@@ -17,6 +17,7 @@ from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, rea
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.jsonio import read_json
 from allo_mini.log import Log, say
+from allo_mini.model import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
@@ -229,8 +230,14 @@ def open_run(cfg: Config) -> Run:
     eos_ids(model, tokenizer)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
+    needs = {}
+    if cfg.memory:
+        cfg, needs = memory.plan(cfg, model.config, shapes, dtype.itemsize)
+        memory.show(cfg, needs)
+    if cfg.compile:
+        compile_pointwise()
     encoder = Encoder(tokenizer, style_of(cfg.prompt, [*tasks, *pairs][0]), cfg.max_length)
-    run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test)
+    run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
     check_rows(run)
     check_own_files(run)
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split

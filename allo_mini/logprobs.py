@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
 
-HEAD_BYTES = 1 << 28  # at most this much fp32 logits at a time (0.27 GB)
-
 
 @dataclass
 class Batch:
@@ -58,16 +56,16 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
     return Batch(to(ids), to(positions), to(predictors), to(targets), lengths, trees)
 
 
-def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 << 28) -> Tensor:
     """log softmax(weight @ hidden)[target], fp32.  hidden [S,H], weight [V,H], targets [S] -> [S].
 
-    The matrix product runs in the model's dtype, the softmax in fp32. Chunks of rows keep [S,V] from ever
-    existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
+    The matrix product runs in the model's dtype, the softmax in fp32. Chunks of at most `limit` bytes of fp32 logits
+    keep [S,V] from ever existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
     """
     def one(hidden, targets):
         return -F.cross_entropy(linear(hidden, weight).float(), targets, reduction="none")
 
-    rows = max(1, HEAD_BYTES // (4 * weight.shape[0]))
+    rows = max(1, limit // (4 * weight.shape[0]))
     if len(targets) <= rows:
         return one(hidden, targets)
     parts = zip(hidden.split(rows), targets.split(rows))
@@ -79,7 +77,7 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def token_logps(model: CausalLM, batch: Batch) -> Tensor:
     """log pi(y_t | x, y_<t) of every response token of the batch: [S], fp32, in the order of batch.targets."""
     hidden = model(batch.input_ids, batch.positions, TreeAttention(batch.trees))  # [N,H]
-    return head_logps(hidden[batch.predictors], model.head_weight, batch.targets)
+    return head_logps(hidden[batch.predictors], model.head_weight, batch.targets, model.head_bytes)
 
 
 def by_response(values: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:

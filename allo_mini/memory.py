@@ -8,6 +8,8 @@ each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n tra
 
 from dataclasses import replace
 
+import torch
+
 from allo_mini import UserError
 from allo_mini.architecture import ModelConfig
 from allo_mini.config import Config
@@ -17,7 +19,8 @@ CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: th
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
 LADDER = ({}, {"state_bits": 8}, {"offload": "state"}, {"offload": "gradient"},  # from fastest to leanest
           {"int8": True, "state_bits": 8}, {"int8": True, "offload": "state"}, {"int8": True, "offload": "gradient"},
-          {"int8": True, "offload": "gradient", "head_mb": 64})
+          {"int8": True, "offload": "gradient", "head_mb": 64},
+          {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0})
 TRAINING = ("sft", "reward", "warmup", "dpo", "forget", "improve")
 
 
@@ -105,9 +108,9 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Conf
     if cfg.locate == "auto":
         cfg = replace(cfg, locate="gradient")
     every = sum(s.numel() for s in shapes.values())
-    if not cfg.p_sft and room < 18 * every:  # bf16 weight, fp32 master, gradient and moments
-        cfg = replace(cfg, p_sft=10.0)
+    p_sft = cfg.p_sft or (100.0 if room > 18 * every else 10.0)  # bytes: bf16 weight, fp32 master, gradient and moments
     for rung in LADDER:
+        rung = {"p_sft": p_sft, **rung} if not cfg.p_sft else {**rung, "p_sft": p_sft}  # what was asked for stays
         tried = replace(cfg, **rung, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
         free = room - sum(estimate("sample", replace(tried, sample_batch=0), c, shapes, size).values())
         slots = int(free / (cfg.max_length * cache_bytes(c, size) + 10 * c.vocab_size))
@@ -138,6 +141,23 @@ def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float) -> 
     while blocks and fits(replace(cfg, checkpoint_blocks=blocks - 1)):
         blocks -= 1
     return replace(cfg, checkpoint_blocks=blocks)
+
+
+def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str) -> int:
+    """How many blocks must recompute their activations, given what is free now, with the model in place; 0 on a CPU."""
+    if not device.startswith("cuda"):
+        return 0
+    kept, busy = block_bytes(c, 2)
+    free = torch.cuda.mem_get_info(device)[0] * SPARE - 4 * cfg.head_mb * 2**20 - cfg.micro_tokens * busy
+    free -= trained * ((0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12) + 4 * (cfg.offload != "gradient"))
+    return max(0, c.num_hidden_layers - max(0, int(free / (kept * cfg.micro_tokens))))
+
+
+def advice(cfg: Config) -> str:
+    """What to change after memory ran out."""
+    leaner = [card for card in CARDS if not cfg.memory or CARDS[card] < CARDS[cfg.memory]]
+    return "out of memory: use " + (f"--memory {leaner[0]}, or lower " if leaner else "a lower ") + (
+        "--micro-tokens, --sample-batch, --p or --max-length")
 
 
 def show(cfg: Config, needs: dict[str, dict[str, int]]) -> None:

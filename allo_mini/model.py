@@ -13,6 +13,10 @@ function `attend(q, k, v, layer)`, handed to `forward`; there are three of them:
     Cache                one new token for each of many running samples                (generate.py)
 """
 
+import inspect
+import itertools
+from functools import lru_cache, partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,14 +54,17 @@ class TreeAttention:
         R sees   [P | R]  causally, never C: queries R, keys and values [P | R], aligned at the lower right
 
     So the prompt is computed once per pair, and the result equals that of two separate sequences.
-    `trees` is a list of (prompt length, (response length, ...)).
+    `trees` is a list of (prompt length, (response length, ...)). On a GPU one call of a variable-length kernel does
+    all of it, where this torch has one.
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.trees = trees
+        self.trees, self.packed = trees, None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
+        if q.is_cuda and q.dtype != torch.float32 and varlen_kernel():
+            return self.in_one_call(q, k, v, varlen_kernel())
         out, at = [], 0
         for prompt, (first, *others) in self.trees:
             p, c = at + prompt, at + prompt + first
@@ -71,10 +78,70 @@ class TreeAttention:
         return torch.cat(out)
 
 
+    def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
+        """The same: queries are the stream as it stands, cut into [P C], [R], ...; every [R] gets its keys [P R] copied."""
+        if self.packed is None:
+            starts, keys, at = [0], [], 0
+            for prompt, (first, *others) in self.trees:
+                c = at + prompt + first
+                starts.append(c)
+                keys.append(range(at, c))
+                for length in others:
+                    keys.append([*range(at, at + prompt), *range(c, c + length)])
+                    c += length
+                    starts.append(c)
+                at = c
+            ends = [0, *itertools.accumulate(map(len, keys))]
+            rows = torch.tensor([row for part in keys for row in part], device=q.device)
+            self.packed = rows, *(torch.tensor(x, dtype=torch.int32, device=q.device) for x in (starts, ends)), max(
+                b - a for a, b in zip(starts, starts[1:])), max(map(len, keys))
+        rows, *cuts = self.packed
+        return kernel(q, k[rows], v[rows], *cuts)
+
+
+@lru_cache
+def varlen_kernel():
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None without.
+
+    Its arguments changed between torch 2.10 and 2.12.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        return partial(varlen_attn, enable_gqa=True, **causal)
+
+    def kernel(q, k, v, *cuts):  # every query head gets a key and value head of its own
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return varlen_attn(q, k, v, *cuts, **causal)
+    return kernel
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pair (x_i, x_{i + d/2}) of every head by its angle; x [..., heads, d]."""
     left, right = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat((-right, left), -1) * sin.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / sqrt(mean(x^2) + eps), the mean square in fp32 as every reference implementation does."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return weight * y.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
+def compile_pointwise() -> None:
+    """Let torch.compile fuse the pieces that only read and write memory (--compile); they compute the same."""
+    for name in ("rotate", "rms_norm", "swiglu"):
+        globals()[name] = torch.compile(globals()[name], dynamic=True)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -85,9 +152,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()  # the mean square in fp32, as every reference implementation does
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -129,7 +194,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -155,13 +220,13 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
-    `checkpoint_blocks` is how many of the first blocks recompute their activations in backward (0 = none).
+    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks recompute their activations in backward (0 = none).
     `folder` is where the model was read from; its tokenizer files travel along when it is saved.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_blocks, self.folder = config, 0, None
+        self.config, self.checkpoint_blocks, self.head_bytes, self.folder = config, 0, 1 << 28, None
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, parallel
+from allo_mini import UserError, memory, parallel
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, save_model
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
@@ -37,6 +37,7 @@ class Run:
     val: list = field(default_factory=list)   # Tasks, or Pairs in a run that starts from pairs
     test: list = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    needs: dict[str, dict[str, int]] = field(default_factory=dict)  # --memory's estimate: {stage: {term: bytes}}
     halved: int = 1  # 2 after memory ran out: micro-batches are that much smaller
     clock: float = 0.0  # when the current training step began
 
@@ -47,8 +48,10 @@ class Run:
     def load(self, folder: Path, mask=None) -> CausalLM:
         """A model of this run, on its device, with its activation checkpointing; mask: what is going to be trained."""
         model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8, mask=mask)
-        blocks = self.cfg.checkpoint_blocks
-        model.checkpoint_blocks = blocks if blocks >= 0 else (10**9 if self.device.startswith("cuda") else 0)
+        model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
+        if self.cfg.checkpoint_blocks < 0:
+            trained = sum(int(m.sum()) for m in mask.values()) if mask else self.parameters
+            model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device)
         return model
 
     def micro_batches(self, group: list[Example]) -> list[list[Example]]:
@@ -85,12 +88,16 @@ class Run:
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.monotonic()
-        yield target
+        try:
+            yield target
+        except torch.OutOfMemoryError:
+            raise UserError(f"{name}, peak {peak_gb(self.device):.2f} GB: {memory.advice(self.cfg)}") from None
         self.state_file(name).unlink(missing_ok=True)
         self.seconds[name] = time.monotonic() - began
         peak = peak_gb(self.device)
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
-        say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB\n")
+        say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB"
+            + (f" (estimate {sum(self.needs[name].values()) / 1e9:.2f} GB)" if name in self.needs else "") + "\n")
         parallel.wait()
 
     def save(self, what, target: Path) -> None:

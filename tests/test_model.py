@@ -1,5 +1,6 @@
 """model, checkpoint, logprobs, generate: equal to Hugging Face, and every shortcut to the plain way."""
 
+import inspect
 import json
 import math
 import shutil
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from allo_mini import UserError, checkpoint, logprobs
+from allo_mini import UserError, checkpoint, logprobs, model as model_module
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import by_response, head_logps, micro_batches, pack, score, token_logps
@@ -163,12 +164,11 @@ def test_chunked_head_equals_plain(monkeypatch, rows):
     monkeypatch.setattr(logprobs, "linear", lambda x, w: peak.append(len(x)) or linear(x, w))
     results = []
     for size in (rows * 50 * 4, 1 << 28):
-        monkeypatch.setattr(logprobs, "HEAD_BYTES", size)
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logps = head_logps(h, w, targets)
+        logps = head_logps(h, w, targets, size)
         results.append((logps, *torch.autograd.grad((logps * torch.arange(17)).sum(), (h, w))))
         with torch.no_grad():
-            assert torch.equal(head_logps(hidden, weight, targets), logps)
+            assert torch.equal(head_logps(hidden, weight, targets, size), logps)
         assert max(peak) == (rows if size < 1 << 28 else 17)
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -176,11 +176,11 @@ def test_chunked_head_equals_plain(monkeypatch, rows):
     torch.testing.assert_close(results[0][0], expected)
 
 
-def test_chunked_head_gives_the_model_the_same_gradients(monkeypatch):
+def test_chunked_head_gives_the_model_the_same_gradients():
     model, batch = fixture_model("llama_gqa_tied", trainable=True), pack(TREES)
     token_logps(model, batch).sum().backward()
     plain = gradients(model)
-    monkeypatch.setattr(logprobs, "HEAD_BYTES", 5 * 256 * 4)
+    model.head_bytes = 5 * 256 * 4
     token_logps(model, batch).sum().backward()
     assert_close(plain, gradients(model), atol=2e-4, rtol=1e-4)
 
@@ -546,3 +546,43 @@ def test_initialize_is_seeded_and_scaled():
     assert a.head_weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (a.model.norm.weight == 1).all()
     assert EOS in a.config.eos_token_ids
+
+
+# ---- one call of a variable-length kernel ------------------------------------------------------------------
+
+def plain_varlen(q, k, v, q_starts, k_starts, longest_q, longest_k):
+    """What the kernel computes, segment by segment: causal, aligned at the lower right."""
+    out = []
+    for i in range(len(q_starts) - 1):
+        (a, b), (c, d) = ((int(x[i]), int(x[i + 1])) for x in (q_starts, k_starts))
+        assert b - a <= longest_q and d - c <= longest_k
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])),
+                                                  attn_mask=seen, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("trees", [[(3, (4, 2))], [(5, (1, 6)), (2, (3, 3, 4)), (1, (2,))], [(4, (0,)), (2, (0,))]])
+def test_one_call_sees_what_the_tree_sees(trees):
+    total = sum(p + sum(r) for p, r in trees)
+    q, k, v = (torch.randn(total, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    tree = TreeAttention(trees)
+    torch.testing.assert_close(tree.in_one_call(q, k, v, plain_varlen), tree(q, k, v, 0))
+
+
+@pytest.mark.parametrize("names", [("is_causal",), ("window_size",), ("window_size", "enable_gqa")])
+def test_varlen_kernel_speaks_every_torchs_dialect(monkeypatch, names):
+    """2.10 takes is_causal, later ones a window; only some share key heads themselves."""
+    from torch.nn.attention import varlen
+    seen = {}
+
+    def fake(q, k, v, *cuts, **more):
+        seen.update(more, heads=k.shape[1])
+        return q
+    fake.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
+    monkeypatch.setattr(varlen, "varlen_attn", fake)
+    model_module.varlen_kernel.cache_clear()
+    model_module.varlen_kernel()(torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), 0, 0, 3, 3)
+    model_module.varlen_kernel.cache_clear()
+    assert seen["heads"] == (2 if "enable_gqa" in names else 4)
+    assert seen.get("is_causal") is True or seen["window_size"] == (-1, 0)
