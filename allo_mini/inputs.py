@@ -229,13 +229,15 @@ def open_run(cfg: Config) -> Run:
     eos_ids(model, tokenizer)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
-    encoder = Encoder(tokenizer, style_of(cfg.prompt, [*tasks, *pairs][0]), cfg.max_length)
+    is_demo = not (cfg.model or cfg.train or cfg.pairs)
+    prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
+    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
     run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test)
     check_rows(run)
     check_own_files(run)
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     run.folder = claim_folder(cfg, base, {"machine": {"device": device, "dtype": str(dtype), **threads}})
     run.log = Log(run.folder)
-    if not (cfg.model or cfg.train or cfg.pairs) and not (run.folder / "test.jsonl").exists():  # the demo's
+    if is_demo and not (run.folder / "test.jsonl").exists():
         write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run
