@@ -191,8 +191,8 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
 
     prompts: token id lists of any lengths; rows: the numbers that seed each prompt (default 0, 1, ...);
     slots: samples running at once; stopped(tokens) ends a sample on a stop string; on_done(prompt, tokens) is called
-    as each sample ends. A response stops at any of eos_ids, at max_new_tokens, or where prompt and response together have
-    max_length tokens. Raises ValueError for an empty prompt.
+    as each sample ends. A response stops at any of eos_ids, at max_new_tokens, or where prompt and response together
+    have max_length tokens. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")

@@ -129,7 +129,7 @@ def held_rows(cfg: Config, flag: str) -> list[Task] | list[Pair]:
     if kinds != {True}:
         return read_tasks(files, need_output=False, need_answer=True)
     if not cfg.pairs:
-        raise UserError(f"{', '.join(files)}: --{flag} holds preference rows; a run on --train task rows needs task rows")
+        raise UserError(f"{', '.join(files)}: --{flag} holds preference rows; a run on --train rows needs task rows")
     return [p for path in files for p in read_pairs(path)]
 
 
@@ -166,7 +166,7 @@ def check_rows(run: Run) -> None:
         need_usable(run.encoder, [(t.input, [t.output]) for t in run.tasks], ", ".join(cfg.train))
     for row in run.test:
         if isinstance(row, Task) and gold_answer(row) is None:
-            raise UserError(f"{', '.join(cfg.test)}: test row {row.id + 1} has neither 'answer' nor \"The answer is X\"")
+            raise UserError(f"{', '.join(cfg.test)}: row {row.id + 1} has neither 'answer' nor \"The answer is X\"")
 
 
 def both_sides(rows: list) -> list:
@@ -208,7 +208,8 @@ def check_own_files(run: Run) -> None:
         if {key_of(row) for row in [*run.tasks, *run.pairs]}.isdisjoint(map(key_of, rows)):
             raise UserError(f"{cfg.token_weights_file}: none of its 'input' is a training question or prompt")
         need_usable(run.encoder, [(n.prompt, [n.response]) for n in rows], cfg.token_weights_file)
-        sizes = [(len(n.scores), len(e.responses[0])) for n in rows if (e := run.encoder.example(n.prompt, [n.response]))]
+        pairs = ((n, run.encoder.example(n.prompt, [n.response])) for n in rows)
+        sizes = [(len(n.scores), len(e.responses[0])) for n, e in pairs if e]
         run.encoder.clear()
         if all(given != wanted for given, wanted in sizes):
             raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
@@ -236,7 +237,9 @@ def open_run(cfg: Config) -> Run:
         memory.show(cfg, needs)
     if cfg.compile:
         compile_pointwise()
-    encoder = Encoder(tokenizer, style_of(cfg.prompt, [*tasks, *pairs][0]), cfg.max_length)
+    is_demo = not (cfg.model or cfg.train or cfg.pairs)
+    prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
+    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
     run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
     check_rows(run)
     check_own_files(run)
@@ -246,6 +249,6 @@ def open_run(cfg: Config) -> Run:
             run.folder = claim_folder(cfg, base, {"machine": {"device": device.split(":")[0], "dtype": str(dtype), **threads}})
         parallel.wait()
     run.log = Log(run.folder)
-    if not (cfg.model or cfg.train or cfg.pairs) and not (run.folder / "test.jsonl").exists():  # the demo's own problems
+    if is_demo and not (run.folder / "test.jsonl").exists():
         write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run

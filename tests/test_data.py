@@ -410,3 +410,9 @@ def test_steps_depend_on_the_seed_and_stop_at_max_steps():
     assert steps_of(50, 5, 1, 1) != steps_of(50, 5, 1, 2)
     assert steps_of(50, 5, 1, 1, max_steps=3) == steps_of(50, 5, 1, 1)[:3]
     assert steps_of(50, 5, 2, 1)[:10] == steps_of(50, 5, 1, 1)  # more epochs do not change the first
+
+
+def test_the_demo_keeps_its_chat_template_when_prompt_is_auto(place):
+    assert open_run(parse(["--prompt", "auto", "--limit", "4", "--out", "a"])).encoder.style == "chat"
+    assert open_run(parse(["--limit", "4", "--out", "b"])).encoder.style == "chat"
+    assert open_run(parse(["--prompt", "none", "--limit", "4", "--out", "c"])).encoder.style == "none"
