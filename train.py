@@ -37,6 +37,7 @@ from allo_mini.locate import COMPARE, forget_importance, gradient_importance, im
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask, overlap
+from allo_mini.patch import save_patch
 from allo_mini.report import describe_mask, finish, reprint
 from allo_mini.run import Run
 from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
@@ -199,6 +200,13 @@ def improve(run: Run, theta: Path, pairs: list[Example], mask) -> Path:
     return run.folder / "improve"
 
 
+def patch(run: Run, theta: Path, improved: Path) -> None:
+    """What ALLO changed of theta_ref, in a file of a few per cent of the model."""
+    with run.stage("patch", "patch.safetensors") as target:
+        if target:
+            save_patch(theta, improved, target)
+
+
 def dpo(run: Run, theta: Path, pairs: list[Example]) -> Path:
     """The baseline: full-weight DPO on the same pairs from the same model, with its own tuned learning rate."""
     with run.stage("dpo", ranks=True) as target:
@@ -227,6 +235,7 @@ def run_all(run: Run) -> None:
             weighted = reward(run, theta, negatives)
             forgotten = forget(run, theta, weighted, mask["forget"])
             models["ALLO"] = improve(run, forgotten, examples, mask["improve"])
+            patch(run, theta, models["ALLO"])
     finish(run, models)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -222,3 +223,11 @@ def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
         if i is not None and type(i) is not int:
             raise UserError(f"{path.with_name('config.json')}, {path.name}: eos_token_id holds {i!r}, expected token ids")
     return tuple(sorted({i for i in ids if i is not None}))
+
+
+if __name__ == "__main__":
+    from allo_mini import patch  # which needs this module
+    try:
+        patch.main(sys.argv[1:])
+    except UserError as e:
+        sys.exit(f"error: {e}")

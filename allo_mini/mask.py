@@ -111,6 +111,15 @@ class Selection:
         edges = torch.tensor(self.edges, device=index.device) * self.width
         self.ends = torch.searchsorted(index, edges).tolist()
 
+    @classmethod
+    def from_parts(cls, shape, offsets: Tensor, counts: Tensor) -> "Selection":
+        """The inverse of reading `.offsets` and `.counts`."""
+        new = cls(shape)
+        new.all, new.offsets, new.counts = False, offsets, counts
+        totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
+        new.ends = [totals[-(-edge * new.width // 256)] for edge in new.edges]
+        return new
+
     def __len__(self) -> int:
         return self.ends[-1]
 
