@@ -7,12 +7,14 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from allo_mini import UserError
 
+HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
 
 
@@ -192,7 +194,7 @@ def make_parser() -> Parser:
 def from_file(path: str) -> dict:
     """Flat, checked settings of a --config file, `config.json` of another run included."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        values = json.loads(Path(path).read_text(encoding="utf-8-sig").replace('"~/', HOME))
         values = dict(values.get("config", values))
         for stage, settings in values.pop("stages", {}).items():
             values.update({f"{stage}_{k}": v for k, v in settings.items()})
@@ -254,8 +256,7 @@ def check(c: Config) -> None:
     for flag in ("n", "max_new_tokens", "sample_batch", "pairs_per_question", "locate_pairs", "micro_tokens"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 1, "at least 1")
     for flag in ("limit", "test_limit", "val_rows", "sample_questions", "max_steps", "micro_batch", "eval_every",
-                 "weight_decay", "temperature",
-                 "seed", "save_minutes"):
+                 "weight_decay", "temperature", "seed", "save_minutes"):
         need(flag.replace("_", "-"), getattr(c, flag), getattr(c, flag) >= 0, "0 or more")
     for flag in ("beta", "clip"):
         need(flag, getattr(c, flag), getattr(c, flag) > 0, "more than 0")

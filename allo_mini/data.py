@@ -28,11 +28,12 @@ Text = str | Messages
 class Example(NamedTuple):
     """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
 
-    `weights`, when given, has one token weight for each token of the (single) response.
+    `weights`, when given, has one token weight for each token of the (single) response; `scores`, what they came from.
     """
     prompt: list[int]
     responses: list[list[int]]
     weights: list[float] | None = None
+    scores: list[float] | None = None
 
 
 @dataclass
