@@ -203,8 +203,7 @@ def density(path: Path) -> dict:
     shades = {key: 0.5 + 0.5 * math.log10(max(share, 1e-9) / shares["all", "all"]) for key, share in shares.items()}
     layers = sorted({layer for _, layer in counts if layer.isdigit()}, key=int)
     kinds = sorted({kind for kind, _ in counts} - {"all"}, key=[kind for kind, _ in counts].index)
-    return {"name": path.name, "counts": counts, "shares": shares, "shades": shades, "layers": [*layers, "all"],
-            "kinds": [*kinds, "all"]}
+    return {"name": path.name, "counts": counts, "shares": shares, "shades": shades, "layers": layers, "kinds": kinds}
 
 
 def costs(notes: list[dict], steps: list[dict], seconds: dict[str, float]) -> dict[str, dict]:
@@ -226,18 +225,19 @@ def write_report(folder: Path) -> Path:
         return [row for _, row in read_jsonl(folder / name)] if (folder / name).exists() else []
 
     written = json.loads(json.dumps(read_json(folder / "config.json")).replace(HOME, '"~/'))
+    if not isinstance(config := written.get("config"), dict):
+        raise UserError(f"{folder}: no run folder: its config.json holds no settings of a run")
     results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
     evals = {name: items for name in results.get("results", {}) if (items := rows(f"eval-{Path(name).name}.jsonl"))}
-    logged, config = rows("metrics.jsonl"), written["config"]
+    logged, own_mask = rows("metrics.jsonl"), Path(config.get("mask") or "").expanduser()
     steps, notes = ([row for row in logged if ("step" in row) == wanted] for wanted in (True, False))
-    masks = [density(path) for name in ("mask-forget.safetensors", "mask.safetensors", config.get("mask"))
-             if name and (path := folder / Path(name).expanduser()).is_file()]
+    masks = [p for p in (folder / "mask-forget.safetensors", folder / "mask.safetensors", own_mask) if p.is_file()]
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
-        name=folder.resolve().name, config=config, machine=written.get("machine", {}), size=CHART,
-        results=results.get("results"), compared=compare(evals), curves=curves(steps), notes=notes,
-        masks=masks, tokens_seen=rows("token_examples.jsonl"),
-        costs=costs(notes, steps, results.get("seconds", {})), differing=differing(evals))
+        name=folder.resolve().name, config=config, machine=written.get("machine", {}), results=results.get("results"),
+        compared=compare(evals), differing=differing(evals), size=CHART, curves=curves(steps), notes=notes,
+        costs=costs(notes, steps, results.get("seconds", {})), masks=[density(path) for path in masks],
+        tokens_seen=rows("token_examples.jsonl"))
     with atomic_file(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return folder / "report.html"
@@ -248,6 +248,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         print(write_report(Path(sys.argv[1])))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except Exception as e:  # files of the folder that were changed by hand can break anything
+        print("error:", e if isinstance(e, UserError) else f"{sys.argv[1]}: cannot be shown: {e!r}", file=sys.stderr)
         sys.exit(2)
