@@ -253,6 +253,8 @@ def test_curves_keep_to_their_axes_however_long_the_stage():
                 assert all(0 <= x <= 300 and 0 <= y <= 110 for x, y in xy)
     heights = [float(point.split(",")[1]) for point in loss["lines"][0]["smooth"].split()]
     assert heights == sorted(heights) and heights[0] < 10 and heights[-1] > 100  # it falls: y points down
+    ten = report.curves([{"stage": "dpo", "step": i + 1, "loss": float(i)} for i in range(10)])["dpo"][0]["lines"][0]["raw"]
+    assert ten.split()[0] == "0.0,110.0" and [float(x) for x in ten.split()[-1].split(",")] == [300, 0]
     assert charts["forget"][0]["lines"][0]["ends"] == ((2, 0.5), (2, 0.5))
 
 
