@@ -38,7 +38,7 @@ from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask, overlap
 from allo_mini.patch import save_patch
-from allo_mini.report import describe_mask, finish, reprint
+from allo_mini.report import describe_mask, finish, reprint, watch_tokens
 from allo_mini.run import Run
 from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
 
@@ -152,8 +152,8 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
         fits = [len(s) == len(e.responses[0]) for s, (_, e) in zip(scores, kept)]
         if not all(fits):
             say(f"token weights: {fits.count(False)} rows dropped: as many scores as tokens (with EOS) were expected")
-        kept, scores = [k for k, ok in zip(kept, fits) if ok], [s for s, ok in zip(scores, fits) if ok]
-        weights = [weights_from_scores(s, cfg.token_weights, cfg.threshold) for s in scores]
+        kept = [(n, e._replace(scores=s)) for (n, e), s, ok in zip(kept, scores, fits) if ok]
+        weights = [weights_from_scores(e.scores, cfg.token_weights, cfg.threshold) for _, e in kept]
     return [e._replace(weights=w) for (_, e), w in zip(kept, weights)]
 
 
@@ -190,12 +190,14 @@ def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
     return run.folder / "forget"
 
 
-def improve(run: Run, theta: Path, pairs: list[Example], mask) -> Path:
+def improve(run: Run, theta: Path, pairs: list[Example], mask, negatives: list[Example]) -> Path:
     """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
     with run.stage("improve", ranks=True) as target:
         if target:
             model = run.load(theta, mask)
-            run_stage(run, "improve", model, pairs, dpo_objective(run.cfg.beta, run.cfg.epsilon), mask, run.validator())
+            objective = dpo_objective(run.cfg.beta, run.cfg.epsilon)
+            with watch_tokens(run, model, negatives):
+                run_stage(run, "improve", model, pairs, objective, mask, run.validator())
             run.save(model, target)
     return run.folder / "improve"
 
@@ -234,7 +236,7 @@ def run_all(run: Run) -> None:
             mask = locate(run, theta, examples)
             weighted = reward(run, theta, negatives)
             forgotten = forget(run, theta, weighted, mask["forget"])
-            models["ALLO"] = improve(run, forgotten, examples, mask["improve"])
+            models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
             patch(run, theta, models["ALLO"])
     finish(run, models)
 

@@ -8,12 +8,14 @@ import difflib
 import json
 import math
 import operator
+import os
 import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 
 from allo_mini import UserError
 from allo_mini.jsonio import read_json
 
+HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
 GROUPS = ("input", "own files", "stages", "sft", "sample", "warmup", "locate", "reward", "forget", "improve", "dpo",
           "training", "memory", "watching")  # --help shows the flags so, in the order of the stages
@@ -232,7 +234,7 @@ def check(values: dict, file: str = "") -> None:
 
 def from_file(path: str) -> dict:
     """Flat, checked settings of a --config file, `config.json` of another run included."""
-    values = read_json(path)
+    values = json.loads(json.dumps(read_json(path)).replace('"~/', HOME))
     try:
         values = dict(values.get("config", values))
         for stage, own in values.pop("stages", {}).items():

@@ -31,13 +31,14 @@ Text = str | Messages
 class Example(NamedTuple):
     """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
 
-    `weights`, when given, has one token weight for each token of the (single) response; `ref` the reference's
-    log-probs of all response tokens, one after the other.
+    `weights`, when given, has one token weight for each token of the (single) response, `scores` what
+    they came from; `ref` the reference's log-probs of all response tokens, one after the other.
     """
     prompt: list[int]
     responses: list[list[int]]
     weights: list[float] | None = None
     ref: Tensor | None = None
+    scores: list[float] | None = None
 
 
 @dataclass

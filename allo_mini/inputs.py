@@ -12,7 +12,7 @@ import torch
 from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
                                   write_jsonl)
-from allo_mini.config import Config
+from allo_mini.config import HOME, Config
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.jsonio import read_json
@@ -72,6 +72,7 @@ def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
     folder = Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
     settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_minutes", "stages")}
     settings |= {f"{stage}_{k}": v for stage, s in cfg.stages.items() for k, v in asdict(s).items()}
+    settings = json.loads(json.dumps(settings).replace(HOME, '"~/'))  # names of people stay out of the file
     mine = {"config": settings, "files": fingerprints(cfg, base), **threads}
     path = folder / "config.json"
     if os.path.isfile(path):  # False, not an exception, for a name that is too long
