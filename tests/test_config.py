@@ -50,7 +50,7 @@ def numbers():
             yield name, f.type(outside), False
 
 
-@pytest.mark.parametrize("name, value, good", numbers())
+@pytest.mark.parametrize("name, value, good", list(numbers()))
 def test_flags_and_files_are_held_to_the_same_bounds(name, value, good, tmp_path):
     path = tmp_path / "c.json"
     path.write_text(json.dumps({name: value}))

@@ -316,7 +316,7 @@ def test_a_finished_run_without_its_report_gets_it(world, tmp_path, capsys):
     (None, None, "config.json: cannot be read: No such file"),
     ("config.json", "{}", "no run folder: its config.json holds no settings of a run"),
     ("metrics.jsonl", '{"stage": "forget"}\n{"sta\n', "metrics.jsonl:2: not valid JSON"),
-    ("results.json", "[1]", "results.json: expected a JSON object, found"),
+    ("results.json", "[1]", "results.json:1: expected a JSON object, found list"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be shown"),
     ("mask.safetensors", "no", "mask.safetensors: not a complete safetensors file"),
 ])
