@@ -43,6 +43,7 @@ class Task:
     output: str | None
     answer: str | None
     rewrite: str | None = None
+    source: str = ""  # FILE:LINE; the name of the file tells the task (tasks.py)
 
 
 @dataclass
@@ -137,13 +138,13 @@ def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_
             if limit and len(tasks) == limit:
                 break
             question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
-            output = text_of(row, "output", where, optional=not need_output)
-            answer = text_of(row, "answer", where, optional=True)
+            output, answer, rewrite = (text_of(row, key, where, optional=key != "output" or not need_output)
+                                       for key in ("output", "answer", "rewrite"))
             if need_answer and not (answer or "").strip() and "the answer is" not in (output or "").lower():
                 raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
             if not question.strip():
                 raise UserError(f"{where}: 'input' is empty")
-            tasks.append(Task(len(tasks), question, output, answer, text_of(row, "rewrite", where, optional=True)))
+            tasks.append(Task(len(tasks), question, output, answer, rewrite, where))
     if not tasks:
         raise UserError(f"{', '.join(map(str, paths))}: no rows")
     return tasks
@@ -304,9 +305,8 @@ class Encoder:
 
 def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
     """Row numbers of every optimizer step: epochs are seeded shuffles laid end to end, then cut into batches."""
-    steps, rng = [], random.Random(seed)
+    order, rng = [], random.Random(seed)
     total = round(count * epochs)
-    order: list[int] = []
     while len(order) < total:
         epoch = list(range(count))
         rng.shuffle(epoch)
