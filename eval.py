@@ -7,7 +7,6 @@ The same command again goes on where it was cut off, or prints its table again.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -100,9 +99,9 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
         raise UserError(f"{out}: cannot be written: {e.strerror}") from None
 
 
-def fingerprint(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+def state_of(path: Path) -> list[int]:
+    """Size and time of change: enough to notice that a file is another one, and quick on any size."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
 def verdicts(path: Path) -> dict[str, bool]:
@@ -110,45 +109,48 @@ def verdicts(path: Path) -> dict[str, bool]:
     rows = [row for _, row in read_jsonl(path)]
     if not rows or not all(isinstance(row.get("correct"), bool) for row in rows):
         raise UserError(f"{path}: holds no graded answers; --against takes the --out folder of another model")
-    return {json.dumps(row.get("input", row.get("prompt"))): row["correct"] for row in rows}
+    return {key_of(row): row["correct"] for row in rows}
+
+
+def key_of(row: dict) -> str:
+    """The question of a task row, the prompt of a preference row."""
+    return json.dumps(row.get("input", row.get("prompt")))
 
 
 def compare(path: Path, other: Path) -> list[str]:
     """Table row: accuracy here minus accuracy there over the questions that both have, its interval and p."""
     mine, theirs = verdicts(path), verdicts(other)
-    if not (both := [key for key in mine if key in theirs]):
-        raise UserError(f"{other}: has no question in common with {path}")
+    both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
     return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
 
 
 def for_judges(task: str, rows: list[dict], items: list[dict], name: str) -> dict[str, list[dict]]:
-    """File name -> what it holds: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval); Arena-Hard's answers
-    as now and as in 2024 (github.com/lmarena/arena-hard-auto, whose add_markdown_info.py prepares its style control)."""
-    both, now = list(zip(rows, items)), time.time()
+    """File -> rows: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and
+    as in 2024 (github.com/lmarena/arena-hard-auto, whose add_markdown_info.py prepares its style control)."""
+    both, tstamp = list(zip(rows, items)), time.time()
     if task == "alpaca_eval":
         return {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
                                         "output": i["response"], "generator": name} for r, i in both]}
-    return {f"model_answer/{name}.jsonl": [
-                {"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": now, "messages": [
-                    {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
-                for r, i in both],
-            f"model_answer_2024/{name}.jsonl": [
-                {"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": now, "choices": [
-                    {"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]} for r, i in both]}
+    now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
+        {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
+        for r, i in both]
+    old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp, "choices": [
+        {"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]} for r, i in both]
+    return {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
 
 
 def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
-    """The files of `for_judges`, in a folder beside the per-item file."""
+    """The files of `for_judges`, in a folder beside the per-item file; those that are there already stay."""
     rows = [row for _, row in read_jsonl(file)]
     for name, answers in for_judges(task, rows, items, folder.parent.name).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".jsonl":
-            write_jsonl(path, answers)
-        else:
+        if not path.exists():
             with atomic_file(path) as temporary:
-                temporary.write_text(json.dumps(answers, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                texts = [json.dumps(row, ensure_ascii=False) for row in answers]
+                whole = "\n".join(texts) if path.suffix == ".jsonl" else "[" + ",\n".join(texts) + "]"
+                temporary.write_text(whole + "\n", encoding="utf-8")
         say(f"{file}: for its judge: {path}")
 
 
@@ -160,19 +162,15 @@ def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:
 
 def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
     """A conversation in the terminal; every answer is greedy and follows all that was said before."""
-    def ask() -> str:
-        try:
-            return input("> ").strip()
-        except EOFError:
-            return ""
-    say("/reset begins anew, an empty line ends")
-    messages = []
-    while line := ask():
+    print("/reset begins anew, an empty line ends\n> ", end="", flush=True)
+    messages: list[dict] = []
+    while line := sys.stdin.readline().strip():
         messages = [] if line == "/reset" else [*messages, {"role": "user", "content": line}]
         if messages:
             [[(text, _)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
             messages.append({"role": "assistant", "content": text})
-            say(text)
+            print(text)
+        print("> ", end="", flush=True)
 
 
 def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int], target: Path) -> list[dict]:
@@ -203,8 +201,10 @@ def run(args) -> None:
         if target in targets[:i]:
             raise UserError(f"{target}: two --test files have this name; give them one by one, with --out")
     graded = [target for (task, _), target in zip(jobs, targets) if task not in JUDGED]
-    for target in graded if args.against else ():
-        verdicts(Path(args.against) / target.name)
+    for (_, rows), target in zip(jobs, targets):
+        other = Path(args.against) / target.name
+        if args.against and target in graded and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
+            raise UserError(f"{other}: has no question in common with the --test file of that name")
     folder = find_folder(args.model, settings.revision or None)
     model = load_model(str(folder), dtype, device)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
@@ -216,9 +216,9 @@ def run(args) -> None:
     encoders = [encoder_for(tokenizer, settings, None if task in JUDGED else rows[0]) for task, rows in jobs]
     for encoder, (_, rows), file in zip(encoders, jobs, files):
         need_usable(encoder, both_sides(rows), file)
-    weights = [fingerprint(path) for path in sorted(set(shard_files(folder).values()))]
+    weights = [state_of(path) for path in sorted(set(shard_files(folder).values()))]
     asked = {"model": weights, **{k: getattr(settings, k) for k in SHARED}, "device": device, "dtype": str(dtype)}
-    claim(out, {target.name: {**asked, "limit": args.limit, "task": task, "test file": fingerprint(Path(file))}
+    claim(out, {target.name: {**asked, "limit": args.limit, "task": task, "test file": state_of(Path(file))}
                 for target, (task, _), file in zip(targets, jobs, files)})
     lines = []
     for encoder, (task, rows), target, file in zip(encoders, jobs, targets, files):

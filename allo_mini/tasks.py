@@ -52,7 +52,7 @@ SPELLING = (  # of mathematical answers: pattern -> replacement, in this order
     (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),  # a unit at the end
     (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1"),
     (r"(?<![A-Za-z\\])\\?sqrt\s*\(([^()]*)\)|\\sqrt\s*(\w)", r"\\sqrt{\1\2}"),
-    (r"(?<![\\A-Za-z])(pi|infty)\b", r"\\\1"),
+    (r"(?<![\\A-Za-z])pi\b", r"\\pi"),
     (r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(\{" + INSIDE + r"\}|\\pi|[^{}\s\\])"), lambda m: fraction(*m.groups())),
     (r"([_^])\s*\{(-?\w+)\}", r"\1\2"),
     (r"\\([lgn])eq\b", r"\\\1e"),
@@ -174,7 +174,7 @@ RULES = {"ecqa": (extract_answer, same_option), "qasc": (extract_answer, same_op
          "gsm8k": (extract_math, same_number), "math": (extract_math, same_math), "mawps": (extract_math, same_number),
          "tabmwp": (extract_math, same_number)}
 QA = ("ecqa", "qasc", "openbookqa", "strategyqa")  # those that have an `official` grader too
-JUDGED = {"alpaca_eval": ("instruction",), "arena_hard": ("prompt", "uid")}  # without a grader -> the keys of their rows
+JUDGED = {"alpaca_eval": ("instruction",), "arena_hard": ("prompt", "uid")}  # without a grader -> their rows' keys
 
 
 def task_name(file: str) -> str:
@@ -258,7 +258,7 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
     """Greedy answers to Tasks, or log-prob comparison of Pairs -> one dict a row, "correct" among its keys.
 
     part: a file to which the answers to Tasks are appended, settings.sample_batch at a time; those it holds already
-    are not made again. Rows without a reference answer have no "correct"; those of QA tasks have "official" too.
+    are not made again. "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
     """
     group, began = settings.sample_batch if part else len(rows), time.monotonic()
     with progress(total=len(rows), label=name, unit="row") as bar:
@@ -277,8 +277,8 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
                 tokens[i] = len(ids)
                 bar.update()
             said = respond(model, encoder, [t.input for t in some], settings, eos, temperature=0.0, on_done=count)
-            items += [{"input": t.input, "gold": gold_answer(t), "response": text, "finished": finished,
-                       "tokens": tokens[i], "correct": is_correct(text, t)}
+            items += [{"input": t.input, "gold": (gold := gold_answer(t)), "response": text, "finished": finished,
+                       "tokens": tokens[i], "correct": None if gold is None else is_correct(text, t)}
                       | ({"official": official_correct(text, t)} if task_name(t.source) in QA else {})
                       for i, (t, [(text, finished)]) in enumerate(zip(some, said))]
             if part:
@@ -335,15 +335,18 @@ def math_row(r: dict) -> dict:
 
 
 def tabmwp_row(r: dict) -> dict:
-    title, unit = (form % r[key] if r[key] else "" for form, key in ((' regarding "%s"', "table_title"), (" (unit: %s)", "unit")))
+    title = f' regarding "{r["table_title"]}"' if r["table_title"] else ""
+    unit = f" (unit: {r['unit']})" if r["unit"] else ""
     question = f"Read the following table{title} and then answer a question.\n\n{r['table']}\n\n{r['question']}{unit}"
     return row_of(question, r["choices"], r["answer"], [r["solution"]])
 
 
 SOURCES = {  # what makes one of our rows of a row of the public file
-    "ecqa": ecqa_row, "qasc": ai2_row, "openbookqa": ai2_row, "gsm8k": gsm8k_row, "math": math_row, "tabmwp": tabmwp_row,
+    "ecqa": ecqa_row, "qasc": ai2_row, "openbookqa": ai2_row, "gsm8k": gsm8k_row, "math": math_row,
+    "tabmwp": tabmwp_row,
     "strategyqa": lambda r: row_of(r["question"], [], "yes" if r["answer"] else "no", r["facts"]),
-    "mawps": lambda r: {"input": r["sQuestion"], "answer": str(r["lSolutions"][0])},
+    "mawps": lambda r: {"input": r["sQuestion"], "answer": str(float(r["lSolutions"][0]))} if "sQuestion" in r else
+                       {"input": r["input"], "answer": str(float(r["target"]))},  # as evaluation suites have it
     "alpaca_eval": lambda r: {"instruction": r["instruction"], "dataset": r["dataset"], "reference": r["output"]},
     "arena_hard": lambda r: {"uid": r["uid"], "category": r["category"], "prompt": r["prompt"]} if "uid" in r else
                             {"uid": r["question_id"], "category": r["category"], "prompt": r["turns"][0]["content"]}}
@@ -353,11 +356,8 @@ def read_source(path: Path) -> list[dict]:
     """The rows of JSON lines, a CSV file with a header, a JSON list or a JSON object of rows."""
     if path.suffix == ".jsonl":
         return [row for _, row in read_jsonl(path)]
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as f:
-            rows = list(csv.DictReader(f)) if path.suffix == ".csv" else json.load(f)
-    except (OSError, ValueError, csv.Error) as e:
-        raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    with path.open(encoding="utf-8-sig", newline="") as f:
+        rows = list(csv.DictReader(f)) if path.suffix == ".csv" else json.load(f)
     return list(rows.values()) if isinstance(rows, dict) else rows
 
 
@@ -367,16 +367,14 @@ def prepare(name: str, source: Path, out: Path) -> None:
         raise UserError(f"{name}: no task of ours, expected one of {', '.join(SOURCES)}")
     if out.exists():
         raise UserError(f"{out}: exists already; nothing was overwritten")
-    rows = []
-    for number, row in enumerate(read_source(source), 1):
-        try:
-            rows.append(SOURCES[name](row))
-        except (LookupError, TypeError, AttributeError, ValueError) as e:
-            raise UserError(f"{source}: row {number} has not the form of {name}: {type(e).__name__} {e}") from None
+    rows: list[dict] = []
     try:
+        rows.extend(map(SOURCES[name], read_source(source)))
         write_jsonl(out, rows)
     except OSError as e:
-        raise UserError(f"{out}: cannot be written: {e.strerror}") from None
+        raise UserError(f"{e.filename}: {e.strerror}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as e:
+        raise UserError(f"{source}: row {len(rows) + 1} has not the form of {name}: {type(e).__name__} {e}") from None
     say(f"{out}: {len(rows)} rows")
 
 
@@ -386,4 +384,5 @@ if __name__ == "__main__":
             raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT")
         prepare(sys.argv[2], *map(Path, sys.argv[3:]))
     except UserError as e:
-        sys.exit(f"error: {e}")
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
