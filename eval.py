@@ -42,9 +42,9 @@ def make_parser() -> Parser:
     parser.add_argument("--task", default="", choices=(*RULES, *JUDGED, "generic"), help="what the --test files hold "
                         "(default: what each one's name says, generic if that is none of the ten tasks)")
     parser.add_argument("--out", default="", metavar="X", help="folder for <file>.jsonl, one line per row, and for the "
-                        "judges' files, where its name is the model's (default: eval/<model folder's name>)")
-    parser.add_argument("--against", default="", metavar="X", help="--out folder of another model on the same files: shows "
-                        "the difference with a 95 %% interval and p, by paired bootstrap")
+                        "judges' files, in which its name is the model's (default: eval/<model folder's name>)")
+    parser.add_argument("--against", default="", metavar="X", help="--out folder of another model on the same files: "
+                        "shows the difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="X", help="rows per file at most (0: all)")
     for f in fields(Config):
         if f.name in SHARED:
@@ -81,7 +81,7 @@ def read_rows(file: str, args) -> tuple[str, list]:
 
 
 def claim(out: Path, asked: dict[str, dict]) -> None:
-    """Write into OUT/eval.json what each file's answers depend on; refuse when those in OUT depend on something else."""
+    """Write into OUT/eval.json what each file's answers depend on; refuse when OUT has some that depend on else."""
     path = out / "eval.json"
     record = read_json(path) if os.path.isfile(path) else {}
     for name, mine in asked.items():
@@ -90,7 +90,7 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
             if not isinstance(old, dict):
                 raise UserError(f"{target}: exists already, and eval.py did not write it; choose another --out")
             if other := [f"{k} ({old.get(k)!r}, now {v!r})" for k, v in mine.items() if old.get(k) != v]:
-                raise UserError(f"{target}: holds answers with another {', another '.join(other)}; choose another --out")
+                raise UserError(f"{target}: made with another {', another '.join(other)}; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
@@ -126,8 +126,8 @@ def compare(path: Path, other: Path) -> list[str]:
 
 
 def for_judges(task: str, rows: list[dict], items: list[dict], name: str) -> dict[str, list[dict]]:
-    """File -> rows: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and
-    as in 2024 (github.com/lmarena/arena-hard-auto, whose add_markdown_info.py prepares its style control)."""
+    """File -> rows: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now
+    and as in 2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control)."""
     both, tstamp = list(zip(rows, items)), time.time()
     if task == "alpaca_eval":
         return {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
@@ -155,7 +155,7 @@ def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> N
 
 
 def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:
-    """Prompts in the style that --prompt or a graded row asks for; without one the checkpoint's chat template, if any."""
+    """Prompts in the style that --prompt or a graded row asks for, else by the checkpoint's chat template if any."""
     style = row_style(row) if row is not None else "chat" if tokenizer.template else "alpaca"
     return Encoder(tokenizer, style if settings.prompt == "auto" else settings.prompt, settings.max_length)
 
@@ -197,9 +197,8 @@ def run(args) -> None:
     jobs = [read_rows(file, args) for file in files]  # before the model: a bad file shows at once
     out = Path(args.out or Path("eval") / Path(args.model).name)
     targets = [out / f"{Path(file).stem}.jsonl" for file in files]
-    for i, target in enumerate(targets):
-        if target in targets[:i]:
-            raise UserError(f"{target}: two --test files have this name; give them one by one, with --out")
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{', '.join(map(str, targets))}: two --test files would be answered in one file; rename one")
     graded = [target for (task, _), target in zip(jobs, targets) if task not in JUDGED]
     for (_, rows), target in zip(jobs, targets):
         other = Path(args.against) / target.name

@@ -39,7 +39,7 @@ for _ in range(4):  # what may stand between braces: braces again, five deep
 BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{(" + INSIDE + r")\}")
 QUOTES = "\"'`*_“”‘’ "
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(rf"(?<!\d)(?<!\d:)(?:(?<![\w)])-)?(?:{DIGITS})(?:/\d+)?(?!:\d)")
+NUMBER = re.compile(rf"(?<!\d)(?<!\d:)(?:(?<![\w)])-)?(?:{DIGITS})(?:/\d+)?(?!:\d)")  # in a text; no time of day
 ENDS = re.compile(r"$|[,.;:!?]|\s*\(|\s+(?:because|since|as)\b")  # what may follow an option
 VALUE = re.compile(rf"(-?) ?(?:(\d+) )?({DIGITS})(?: ?/ ?({DIGITS}))?"  # -2, 1 1/2, 3/4; 5 apples, but not 3 pi
                    r"(?: (?!(?:pi|sqrt|or|and)\b)[a-z]{2}[a-z .]*(?:\^\d)?)?")

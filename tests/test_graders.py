@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from allo_mini.data import Task, read_tasks
-from allo_mini.tasks import (RULES, bare, extract_math, gold_answer, grader_for, is_correct, official_correct, same_math, same_plain,
-                             task_name)
+from allo_mini.tasks import (RULES, bare, extract_math, gold_answer, grader_for, is_correct, official_correct,
+                             same_math, same_plain, task_name)
 
 A = "The answer is "
 
@@ -23,9 +23,11 @@ def choice(question, options, gold, right, wrong):
 # Each row: question, gold answer, responses that are right, responses that are wrong.
 ECQA = [
     choice("Where do you keep milk cold?", "fridge|oven|shelf|garage|river", "fridge",
-           [A + "fridge", A + "the fridge.", A + "Fridge", "It is cold there.\n" + A + '"fridge"'], [A + "oven", "fridge", A + "fridges"]),
+           [A + "fridge", A + "the fridge.", A + "Fridge", "It is cold there.\n" + A + '"fridge"'],
+                  [A + "oven", "fridge", A + "fridges"]),
     choice("What do you do with a ladder?", "climb|eat|sing|burn|sell", "climb",
-           [A + "climb, since it has steps", A + "**climb**", A + "climb because it is tall"], [A + "climbing", A + "sell"]),
+           [A + "climb, since it has steps", A + "**climb**", A + "climb because it is tall"],
+                  [A + "climbing", A + "sell"]),
     choice("Who teaches?", "teacher|head teacher|pupil|cook|judge", "teacher",
            [A + "teacher", A + "a teacher", A + "the teacher!"], [A + "head teacher", A + "teacher or pupil"]),
     choice("Who leads the school?", "teacher|head teacher|pupil|cook|judge", "head teacher",
@@ -57,28 +59,43 @@ QASC = [
            [A + "a net", A + "net"], [A + "nets", A + "wool"]),
     choice("How is bread made?", "by baking dough|by freezing|by magnets|by wind|by rust|by light|by sound|by dye", "By baking dough",
            [A + "by baking dough"], [A + "baking", A + "by wind"]),
-    choice("What is H2O?", "water|h2 o|iron|gold|lead|zinc|argon|neon", "Water", [A + "water"], [A + "h2 o", A + "gold"]),
+    choice("What is H2O?", "water|h2 o|iron|gold|lead|zinc|argon|neon", "Water", [A + "water"],
+           [A + "h2 o", A + "gold"]),
     choice("What do bees collect?", "pollen and nectar|pollen|bark|stones|oil|soot|chalk|silk", "pollen and nectar",
            [A + "pollen and nectar", A + "Pollen and nectar;"], [A + "pollen", A + "nectar and pollen"]),
     choice("Where do whales live?", "Pacific|farms|roofs|caves|nests|jars|sky|trees", "Pacific",
            [A + "pacific", A + "the Pacific"], [A + "sky", A + "Pacific farms"]),
     choice("What do roots absorb?", "water|light|sound|paper|metal|glass|wind|time", "Water",
            [A + "“water”", A + "water (from soil)"], [A + "water light", A + "wind"]),
-    choice("What carries sound?", "air|vacuum|void|nothing|hope|math|names|dreams", "air", [A + "air", A + "the air"], [A + "hair", A + "void"]),
-    choice("What rusts?", "iron|gold|glass|wood|paper|wax|silk|bone", "Iron", [A + "Iron", A + "iron\n\nDone"], [A + "iron gold", ""]),
-    choice("How many legs has an insect?", "6|8|4|2|10|0|3|5", "6", [A + "6", A + "6.0", A + "6."], [A + "8", A + "60"])]
+    choice("What carries sound?", "air|vacuum|void|nothing|hope|math|names|dreams", "air", [A + "air", A + "the air"],
+           [A + "hair", A + "void"]),
+    choice("What rusts?", "iron|gold|glass|wood|paper|wax|silk|bone", "Iron", [A + "Iron", A + "iron\n\nDone"],
+           [A + "iron gold", ""]),
+    choice("How many legs has an insect?", "6|8|4|2|10|0|3|5", "6", [A + "6", A + "6.0", A + "6."],
+           [A + "8", A + "60"])]
 OPENBOOKQA = [
-    choice("A magnet pulls", "a nail|a cup|a leaf|soap", "a nail", [A + "a nail", A + "nail", A + "A Nail."], [A + "a leaf", A + "nails"]),
-    choice("The sun rises in the", "east|west|north|south", "East", [A + "east", A + "the East"], [A + "west", A + "northeast"]),
-    choice("Which month is warm in Spain?", "july|january|may be none|february", "July", [A + "july", A + "July!"], [A + "january", A + "june"]),
-    choice("Ice is", "solid water|a gas|a metal|alive", "solid water", [A + "solid water", A + "solid water: frozen"], [A + "water", A + "solid"]),
-    choice("Owls hunt", "at night|at noon|in rain|never", "at night", [A + "at night", A + "at night, mostly"], [A + "night", A + "at noon"]),
-    choice("Cars need", "fuel|sails|hay|ink", "Fuel", [A + "fuel", A + "Fuel because they burn it"], [A + "fuels", A + "ink"]),
-    choice("Which city is in Asia?", "hanoi|athens|oslo|rome", "Hanoi", [A + "hanoi", A + "Hanoi"], [A + "athens", "Hanoi"]),
-    choice("Friction makes", "heat|cold|light years|salt", "heat", [A + "heat", "THE ANSWER IS HEAT"], [A + "cold", A + "heat\n" + A + "salt"]),
-    choice("A tree grows from", "a seed|a stone|a coin|a shoe", "a seed", [A + "a seed", A + "the seed"], [A + "seedling", A + "a stone"]),
-    choice("Fish breathe with", "gills|lungs|fins|tails", "gills", [A + "gills", A + "`gills`"], [A + "gill", A + "fins"]),
-    choice("A year has", "12 months|10 weeks|5 days|2 hours", "12 months", [A + "12 months", A + "12 months."], [A + "12", A + "10 weeks"]),
+    choice("A magnet pulls", "a nail|a cup|a leaf|soap", "a nail", [A + "a nail", A + "nail", A + "A Nail."],
+           [A + "a leaf", A + "nails"]),
+    choice("The sun rises in the", "east|west|north|south", "East", [A + "east", A + "the East"],
+           [A + "west", A + "northeast"]),
+    choice("Which month is warm in Spain?", "july|january|may be none|february", "July", [A + "july", A + "July!"],
+           [A + "january", A + "june"]),
+    choice("Ice is", "solid water|a gas|a metal|alive", "solid water", [A + "solid water", A + "solid water: frozen"],
+           [A + "water", A + "solid"]),
+    choice("Owls hunt", "at night|at noon|in rain|never", "at night", [A + "at night", A + "at night, mostly"],
+           [A + "night", A + "at noon"]),
+    choice("Cars need", "fuel|sails|hay|ink", "Fuel", [A + "fuel", A + "Fuel because they burn it"],
+           [A + "fuels", A + "ink"]),
+    choice("Which city is in Asia?", "hanoi|athens|oslo|rome", "Hanoi", [A + "hanoi", A + "Hanoi"],
+           [A + "athens", "Hanoi"]),
+    choice("Friction makes", "heat|cold|light years|salt", "heat", [A + "heat", "THE ANSWER IS HEAT"],
+           [A + "cold", A + "heat\n" + A + "salt"]),
+    choice("A tree grows from", "a seed|a stone|a coin|a shoe", "a seed", [A + "a seed", A + "the seed"],
+           [A + "seedling", A + "a stone"]),
+    choice("Fish breathe with", "gills|lungs|fins|tails", "gills", [A + "gills", A + "`gills`"],
+           [A + "gill", A + "fins"]),
+    choice("A year has", "12 months|10 weeks|5 days|2 hours", "12 months", [A + "12 months", A + "12 months."],
+           [A + "12", A + "10 weeks"]),
     choice("Which weighs most?", "1,000 grams|100 grams|10 grams|1 gram", "1,000 grams",
            [A + "1,000 grams", A + "1000 grams"], [A + "100 grams", A + "1"])]
 STRATEGYQA = [(f"Question {i}?", gold, right, wrong) for i, (gold, right, wrong) in enumerate([
@@ -95,7 +112,8 @@ STRATEGYQA = [(f"Question {i}?", gold, right, wrong) for i, (gold, right, wrong)
     ("yes", [A + "yes - easily"], [A + "no - never"]),
     ("no", ["The answer is yes? No.\n" + A + "no"], [A + "y"])])]
 GSM8K = [(f"Problem {i}?", gold, right, wrong) for i, (gold, right, wrong) in enumerate([
-    ("18", [A + "18", A + "$18.", A + "18 dollars", "#### 18", "so \\boxed{18}"], [A + "180", A + "81", "18 and then 19"]),
+    ("18", [A + "18", A + "$18.", A + "18 dollars", "#### 18", "so \\boxed{18}"],
+           [A + "180", A + "81", "18 and then 19"]),
     ("2125", [A + "2,125", A + "$2125.00", "She has 2,125 blocks."], [A + "2,125,000", A + "212"]),
     ("5", [A + "2 + 3 = 5", A + "5 (since 2+3=5)", "We get 2 and 3, in all 5"], [A + "2 + 3 = 6", "5 or 6"]),
     ("70000", [A + "70,000", A + "$70,000.", A + "70000.0"], [A + "70", A + "70,001"]),
@@ -104,7 +122,8 @@ GSM8K = [(f"Problem {i}?", gold, right, wrong) for i, (gold, right, wrong) in en
     ("25", [A + "25%", A + "25 percent", "so $\\boxed{25\\%}$"], [A + "0.25", A + "2.5"]),
     ("12", ["Final answer: 12", "Answer: 12 eggs", "the correct answer is $12$"], ["Answer: 11 of 12", A + "1 2"]),
     ("109200000", [A + "109,200,000 people"], [A + "109,200", A + "109.2"]),
-    ("8", ["\\boxed{7} no, \\boxed{8}", A + "9 but \\boxed{8}"], ["\\boxed{8} no, \\boxed{7}", "\\boxed{7}. " + A + "8"]),
+    ("8", ["\\boxed{7} no, \\boxed{8}", A + "9 but \\boxed{8}"],
+           ["\\boxed{8} no, \\boxed{7}", "\\boxed{7}. " + A + "8"]),
     ("1", [A + "1", A + "1.0", A + "**1**"], [A + "1:20", A + "21", A + "1/2"]),
     ("540", [A + "540 meters per week.", "It is $540$\n" + A + "$540$."], [A + "54", A + "5400", "nothing"])])]
 MAWPS = [(f"Problem {i}?", gold, right, wrong) for i, (gold, right, wrong) in enumerate([
@@ -128,23 +147,34 @@ TABMWP = [(f"Table {i}?", gold, right, wrong) for i, (gold, right, wrong) in enu
     ("0.08", [A + "0.08", A + ".08"], [A + "0.8", A + "8"]),
     ("1,522.81", [A + "$1,522.81", A + "1522.81"], [A + "1,522", A + "1,522.18"])])] + [
     choice("Is it linear?", "linear|nonlinear", "linear", [A + "linear", A + "Linear."], [A + "nonlinear", "linear"]),
-    choice("Is there a shortage?", "shortage|surplus", "shortage", [A + "a shortage", A + "shortage, for demand is high"], [A + "surplus"]),
-    choice("When does it leave?", "1:20 P.M.|1:30 P.M.", "1:20 P.M.", [A + "1:20 P.M.", A + "1:20 p.m"], [A + "1:30 P.M.", A + "1:20"]),
+    choice("Is there a shortage?", "shortage|surplus", "shortage",
+           [A + "a shortage", A + "shortage, for demand is high"], [A + "surplus"]),
+    choice("When does it leave?", "1:20 P.M.|1:30 P.M.", "1:20 P.M.", [A + "1:20 P.M.", A + "1:20 p.m"],
+           [A + "1:30 P.M.", A + "1:20"]),
     choice("Who has most?", "Ann|Anna|Mr. Lee", "Anna", [A + "Anna", A + "anna"], [A + "Ann", A + "Anna Lee"]),
-    choice("How long?", "15 minutes|1 hour and 15 minutes", "15 minutes", [A + "15 minutes"], [A + "1 hour and 15 minutes", A + "15"]),
+    choice("How long?", "15 minutes|1 hour and 15 minutes", "15 minutes", [A + "15 minutes"],
+           [A + "1 hour and 15 minutes", A + "15"]),
     choice("Which cost?", "$155|$275", "$155", [A + "$155", A + "155"], [A + "$275", A + "$1,550"])]
 MATH = [(f"Problem {i}?", gold, right, wrong) for i, (gold, right, wrong) in enumerate([
-    (r"\frac{14}{3}", [r"$\boxed{\dfrac{14}{3}}$", A + r"$\frac{14}3$.", A + "14/3", r"\boxed{4\frac{2}{3}}"], [A + "14", A + "4.6", r"\boxed{\frac{3}{14}}"]),
-    (r"\left( 3, \frac{\pi}{2} \right)", [r"\boxed{(3, \pi/2)}", r"\boxed{\left(3,\frac\pi2\right)}", A + r"\( (3,\tfrac{\pi}{2}) \)"],
+    (r"\frac{14}{3}", [r"$\boxed{\dfrac{14}{3}}$", A + r"$\frac{14}3$.", A + "14/3", r"\boxed{4\frac{2}{3}}"],
+           [A + "14", A + "4.6", r"\boxed{\frac{3}{14}}"]),
+    (r"\left( 3, \frac{\pi}{2} \right)",
+           [r"\boxed{(3, \pi/2)}", r"\boxed{\left(3,\frac\pi2\right)}", A + r"\( (3,\tfrac{\pi}{2}) \)"],
      [r"\boxed{(\pi/2, 3)}", r"\boxed{[3, \pi/2]}", r"\boxed{3}"]),
-    (r"(3,4]", [r"\boxed{(3, 4]}", r"\boxed{\left(3,4\right]}", r"\boxed{x \in (3,4]}"], [r"\boxed{(3,4)}", r"\boxed{[3,4]}"]),
-    (r"1,-2", [r"\boxed{-2, 1}", r"\boxed{1,-2}", r"\boxed{\{1,-2\}}"], [r"\boxed{1}", r"\boxed{1,2}", r"\boxed{(1,-2)}"]),
-    (r"3\sqrt{13}", [r"\boxed{3\sqrt{13}}", r"\boxed{3 \sqrt{13}}", A + "3sqrt(13)"], [r"\boxed{\sqrt{13}}", r"\boxed{3\sqrt{31}}"]),
+    (r"(3,4]", [r"\boxed{(3, 4]}", r"\boxed{\left(3,4\right]}", r"\boxed{x \in (3,4]}"],
+           [r"\boxed{(3,4)}", r"\boxed{[3,4]}"]),
+    (r"1,-2", [r"\boxed{-2, 1}", r"\boxed{1,-2}", r"\boxed{\{1,-2\}}"],
+           [r"\boxed{1}", r"\boxed{1,2}", r"\boxed{(1,-2)}"]),
+    (r"3\sqrt{13}", [r"\boxed{3\sqrt{13}}", r"\boxed{3 \sqrt{13}}", A + "3sqrt(13)"],
+           [r"\boxed{\sqrt{13}}", r"\boxed{3\sqrt{31}}"]),
     (r"\text{Evelyn}", [r"\boxed{\text{Evelyn}}", r"\boxed{Evelyn}", A + "Evelyn."], [r"\boxed{\text{Eve}}", "Evelyn"]),
-    (r"864 \mbox{ inches}^2", [r"\boxed{864}", A + r"$864 \text{ inches}^2$", A + "864 square inches"], [r"\boxed{846}", r"\boxed{864x}"]),
+    (r"864 \mbox{ inches}^2", [r"\boxed{864}", A + r"$864 \text{ inches}^2$", A + "864 square inches"],
+           [r"\boxed{846}", r"\boxed{864x}"]),
     (r"90^\circ", [r"\boxed{90}", r"\boxed{90^{\circ}}", A + "90 degrees"], [r"\boxed{9}", r"\boxed{90\pi}"]),
-    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", [r"\boxed{\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{pmatrix}}",
-     r"\boxed{\begin{pmatrix}-1/3\\2/3\end{pmatrix}}"], [r"\boxed{\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}}", r"\boxed{-1/3}"]),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+           [r"\boxed{\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{pmatrix}}",
+     r"\boxed{\begin{pmatrix}-1/3\\2/3\end{pmatrix}}"],
+            [r"\boxed{\begin{pmatrix} 2/3 \\ -1/3 \end{pmatrix}}", r"\boxed{-1/3}"]),
     (r"x^3+3x-6", [r"\boxed{x^3 + 3x - 6}", r"\boxed{x^{3}+3x-6}"], [r"\boxed{x^3+3x+6}", A + "6"]),
     (r"\$32,\!348", [r"\boxed{32348}", r"\boxed{\$32{,}348}", A + "$32,348."], [r"\boxed{32}", r"\boxed{348}"]),
     (r"2516_8", [r"\boxed{2516_8}", r"\boxed{2516_{8}}"], [r"\boxed{2516}", r"\boxed{2516_9}", r"\boxed{}"])])]
@@ -209,7 +239,8 @@ def test_same_math_is_symmetric_and_reflexive():
             assert same_math(a, b) == same_math(b, a), (a, b)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\\boxed{", "\\boxed{}" * 50, "{" * 3000, "\\frac" * 500, "\\frac{" * 300, "(" * 3000,
+@pytest.mark.parametrize("text",
+       ["", " ", "\\boxed{", "\\boxed{}" * 50, "{" * 3000, "\\frac" * 500, "\\frac{" * 300, "(" * 3000,
                                   "The answer is " + "9" * 5000, "The answer is 1/0", "The answer is $", "." * 3000,
                                   "\\boxed{" * 40 + "5" + "}" * 40, "The answer is " + "a " * 3000, "1," * 2000])
 @pytest.mark.parametrize("name", RULES)
@@ -230,6 +261,6 @@ def test_gold_solutions_are_accepted_and_other_answers_refused(name):
         random.Random(0).shuffle(answers)
         other = [(t, a) for t, a in zip(rows, answers) if bare(a) != bare(t.answer)]
         fooled = [(t.answer, a) for t, a in other if is_correct(A + a, t)]
-        print(f"{path.name}: {100 * accepted:.2f} % of {len(rows)} gold solutions accepted, {len(fooled)} of {len(other)} "
-              "differing answers accepted")
+        print(f"{path.name}: {100 * accepted:.2f} % of {len(rows)} gold solutions accepted, "
+              f"{len(fooled)} of {len(other)} differing answers accepted")
         assert accepted >= 0.995 and not fooled

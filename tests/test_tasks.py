@@ -1,4 +1,4 @@
-"""Plain grading, samples -> pairs and negatives, intervals, the demo's problems and model, public files -> task rows."""
+"""Plain grading, samples -> pairs and negatives, intervals, the demo's problems and model, public files -> rows."""
 
 import json
 import re
