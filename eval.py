@@ -1,8 +1,12 @@
-"""Evaluate a model on task rows (greedy answers, accuracy) or on preference rows (log-prob accuracy and margin).
+"""Evaluate a model: answers to the ten tasks of allo_mini/tasks.py or to own task rows, log-probs of preference rows.
 
-    python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/]
+    python eval.py --model runs/demo-2023/improve --test rows.jsonl [more.jsonl ...] [--out results/] [--against other/]
+    python eval.py --model runs/demo-2023/improve --chat
+
+The same command again goes on where it was cut off, or prints its table again.
 """
 
+import json
 import os
 import sys
 import time
@@ -11,16 +15,20 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, write_jsonl
-from allo_mini.config import Config, Parser, add_knob, check, number
-from allo_mini.data import Encoder, is_pairs, read_pairs, read_tasks
+from allo_mini.checkpoint import (atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
+                                  write_jsonl)
+from allo_mini.config import Config, Parser, add_knob, check, number, similar
+from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
-from allo_mini.jsonio import read_json
+from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
+from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row
-from allo_mini.tasks import evaluate
+from allo_mini.tasks import JUDGED, RULES, bootstrap, evaluate, respond, task_name
 
-SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device")
+SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
+TASKS = (*RULES, *JUDGED, "generic")
+PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
 
 def make_parser() -> Parser:
@@ -28,9 +36,16 @@ def make_parser() -> Parser:
     parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
                     "accuracy and margin on preference rows, with 95 % intervals.")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
-    parser.add_argument("--test", required=True, nargs="+", metavar="FILE", help="JSONL files, one table row each")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="for <file>.jsonl, one line per row "
-                        "(default: eval/<model folder's name>)")
+    parser.add_argument("--patch", default="", metavar="FILE", help="patch.safetensors of a run, put into the model")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
+    what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
+    parser.add_argument("--task", default="", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} "
+                        "(default: what each one's name says, generic if that is none of the ten tasks)")
+    parser.add_argument("--out", default="", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the "
+                        "judges' files, in which its name is the model's (default: eval/<model folder's name>)")
+    parser.add_argument("--against", default="", metavar="FOLDER", help="--out of another model on the same files: "
+                        "shows the difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
         add_knob(parser, name)
@@ -48,41 +63,181 @@ def settings_of(args) -> Config:
     return Config(**own, **{k: given[k] for k in SHARED if k in given})
 
 
-def run(args) -> None:
-    check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
-    settings, jobs = settings_of(args), []
-    device, dtype = pick_device(settings.device, settings.dtype)
-    out = Path(args.out or Path("eval") / Path(args.model).name)
-    for file in args.test:  # read everything before the model: a bad file shows at once
-        pairs, target = is_pairs(file), out / (Path(file).stem + ".jsonl")
-        if os.path.exists(target) or target in [job[3] for job in jobs]:
-            raise UserError(f"{target}: exists already, or two --test files have this name; choose another --out")
-        rows = read_pairs(file, args.limit) if pairs else read_tasks([file], args.limit, False, need_answer=True)
-        jobs.append((file, pairs, rows, target))
-    folder = find_folder(args.model, settings.revision or None)
-    model = load_model(str(folder), dtype, device)
-    tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    model.config.check_length(settings.max_length, str(folder / "config.json"))
-    lines, saved, ends = [], [], eos_ids(model, tokenizer)
-    encoders = [Encoder(tokenizer, style_of(settings.prompt, rows[0]), settings.max_length) for _, _, rows, _ in jobs]
-    for encoder, (file, _, rows, _) in zip(encoders, jobs):
-        need_usable(encoder, both_sides(rows), file)
+def read_rows(file: str, args) -> tuple[str, list]:
+    """(task, rows) of a --test file; the task of preference rows and of rows that are none of the ten is ""."""
+    task = task_name(args.task or file)
+    if is_pairs(file):
+        return "", read_pairs(file, args.limit)
+    if task in JUDGED:
+        questions = [[text_of(row, key, where) for key in JUDGED[task]] for where, row in read_jsonl(file)]
+        return task, [Task(i, q[0], None, None, source=task) for i, q in enumerate(questions[:args.limit or None])]
+    rows = read_tasks([file], args.limit, False, need_answer=True)
+    for row in rows:
+        row.source = task
+    return task, rows
+
+
+def claim(out: Path, asked: dict[str, dict]) -> None:
+    """Write into OUT/eval.json what each file's answers depend on; refuse when OUT has some that depend on else."""
+    path = out / "eval.json"
+    record = read_json(path) if os.path.isfile(path) else {}
+    for name, mine in asked.items():
+        target, old = out / name, record.get(name)
+        if os.path.exists(target) or os.path.exists(target.with_suffix(PART)):
+            if not isinstance(old, dict):
+                raise UserError(f"{target}: exists already, and eval.py did not write it; choose another --out")
+            if other := [f"{k} ({old.get(k)!r}, now {v!r})" for k, v in mine.items() if old.get(k) != v]:
+                raise UserError(f"{target}: made with another {', another '.join(other)}; choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps({**record, **asked}, indent=2) + "\n")
     except OSError as e:
         raise UserError(f"{out}: cannot be written: {e.strerror}") from None
-    for encoder, (file, pairs, rows, target) in zip(encoders, jobs):
-        began = time.monotonic()
-        items = evaluate(model, encoder, rows, settings, {*ends, encoder.closing}, Path(file).name)
-        if report := encoder.report():
-            say(f"{file}: {report}")
+
+
+def state_of(path: Path) -> list[int]:
+    """Size and time of change: enough to notice that a file is another one, and quick on any size."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def verdicts(path: Path) -> dict[str, bool]:
+    """Question -> whether its answer was right, from a file that eval.py wrote."""
+    rows = [row for _, row in read_jsonl(path)]
+    if not all(isinstance(row.get("correct"), bool) for row in rows):
+        raise UserError(f"{path}: holds no graded answers; --against takes the --out folder of another model")
+    return {key_of(row): row["correct"] for row in rows}
+
+
+def key_of(row: dict) -> str:
+    """The question of a task row, the prompt of a preference row."""
+    return json.dumps(row.get("input", row.get("prompt")))
+
+
+def compare(path: Path, other: Path) -> list[str]:
+    """Table row: accuracy here minus accuracy there over the questions that both have, its interval and p."""
+    mine, theirs = verdicts(path), verdicts(other)
+    both = [key for key in mine if key in theirs]
+    difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
+    return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
+
+
+def for_judges(task: str, rows: list[dict], items: list[dict], name: str) -> dict[str, list[dict]]:
+    """File -> rows: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now
+    and as in 2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control)."""
+    both, tstamp = list(zip(rows, items)), time.time()
+    if task == "alpaca_eval":
+        return {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
+                                        "output": i["response"], "generator": name} for r, i in both]}
+    now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
+        {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
+        for r, i in both]
+    old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp, "choices": [
+        {"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]} for r, i in both]
+    return {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
+
+
+def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
+    """The files of `for_judges`, in a folder beside the per-item file; those that are there already stay."""
+    rows = [row for _, row in read_jsonl(file)]
+    for name, answers in for_judges(task, rows, items, folder.parent.name).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            with atomic_file(path) as temporary:
+                texts = [json.dumps(row, ensure_ascii=False) for row in answers]
+                whole = "\n".join(texts) if path.suffix == ".jsonl" else "[" + ",\n".join(texts) + "]"
+                temporary.write_text(whole + "\n", encoding="utf-8")
+        say(f"{file}: for its judge: {path}")
+
+
+def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:
+    """Prompts in the style that --prompt or a graded row asks for, else by the checkpoint's chat template if any."""
+    style = settings.prompt
+    if style == "auto":
+        style = style_of(style, row) if row is not None else "chat" if tokenizer.template else "alpaca"
+    return Encoder(tokenizer, style, settings.max_length)
+
+
+def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
+    """A conversation in the terminal; every answer is greedy and follows all that was said before."""
+    print("/reset begins anew, an empty line ends\n> ", end="", flush=True)
+    messages: list[dict] = []
+    while line := sys.stdin.readline().strip():
+        messages = [] if line == "/reset" else [*messages, {"role": "user", "content": line}]
+        if messages:
+            [[(text, _)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
+            messages.append({"role": "assistant", "content": text})
+            print(text)
+        print("> ", end="", flush=True)
+
+
+def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int], target: Path) -> list[dict]:
+    """The lines of a per-item file: read back if it is there, else made, going on where an earlier try was cut off."""
+    part = target.with_suffix(PART)
+    if target.exists():
+        return [row for _, row in read_jsonl(target)]
+    items = evaluate(model, encoder, rows, settings, eos, target.stem, part)
+    if report := encoder.report():
+        say(f"{target.stem}: {report}")
+    if part.exists():
+        part.rename(target)
+    else:
         write_jsonl(target, items)
-        saved.append(str(target))
-        lines.append([*summary_row(Path(file).name, summary(items)), f"{time.monotonic() - began:.0f}"])
-    for columns in (["seconds"], ["margin", "seconds"]):  # task files, then preference files
-        if some := [line for line in lines if len(line) == 4 + len(columns)]:
-            say("\n" + table(["file", "accuracy", "95 % interval", "rows", *columns], some))
-    say("\noutputs: " + ", ".join(saved))
+    return items
+
+
+def run(args) -> None:
+    check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
+    if args.task not in ("", *TASKS):
+        raise UserError(f"--task is {args.task}, expected one of {', '.join(TASKS)}{similar(args.task, TASKS)}")
+    settings, files = settings_of(args), args.test or []
+    device, dtype = pick_device(settings.device, settings.dtype)
+    jobs = [read_rows(file, args) for file in files]  # before the model: a bad file shows at once
+    out = Path(args.out or Path("eval") / Path(args.model).name)
+    targets = [out / f"{Path(file).stem}.jsonl" for file in files]
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{', '.join(map(str, targets))}: two --test files would be answered in one file; rename one")
+    graded = [target for (task, _), target in zip(jobs, targets) if task not in JUDGED]
+    for (_, rows), target in zip(jobs, targets):
+        other = Path(args.against) / target.name
+        if args.against and target in graded and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
+            raise UserError(f"{other}: has no question in common with the --test file of that name")
+    folder = find_folder(args.model, settings.revision or None)
+    model = load_model(str(folder), dtype, device, int8=settings.int8)
+    if args.patch:
+        if settings.int8:
+            raise UserError("--patch and --int8 are both given; apply the patch first: python -m allo_mini.checkpoint apply")
+        apply_patch(model, args.patch)
+    tokenizer = load_tokenizer(folder, model.config.vocab_size)
+    model.config.check_length(settings.max_length, str(folder / "config.json"))
+    ends = eos_ids(model, tokenizer)
+    if args.chat:
+        encoder = encoder_for(tokenizer, settings)
+        return talk(model, encoder, settings, {*ends, encoder.closing})
+    encoders = [encoder_for(tokenizer, settings, None if task in JUDGED else rows[0]) for task, rows in jobs]
+    for encoder, (_, rows), file in zip(encoders, jobs, files):
+        need_usable(encoder, both_sides(rows), file)
+    weights = [state_of(path) for path in [*sorted(set(shard_files(folder).values())), Path(args.patch)] if path.is_file()]
+    asked = {"model": weights, **{k: getattr(settings, k) for k in SHARED}, "device": device, "dtype": str(dtype)}
+    claim(out, {target.name: {**asked, "limit": args.limit, "task": task, "test file": state_of(Path(file))}
+                for target, (task, _), file in zip(targets, jobs, files)})
+    lines = []
+    for encoder, (task, rows), target, file in zip(encoders, jobs, targets, files):
+        began = time.monotonic()
+        items = answer(model, encoder, rows, settings, {*ends, encoder.closing}, target)
+        if task in JUDGED:
+            write_for_judges(task, file, items, target.with_suffix(""))
+        else:
+            name, s = f"{Path(file).name} ({task or 'generic'})", summary(items)
+            lines.append([*summary_row(name, s)[:4], f"{100 * s['official']:.1f} %" if "official" in s else "-",
+                          f"{s['margin']:.2f}" if "margin" in s else "-", f"{time.monotonic() - began:.0f}"])
+    if lines:
+        say("\n" + table(["file", "accuracy", "95 % interval", "rows", "official", "margin", "seconds"], lines))
+    if args.against:
+        say(f"\nagainst {args.against}:\n" + table(["file", "difference", "95 % interval", "p", "rows"], [
+            compare(target, Path(args.against) / target.name) for target in graded]))
+    say("\noutputs: " + ", ".join(map(str, targets)))
 
 
 def main(argv: list[str] | None = None) -> int:

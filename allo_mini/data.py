@@ -49,6 +49,7 @@ class Task:
     output: str | None
     answer: str | None
     rewrite: str | None = None
+    source: str = ""  # FILE:LINE; the name of the file tells the task (tasks.py)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_
             raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
         if not question.strip():
             raise UserError(f"{where}: 'input' is empty")
-        tasks.append(Task(len(tasks), question, output, answer, rewrite))
+        tasks.append(Task(len(tasks), question, output, answer, rewrite, where))
     return tasks
 
 

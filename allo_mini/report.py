@@ -45,12 +45,13 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def summary(items: list[dict]) -> dict[str, float]:
-    """Accuracy with its 95 % interval and, for pairs, the mean log-prob margin."""
+    """Accuracy with its 95 % interval; for pairs the mean log-prob margin, for QA tasks the official grader's accuracy."""
     correct, n = sum(item["correct"] for item in items), len(items)
     low, high = wilson(correct, n)
     result = {"n": n, "correct": correct, "accuracy": correct / max(1, n), "low": low, "high": high}
-    if items and "margin" in items[0]:
-        result["margin"] = sum(item["margin"] for item in items) / n
+    for key in ("margin", "official"):  # of preference rows; of the QA tasks, whose second grader it is
+        if items and key in items[0]:
+            result[key] = sum(item[key] for item in items) / n
     return result
 
 

@@ -1,19 +1,22 @@
-"""Grading of final answers, samples -> pairs and negatives, intervals, and the demo's problems and model."""
+"""Plain grading, samples -> pairs and negatives, intervals, the demo's problems and model, public files -> rows."""
 
+import json
 import re
+import runpy
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from allo_mini import demo
+from allo_mini import UserError, demo
 from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.config import parse
-from allo_mini.data import Encoder, Task
+from allo_mini.data import Encoder, Task, read_tasks
 from allo_mini.inputs import read_rows
 from allo_mini.logprobs import score
 from allo_mini.report import summary, summary_row, wilson
-from allo_mini.tasks import extract_answer, gold_answer, is_correct, label, normalize
+from allo_mini.tasks import JUDGED, RULES, extract_answer, gold_answer, is_correct, label, normalize, prepare
 from helpers import write_tokenizer
 
 
@@ -239,3 +242,105 @@ def test_shipped_demo_model_is_small_and_knows_the_task():
     examples = [encoder.example(t.input, [t.output]) for t in rows]
     logps = torch.cat([logps[0] for logps in score(model, examples)])
     assert logps.mean() > -0.7  # a model that guesses digits is below -1, an untrained one at -6
+
+
+# ---- public files -> task rows -----------------------------------------------------------------------------
+
+ASKED = {"stem": "Ice is", "choices": [{"label": "A", "text": "Cold Water"}, {"label": "B", "text": "a gas"}]}
+OPTIONS = "Ice is\nOptions:\ncold water\na gas"
+ECQA = ("q_no,q_text,q_op1,q_op2,q_op3,q_op4,q_op5,q_ans,taskA_pos,taskA_neg,taskB\n"
+        '7,"Where, now?",here,there,up,down,out,there,"There is far.\nIt is there.",no,free\n')
+TABLE = {"question": "How many?", "choices": None, "answer": "1,200", "unit": "cups", "table_title": "Tea", "table": "a | b\n1 | 2",
+         "solution": "Add.", "split": "test"}
+FORMS = [  # task, file, its content, the row that is made of it
+    ("ecqa", "cqa.csv", ECQA, {"input": "Where, now?\nOptions:\nhere\nthere\nup\ndown\nout", "answer": "there",
+                               "output": "There is far.\nIt is there.\nThe answer is there"}),
+    ("ecqa", "a.json", [{"problem": "Q\nOptions:\na\nb", "solution": "S\nThe answer is a", "answer": "a"}],
+     {"input": "Q\nOptions:\na\nb", "output": "S\nThe answer is a", "answer": "a"}),
+    ("qasc", "a.jsonl", [{"id": "1", "question": ASKED, "answerKey": "A", "fact1": "F.", "fact2": "G.", "combinedfact": "H"}],
+     {"input": OPTIONS, "output": "F.\nG.\nH\nThe answer is Cold Water", "answer": "Cold Water"}),
+    ("openbookqa", "a.jsonl", [{"id": "1", "question": ASKED, "answerKey": "B"}],
+     {"input": OPTIONS, "output": "The answer is a gas", "answer": "a gas"}),
+    ("strategyqa", "a.json", [{"qid": "1", "question": "Is it?", "answer": False, "facts": ["F.", "G."]}],
+     {"input": "Is it?", "output": "F.\nG.\nThe answer is no", "answer": "no"}),
+    ("gsm8k", "a.jsonl", [{"question": "Q?", "answer": "2*1000=<<2*1000=2000>>2,000 cups\n#### 2,000"}],
+     {"input": "Q?", "output": "2*1000=2,000 cups\nThe answer is 2,000", "answer": "2000"}),
+    ("math", "a.jsonl", [{"problem": "P", "solution": "\\boxed{5}", "answer": "5", "subject": "Algebra", "level": 2}],
+     {"input": "P", "output": "\\boxed{5}", "answer": "5", "level": 2, "subject": "Algebra"}),
+    ("math", "a.jsonl", [{"problem": "P", "solution": "so \\boxed{\\frac{1}{2}}", "type": "Algebra", "level": "Level 2"}],
+     {"input": "P", "output": "so \\boxed{\\frac{1}{2}}", "answer": "\\frac{1}{2}", "level": "Level 2", "subject": "Algebra"}),
+    ("mawps", "a.json", [{"iIndex": 1, "sQuestion": "Q?", "lEquations": ["x=3"], "lSolutions": [3.0]}],
+     {"input": "Q?", "answer": "3.0"}),
+    ("mawps", "a.jsonl", [{"input": "Q?", "target": 3}], {"input": "Q?", "answer": "3.0"}),
+    ("tabmwp", "a.json", {"17": TABLE},
+     {"input": 'Read the following table regarding "Tea" and then answer a question.\n\na | b\n1 | 2\n\nHow many? (unit: cups)',
+      "output": "Add.\nThe answer is 1,200", "answer": "1,200"}),
+    ("tabmwp", "a.json", {"17": {**TABLE, "choices": ["Yes", "no"], "answer": "Yes", "unit": None, "table_title": None}},
+     {"input": "Read the following table and then answer a question.\n\na | b\n1 | 2\n\nHow many?\nOptions:\nYes\nno",
+      "output": "Add.\nThe answer is Yes", "answer": "Yes"}),
+    ("alpaca_eval", "a.json", [{"instruction": "Do.", "output": "Done.", "generator": "g", "dataset": "d"}],
+     {"instruction": "Do.", "dataset": "d", "reference": "Done."}),
+    ("arena_hard", "a.jsonl", [{"uid": "u", "category": "c", "cluster": "x", "prompt": "Do."}],
+     {"uid": "u", "category": "c", "prompt": "Do."}),
+    ("arena_hard", "a.jsonl", [{"question_id": "u", "category": "c", "cluster": "x", "turns": [{"content": "Do."}]}],
+     {"uid": "u", "category": "c", "prompt": "Do."})]
+
+
+def source_file(path, content):
+    rows = content if isinstance(content, str) else json.dumps(content)
+    path.write_text("".join(json.dumps(r) + "\n" for r in content) if path.suffix == ".jsonl" else rows)
+    return path
+
+
+@pytest.mark.parametrize("name, file, content, row", FORMS)
+def test_prepare_makes_rows_that_the_grader_accepts(name, file, content, row, tmp_path):
+    out = tmp_path / f"{name}.jsonl"
+    prepare(name, source_file(tmp_path / file.replace("a.", "source."), content), out)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [row]
+    if name not in JUDGED:
+        [task] = read_tasks([out], need_output=False, need_answer=True)
+        assert is_correct(task.output or f"The answer is {task.answer}", task)
+
+
+def test_every_task_can_be_prepared():
+    assert {name for name, *_ in FORMS} == {*RULES, *JUDGED}
+
+
+@pytest.mark.parametrize("name, file, content, says", [
+    ("gsm9k", "a.jsonl", [], "no task of ours"), ("gsm8k", "a.jsonl", [{"question": "Q"}], "row 1 has not the form of gsm8k"),
+    ("gsm8k", "a.jsonl", [FORMS[5][2][0], {"question": "Q?", "answer": "5"}], "row 2 has not the form"),
+    ("qasc", "a.jsonl", [{"question": ASKED, "answerKey": "E"}], "row 1"), ("qasc", "a.json", "[1", "has not the form"),
+    ("strategyqa", "a.json", [5], "row 1"), ("mawps", "a.json", [{"sQuestion": "Q", "lSolutions": []}], "row 1"),
+    ("ecqa", "a.csv", "q_text,q_op1\nx,y\n", "row 1"), ("tabmwp", "a.json", "5", "has not the form"),
+    ("gsm8k", "missing/a.json", None, "a.json"), ("gsm8k", "a.csv", b"\xff\xfe\x00", "has not the form")])
+def test_prepare_refuses_what_it_cannot_read(name, file, content, says, tmp_path):
+    source = tmp_path / file
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        source_file(source, content)
+    with pytest.raises(UserError, match=says):
+        prepare(name, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_prepare_overwrites_nothing(tmp_path):
+    source = source_file(tmp_path / "a.jsonl", FORMS[5][2])
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        prepare("gsm8k", source, tmp_path / "out.jsonl")
+    with pytest.raises(UserError, match="No such file"):
+        prepare("gsm8k", source, tmp_path / "nowhere" / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+def test_prepare_as_a_command(tmp_path, monkeypatch, capsys):
+    source_file(tmp_path / "a.jsonl", FORMS[5][2])
+    monkeypatch.setattr(sys, "argv", ["tasks", "prepare", "gsm8k", str(tmp_path / "a.jsonl"), str(tmp_path / "o.jsonl")])
+    monkeypatch.delitem(sys.modules, "allo_mini.tasks")  # what `python -m` starts from
+    runpy.run_module("allo_mini.tasks", run_name="__main__")
+    assert "o.jsonl: 1 rows" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("allo_mini.tasks", run_name="__main__")
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and "exists already" in errors and errors.count("\n") == 1

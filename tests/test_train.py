@@ -201,7 +201,10 @@ def test_eval_command(world, tmp_path, capsys):
     assert "test.jsonl" in said and "pairs.jsonl" in said and "margin" in said
     items = [json.loads(line) for line in (tmp_path / "out/test.jsonl").read_text().splitlines()]
     assert len(items) == 5 and {"input", "gold", "response", "correct"} <= set(items[0])
-    assert evaluation.main(argv) == 2 and "exists already" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert evaluation.main(argv) == 0 and "margin" in capsys.readouterr().out  # the same again: the table again
+    assert evaluation.main([*argv, "--max-new-tokens", "6"]) == 2 and "another max_new_tokens (5, now 6)" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_readme_first_command_runs(tmp_path, monkeypatch, capsys):
