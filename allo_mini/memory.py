@@ -14,6 +14,7 @@ from allo_mini import UserError
 from allo_mini.architecture import ModelConfig
 from allo_mini.config import Config
 from allo_mini.log import say, table
+from allo_mini.mask import CHUNK
 
 CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
@@ -31,13 +32,22 @@ def percent_of(cfg: Config, stage: str) -> float:
     return {"forget": cfg.p_forget or cfg.p, "improve": cfg.p_improve or cfg.p}.get(stage, 100)
 
 
-def block_bytes(c: ModelConfig, size: int) -> tuple[int, int]:
-    """Bytes a token: what one block keeps for its backward pass, and what that pass itself needs at most at a time."""
+def block_bytes(c: ModelConfig, size: int) -> int:
+    """What one block keeps of a token for its backward pass."""
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norms = 2 * (4 + 2 * size) * c.hidden_size  # each keeps its input in fp32, the normed and the scaled output
     attention = size * (3 * q + 2 * kv)  # rotated q, k, and v, the output in both orders of its axes
     mlp = size * 4 * c.intermediate_size  # gate, silu(gate), up, their product
-    return norms + attention + mlp, size * 3 * c.intermediate_size + 12 * c.hidden_size
+    return norms + attention + mlp
+
+
+def at_work(cfg: Config, c: ModelConfig, size: int, share: float, checkpointed: bool) -> int:
+    """The larger of two moments of a backward pass: in an MLP, and in the LM head; share of the weights is trained."""
+    tokens, inner, logits = cfg.micro_tokens, size * c.intermediate_size, cfg.head_mb * 2**20
+    part = size * (3 if cfg.int8 else 1) + 24 * share  # bytes an entry: rows of dW, of dequantised W; positions int64
+    block = tokens * inner + max(min(c.intermediate_size * c.hidden_size, CHUNK) * part, tokens * inner)
+    head = max(3 * logits, logits + min(c.vocab_size * c.hidden_size, CHUNK) * part) + 2 * tokens * size * c.hidden_size
+    return int(max(block + tokens * block_bytes(c, size) * checkpointed, head))
 
 
 def weight_bytes(shapes: dict, size: int, int8: bool) -> int:
@@ -53,8 +63,6 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     """{term: bytes} of one stage; size: bytes of an unquantized weight."""
     every, tokens = sum(s.numel() for s in shapes.values()), cfg.micro_tokens
     terms = {"weights": weight_bytes(shapes, size, cfg.int8)}
-    kept, busy = block_bytes(c, size)
-    head = 4 * cfg.head_mb * 2**20 + (min(c.vocab_size * c.hidden_size, 1 << 24) * size if cfg.int8 else 0)
     if stage in TRAINING:
         n = int(every * percent_of(cfg, stage) / 100)
         some = n < every
@@ -67,15 +75,14 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         terms["gradient"] = 4 * every // groups
     if stage in TRAINING or stage == "locate":
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
-        open_blocks = max(1, c.num_hidden_layers - blocks)
-        terms["activations"] = tokens * (size * c.hidden_size * (blocks + 4) + kept * open_blocks + busy)
-        terms["one dW, head"] = max(head, (1 << 24) * (4 + size)) + (1 << 24) * 2 * size
+        terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
+                                         + block_bytes(c, size) * (c.num_hidden_layers - blocks))
+        terms["at work"] = at_work(cfg, c, size, percent_of(cfg, stage) / 100 if stage in TRAINING else 0, blocks > 0)
     if stage == "sample":
         terms["KV cache"] = cfg.sample_batch * cfg.max_length * cache_bytes(c, size)
         terms["logits"] = cfg.sample_batch * c.vocab_size * 10
     if stage == "score":
-        terms["activations"] = tokens * (busy + 8 * size * c.hidden_size)
-        terms["head"] = head
+        terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}
 
 
@@ -147,10 +154,9 @@ def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str)
     """How many blocks must recompute their activations, given what is free now, with the model in place; 0 on a CPU."""
     if not device.startswith("cuda"):
         return 0
-    kept, busy = block_bytes(c, 2)
-    free = torch.cuda.mem_get_info(device)[0] * SPARE - 4 * cfg.head_mb * 2**20 - cfg.micro_tokens * busy
+    free = torch.cuda.mem_get_info(device)[0] * SPARE - at_work(cfg, c, 2, 0.1, True)
     free -= trained * ((0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12) + 4 * (cfg.offload != "gradient"))
-    return max(0, c.num_hidden_layers - max(0, int(free / (kept * cfg.micro_tokens))))
+    return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, 2) * cfg.micro_tokens))))
 
 
 def advice(cfg: Config) -> str:
