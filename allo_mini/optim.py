@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from allo_mini import UserError
 from allo_mini.mask import Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
 
@@ -68,7 +67,8 @@ class FlatGradient:
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
             if not p.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous")
-            int8, selection = getattr(p, "int8", None), Selection(p.shape, None if mask is None else mask[name], p.device)
+            int8 = getattr(p, "int8", None)
+            selection = Selection(p.shape, None if mask is None else mask[name], p.device)
             if int8 and mask is not None:
                 if selection != int8.selection:
                     raise ValueError(f"parameter {name} is int8 and keeps other entries than the mask selects")
@@ -92,9 +92,9 @@ class FlatGradient:
 
     def _gather(self, slot: Slot):
         def hook(p):  # for parameters outside linear.py: norms, biases, and any other module's
-            for rows, entries, index in slot.selection.chunks() if p.grad is not None else ():
-                slot.add(entries, take(p.grad[rows], index))
-            p.grad = None  # the dense gradient ends here
+            dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
+            for rows, entries, index in slot.selection.chunks() if dense is not None else ():
+                slot.add(entries, take(dense[rows], index))
         return hook
 
     def gather_weights(self, flat: Tensor | None = None) -> Tensor:
@@ -156,8 +156,7 @@ class MaskedAdamW(FlatGradient):
             raise ValueError(f"state_bits must be 8 or 32, got {state_bits}")
         super().__init__(named_parameters, mask, host=offload == "gradient")
         if mask is None and any(hasattr(slot.p, "int8") for slot in self.slots):
-            raise UserError("int8 weights can only be trained through a mask; leave out --int8 to train all weights, or "
-                            "use --locate gradient, --p-sft and --no-dpo-baseline")
+            raise ValueError("int8 weights can only be trained through a mask: load the model without int8 to train all")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, 0
         self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
         self.master = flat_zeros(size, device, offload != "none")

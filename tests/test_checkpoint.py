@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allo_mini import UserError, checkpoint
+from allo_mini import checkpoint
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate
 from allo_mini.linear import dense_rows
@@ -106,7 +106,7 @@ def test_without_a_mask_everything_is_int8_and_can_only_be_read():
     assert len(generate(model, [random_ids(5, 0)], 4)[0]) == 4
     for name, p in model.named_parameters():
         assert not p.requires_grad and (not hasattr(p, "int8") or len(p.int8.selection) == len(p.int8.values) == 0)
-    with pytest.raises(UserError, match="only be trained through a mask; leave out --int8"):
+    with pytest.raises(ValueError, match="int8 weights can only be trained through a mask"):
         MaskedAdamW(model.named_parameters())
     with pytest.raises(ValueError, match="is int8 and keeps other entries"):
         MaskedAdamW(model.named_parameters(), random_mask(folder))
