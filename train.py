@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, memory, tasks
+from allo_mini import UserError, memory, parallel, tasks
 from allo_mini.checkpoint import write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
@@ -89,8 +89,9 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
     say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
     if not pairs:
         raise UserError("no question has both a correct and a wrong sample: sample more (--n), or fine-tune first (--sft)")
-    write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
-    write_jsonl(run.folder / "negatives.jsonl", (vars(n) for n in negatives))
+    if not parallel.RANK:
+        write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
+        write_jsonl(run.folder / "negatives.jsonl", (vars(n) for n in negatives))
     return pairs, negatives
 
 
@@ -166,7 +167,7 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
                 base = run.same_tokenizer(run.cfg.reward_base or theta)
                 examples = rewrite_examples(run.encoder, [n for n, _ in kept])
                 mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
-                model = run.load(base, mask)
+                model = run.load(base, mask, int8=not run.cfg.reward_base)
                 run_stage(run, "reward", model, examples, sft_objective(), mask)
                 run.save(model, target)
     with run.stage("score", "token_weights.jsonl") as target:
@@ -238,7 +239,8 @@ def run_all(run: Run) -> None:
             forgotten = forget(run, theta, weighted, mask["forget"])
             models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
             patch(run, theta, models["ALLO"])
-    finish(run, models)
+    if not parallel.RANK:
+        finish(run, models)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -236,6 +236,7 @@ def open_run(cfg: Config) -> Run:
     if cfg.memory:
         cfg, needs = memory.plan(cfg, model.config, shapes, dtype.itemsize)
         memory.show(cfg, needs)
+    memory.check_int8(cfg)
     if cfg.compile:
         compile_pointwise()
     is_demo = not (cfg.model or cfg.train or cfg.pairs)
@@ -250,6 +251,6 @@ def open_run(cfg: Config) -> Run:
             run.folder = claim_folder(cfg, base, {"machine": {"device": device.split(":")[0], "dtype": str(dtype), **threads}})
         parallel.wait()
     run.log = Log(run.folder)
-    if is_demo and not (run.folder / "test.jsonl").exists():
+    if is_demo and not parallel.RANK and not (run.folder / "test.jsonl").exists():
         write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run

@@ -83,7 +83,7 @@ class MaskedLinear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., I], weight [O,I] -> [..., O]: F.linear, unless the weight is trained by a FlatGradient, or is int8."""
     slot = getattr(weight, "slot", None)
-    if slot is None and weight.is_floating_point() and not slow_bf16(x):
+    if slot is None and weight.is_floating_point() and (weight.requires_grad or not slow_bf16(x)):
         return F.linear(x, weight, bias)
     y = MaskedLinear.apply(x.flatten(0, -2), weight, slot and slot.handle).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

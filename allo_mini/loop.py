@@ -84,10 +84,9 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
     Returns {"loss": sum of losses / units of the whole step, metric: its sum over the step's examples}.
     """
     units, total = units_of(group, objective), {}  # of the whole step, before any micro-batch
-    micros = run.micro_batches(group)
-    mine, part = parallel.share(micros), 1.0
+    mine, part = run.micro_batches(group, parallel.share), 1.0
     if not mine:  # fewer micro-batches than ranks: this one computes along, for nothing
-        mine, part = micros[:1], 0.0
+        mine, part = run.micro_batches(group)[:1], 0.0
     for micro in mine:
         batch = pack(micro, run.device)
         logps, real = by_response(token_logps(model, batch), batch.lengths)

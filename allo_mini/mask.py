@@ -123,6 +123,10 @@ class Selection:
     def __len__(self) -> int:
         return self.ends[-1]
 
+    def __eq__(self, other) -> bool:
+        """Whether both select the same entries of a masked tensor."""
+        return torch.equal(self.counts, other.counts) and torch.equal(self.offsets, other.offsets)
+
     def chunks(self):
         """Yield (row slice, slice of the selected entries, their flat positions within the chunk; None: all)."""
         for first, last, begin, end in zip(self.edges, self.edges[1:], self.ends, self.ends[1:]):

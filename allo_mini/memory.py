@@ -98,12 +98,20 @@ def stages_of(cfg: Config) -> list[str]:
         stages += ["sample"] if not (cfg.pairs or cfg.samples) else []
         stages += ["dpo"] if cfg.dpo_baseline else []
         if cfg.allo:
-            stages += ["warmup"] if cfg.locate == "movement" and not cfg.mask else []
+            stages += ["warmup"] if cfg.locate != "gradient" and not cfg.mask else []
             stages += [] if cfg.mask else ["locate"]
             scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
             stages += (["reward"] if not cfg.reward_model else []) + ["score"] if scored else []
             stages += ["forget", "improve"]
     return stages
+
+
+def check_int8(cfg: Config) -> None:
+    """Raise UserError when weights are to be kept in 8 bits and a stage trains all of them."""
+    flags = {"sft": "--p-sft 10", "reward": "--p-sft 10", "warmup": "--locate gradient", "dpo": "--no-dpo-baseline"}
+    for stage in stages_of(cfg) if cfg.int8 else ():
+        if stage in flags and percent_of(cfg, stage) == 100 and not (stage == "reward" and cfg.reward_base):
+            raise UserError(f"--int8 keeps in 8 bits what is not trained, and {stage} trains all weights: add {flags[stage]}")
 
 
 def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Config, dict[str, dict[str, int]]]:

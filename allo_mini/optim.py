@@ -65,13 +65,14 @@ class FlatGradient:
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
-            if mask is not None and hasattr(p, "int8") and len(p.int8.selection) != int(mask[name].sum()):
-                raise ValueError(f"parameter {name} is int8 and keeps other entries than the mask selects")
             if not p.is_contiguous():
                 raise ValueError(f"parameter {name} is not contiguous")
             int8 = getattr(p, "int8", None)
-            selection = int8.selection if int8 and mask is not None else Selection(
-                p.shape, None if mask is None else mask[name], p.device)
+            selection = Selection(p.shape, None if mask is None else mask[name], p.device)
+            if int8 and mask is not None:
+                if selection != int8.selection:
+                    raise ValueError(f"parameter {name} is int8 and keeps other entries than the mask selects")
+                selection = int8.selection  # one copy is enough
             self.before.append((p, p.requires_grad))
             p.requires_grad_(len(selection) > 0 and p.is_floating_point())
             p.grad = None
@@ -91,9 +92,9 @@ class FlatGradient:
 
     def _gather(self, slot: Slot):
         def hook(p):  # for parameters outside linear.py: norms, biases, and any other module's
-            for rows, entries, index in slot.selection.chunks() if p.grad is not None else ():
-                slot.add(entries, take(p.grad[rows], index))
-            p.grad = None  # the dense gradient ends here
+            dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
+            for rows, entries, index in slot.selection.chunks() if dense is not None else ():
+                slot.add(entries, take(dense[rows], index))
         return hook
 
     def gather_weights(self, flat: Tensor | None = None) -> Tensor:
@@ -154,6 +155,8 @@ class MaskedAdamW(FlatGradient):
         if state_bits not in (8, 32):
             raise ValueError(f"state_bits must be 8 or 32, got {state_bits}")
         super().__init__(named_parameters, mask, host=offload == "gradient")
+        if mask is None and any(hasattr(slot.p, "int8") for slot in self.slots):
+            raise ValueError("int8 weights can only be trained through a mask: load the model without int8 to train all")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, 0
         self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
         self.master = flat_zeros(size, device, offload != "none")

@@ -38,33 +38,40 @@ class Run:
     test: list = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # --memory's estimate: {stage: {term: bytes}}
-    halved: int = 1  # 2 after memory ran out: micro-batches are that much smaller
+    halved: bool = False  # memory ran out: micro-batches are half as large
     clock: float = 0.0  # when the current training step began
 
     @property
     def parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def load(self, folder: Path, mask=None) -> CausalLM:
-        """A model of this run, on its device, with its activation checkpointing; mask: what is going to be trained."""
-        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8, mask=mask)
+    def load(self, folder: Path, mask=None, int8: bool = True) -> CausalLM:
+        """A model of this run, on its device, with its activation checkpointing.
+
+        mask: what is going to be trained; int8: whether --int8 applies (it cannot where all weights are trained).
+        """
+        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and int8, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
         if self.cfg.checkpoint_blocks < 0:
             trained = sum(int(m.sum()) for m in mask.values()) if mask else self.parameters
             model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device)
         return model
 
-    def micro_batches(self, group: list[Example]) -> list[list[Example]]:
-        """A step's examples as micro-batches of --micro-batch rows or --micro-tokens tokens, at least one a rank."""
+    def micro_batches(self, group: list[Example], mine=list) -> list[list[Example]]:
+        """A step's examples as micro-batches of --micro-batch rows or --micro-tokens tokens, at least one a rank.
+
+        `mine` picks this rank's; only then are they halved, since the other ranks' memory may have been enough.
+        """
         cfg, ranks = self.cfg, parallel.WORLD
         tokens = cfg.micro_tokens if ranks == 1 else min(cfg.micro_tokens, -(-sum(map(size_of, group)) // ranks))
-        return micro_batches(group, -(-cfg.micro_batch // self.halved), tokens // self.halved)
+        micros = mine(micro_batches(group, cfg.micro_batch, tokens))
+        return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half] if self.halved else micros
 
     def halve(self) -> bool:
         """After memory ran out: micro-batches of half the size from now on. False when that was tried already."""
-        if self.halved > 1 or self.cfg.micro_batch == 1:
+        if self.halved or self.cfg.micro_batch == 1:
             return False
-        self.halved = 2
+        self.halved = True
         say("out of memory: going on with micro-batches of half the size; lower --micro-tokens to keep it so")
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError, mask as mask_module
 from allo_mini.files import load_mask, save_mask
-from allo_mini.mask import (density_by, kind_of, layer_of, mask_hash, mask_metadata, overlap, pack_mask, select_neurons,
-                            selected, read_mask)
+from allo_mini.mask import (PackedMask, Selection, density_by, each_selected, kind_of, layer_of, mask_hash, mask_metadata,
+                            overlap, pack_mask, put, select_neurons, selected, read_mask, take)
 
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8),
           "model.layers.0.mlp.up_proj.weight": (13, 8), "model.layers.1.mlp.up_proj.weight": (13, 8),
@@ -128,6 +128,99 @@ def test_fractions_outside_0_1_are_refused(fraction):
         select_neurons(random_importance(0), fraction)
 
 
+# ---- from files, one tensor at a time ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("chunk", [1 << 24, 37])
+@pytest.mark.parametrize("levels", [None, 3])
+def test_importance_in_a_memory_mapped_file_gives_the_same_masks(monkeypatch, tmp_path, chunk, levels):
+    """What locating does with a 7B model: the values lie in a file; ties among them go over chunks and tensors."""
+    monkeypatch.setattr(mask_module, "CHUNK", chunk)
+    importance = random_importance(7)
+    if levels:
+        importance = {n: (t * 10).round().clamp(-levels, levels) for n, t in importance.items()}
+    sizes = [t.numel() for t in importance.values()]
+    store = torch.from_file(str(tmp_path / "importance"), shared=True, size=sum(sizes))
+    store.copy_(flat(importance))
+    parts = {n: part.view(t.shape) for (n, t), part in zip(importance.items(), store.split(sizes))}
+    for fraction in (0.05, 0.4, 1.0):
+        lazy = each_selected(parts, fraction, "cpu")
+        name, first = next(lazy)
+        found = {name: first, **dict(lazy)}
+        expected = brute_force(importance, math.floor(Fraction(str(fraction)) * sum(sizes)))
+        assert torch.equal(flat(found), expected) and torch.equal(flat(select_neurons(importance, fraction)), expected)
+        assert list(found) == list(importance) and first.shape == importance[name].shape
+    assert torch.equal(store, flat(importance))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_counting_on_a_gpu_gives_the_same_masks(monkeypatch):
+    monkeypatch.setattr(mask_module, "CHUNK", 37)
+    importance = {n: t.round() for n, t in random_importance(7).items()}
+    found = dict(each_selected(importance, 0.3, "cuda"))
+    assert all(m.device.type == "cpu" for m in found.values())
+    assert torch.equal(flat(found), flat(select_neurons(importance, 0.3)))
+
+
+@pytest.mark.parametrize("fraction", [0, 1.5, math.nan])
+def test_fractions_are_checked_there_too(fraction):
+    with pytest.raises(ValueError):
+        list(each_selected(random_importance(0), fraction))
+
+
+# ---- positions of selected entries -------------------------------------------------------------------------
+
+def random_tensor(seed):
+    """A shape and a mask: one, two or three dimensions, more than 256 rows among them, densities from 0 to 1."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high: int(torch.randint(1, high, (1,), generator=generator))
+    shape = [(draw(2000),), (draw(900), draw(40)), (draw(40), draw(900)), (draw(600), 3, 5), (512, 256)][seed % 5]
+    density = [0.0, 0.003, 0.05, 0.5, 1.1][seed // 5 % 5]
+    values = torch.randn(shape, generator=generator)
+    return values, torch.rand(shape, generator=generator) < density
+
+
+@pytest.mark.parametrize("chunk", [1, 2048, 1 << 24])
+def test_a_selection_walks_over_exactly_the_selected_entries(monkeypatch, chunk):
+    """take gives what indexing by the mask gives, put changes these entries only; chunk after chunk of whole rows."""
+    monkeypatch.setattr(mask_module, "CHUNK", chunk)
+    for seed in range(50):
+        values, mask = random_tensor(seed)
+        for m in (mask, None) if seed % 2 else (mask,):
+            where, expected = Selection(values.shape, m), values[mask] if m is not None else values.flatten()
+            assert len(where) == len(expected)
+            taken, new, filled, row, at = [], torch.arange(len(where)) + 100.0, values.clone(), 0, 0
+            for rows, entries, index in where.chunks():
+                assert (rows.start, entries.start) == (row, at) and rows.stop > rows.start
+                assert rows.stop - rows.start <= max(256, chunk // math.prod(values.shape[1:]))
+                row, at = rows.stop, entries.stop
+                taken.append(take(values[rows], index))
+                assert len(taken[-1]) == entries.stop - entries.start
+                put(filled[rows], index, new[entries])
+            assert (row, at) == (len(values), len(where))
+            assert torch.equal(torch.cat(taken), expected), seed
+            twin = values.clone()
+            twin[mask if m is not None else ...] = new if m is not None else new.view(values.shape)
+            assert torch.equal(filled, twin), seed
+
+
+def test_a_selection_of_5_percent_takes_1_2_bytes_an_entry():
+    """One for the entry and two for its block of 256, of which 12.8 entries share them."""
+    mask = torch.rand(2048, 512, generator=torch.Generator().manual_seed(0)) < 0.05
+    where = Selection(mask.shape, mask)
+    held = sum(t.numel() * t.element_size() for t in vars(where).values() if isinstance(t, torch.Tensor))
+    assert 1.1 < held / int(mask.sum()) < 1.2
+    assert not [t for t in vars(Selection(mask.shape)).values() if isinstance(t, torch.Tensor)]
+
+
+def test_selections_are_equal_when_they_select_the_same():
+    mask = torch.rand(300, 20, generator=torch.Generator().manual_seed(0)) < 0.05
+    other = mask.flip(0)
+    assert Selection(mask.shape, mask) == Selection(mask.shape, mask.clone()) != Selection(mask.shape, other)
+    moved = torch.zeros(300, 256, dtype=torch.bool)
+    moved[3, 7] = True
+    assert Selection(moved.shape, moved) != Selection(moved.shape, moved.roll(1, 0))  # another block, the same offset
+
+
 def test_overlap_counts_the_share_of_the_smaller_mask():
     a = {"x": torch.tensor([1, 1, 0, 0, 0]).bool(), "y": torch.tensor([1, 0]).bool()}
     b = {"x": torch.tensor([0, 1, 1, 1, 1]).bool(), "y": torch.tensor([1, 0]).bool()}
@@ -157,6 +250,19 @@ def test_pack_and_unpack_are_inverses_at_one_bit_a_weight(tmp_path):
     for back in (read_mask(bits, metadata), load_mask(tmp_path / "mask.safetensors", shapes)):
         assert back.keys() == chosen.keys()
         assert all(torch.equal(back[n], m) and back[n].dtype == torch.bool for n, m in chosen.items())
+
+
+def test_a_packed_mask_is_a_mapping_that_unpacks_what_is_asked_for():
+    chosen = select_neurons(random_importance(1, {**SHAPES, "odd": (3, 7)}), 0.3)
+    packed = pack_mask((n, m) for n, m in chosen.items())
+    assert isinstance(packed, PackedMask) and list(packed) == list(chosen) and len(packed) == len(chosen)
+    assert "odd" in packed and "even" not in packed and packed["odd"].shape == (3, 7)
+    assert selected(packed) == selected(chosen) and mask_hash(packed) == mask_hash(chosen)
+    assert overlap(packed, chosen) == 1 and density_by(packed, len) == density_by(chosen, len)
+    packed["odd"][:] = False  # a copy: the bits stay
+    assert torch.equal(packed["odd"], chosen["odd"])
+    with pytest.raises(KeyError):
+        packed["even"]
 
 
 def test_hash_tells_masks_apart():

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from allo_mini import optim, quant
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.optim import FlatGradient, MaskedAdamW, cosine_lr
 from helpers import assert_close, fixture_model, golden, random_ids, tiny_model
@@ -258,8 +259,10 @@ def test_movement_is_measured_in_fp32():
     assert float(max(m.max() for m in movement.values())) == optimizer.largest_change()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_continues_bit_identically(dtype, tmp_path):
+@pytest.mark.parametrize("dtype, bits, offload", [
+    (torch.float32, 32, "none"), (torch.bfloat16, 32, "none"), (torch.float32, 8, "none"),
+    (torch.bfloat16, 8, "gradient"), (torch.bfloat16, 32, "state")])
+def test_state_dict_continues_bit_identically(dtype, bits, offload, tmp_path):
     """3 steps, state to a file, a fresh base model and optimizer, 3 more == 6 steps."""
     def train(model, optimizer, steps):
         for step in steps:
@@ -270,7 +273,8 @@ def test_state_dict_continues_bit_identically(dtype, tmp_path):
 
     def fresh():
         model = net(dtype=dtype)
-        return model, MaskedAdamW(model.named_parameters(), random_mask(model), weight_decay=0.1)
+        return model, MaskedAdamW(model.named_parameters(), random_mask(model), weight_decay=0.1, state_bits=bits,
+                                  offload=offload)
 
     model, optimizer = fresh()
     train(model, optimizer, range(3))
@@ -286,6 +290,123 @@ def test_state_dict_continues_bit_identically(dtype, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
     for key, value in optimizer.state_dict().items():
         assert torch.equal(value, restored.state_dict()[key]), key
+
+
+# ---- 8-bit moments, host memory, slices --------------------------------------------------------------------
+
+def steps_under(gradients, **settings):
+    """|step| of every weight in units of the learning rate, a row a step: [steps, n]."""
+    p = nn.Parameter(torch.zeros(gradients.shape[1]))
+    optimizer, rows = MaskedAdamW([("p", p)], lr=1.0, **settings), []
+    for g in gradients:
+        before = optimizer.master.clone()
+        optimizer.grad.copy_(g)
+        optimizer.step()
+        rows.append((optimizer.master - before).abs())
+    return torch.stack(rows)
+
+
+def storing_v_itself(values, signed):
+    """The recipe that quant.encode is an alternative to: v in the same codes, the nearest of them, 0 among them."""
+    table, values = quant.dynamic_map(signed), values if signed else values.square()
+    scale = values.abs().max().clamp(min=1e-30)
+    codes = torch.bucketize(values / scale, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes, scale[None]
+
+
+@pytest.mark.parametrize("noise, bound", [(False, 2), (True, 8)])
+def test_8_bit_moments_do_not_blow_a_step_up(monkeypatch, noise, bound):
+    """One block whose gradients span 12 decades, steady or with random signs and sizes: the largest step against that
+    of 32-bit moments. The twin that stores v itself takes steps a hundred times too large on the noisy ones."""
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** (-12 * torch.rand(256, generator=generator))
+    gradients = size * (torch.randn(30, 256, generator=generator) if noise else torch.ones(30, 256))
+    exact, coarse = (steps_under(gradients, state_bits=bits, eps=1e-20) for bits in (32, 8))
+    assert coarse.max() <= bound * exact.max() and coarse.isfinite().all()
+    clear = size > 1e-5 * size.max()
+    if not noise:
+        assert (coarse <= 1.5 * exact)[:, clear].all() and (coarse >= 0.6 * exact)[:, clear].all()
+    decode = optim.decode
+    monkeypatch.setattr(optim, "encode", storing_v_itself)
+    monkeypatch.setattr(optim, "decode", lambda c, s, signed: decode(c, s, signed) if signed else decode(c, s, False).sqrt())
+    assert steps_under(gradients, state_bits=8, eps=1e-20).max() > (100 if noise else 4) * exact.max()
+
+
+def test_8_bit_moments_train_as_32_bit_ones_do():
+    """200 steps of a small regression with a mask, 315 weights in training: no multiple of a block."""
+    results, sizes = {}, set()
+    for bits in (32, 8):
+        model = net()
+        optimizer = MaskedAdamW(model.named_parameters(), random_mask(model, 0.9), lr=0.0, state_bits=bits)
+        losses = []
+        for step in range(200):
+            optimizer.lr = cosine_lr(step, 200, 1e-2, 0.1)
+            loss = loss_of(model, step % 4)
+            loss.backward()
+            optimizer.clip(1.0)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        results[bits] = losses, optimizer.master - optimizer.start
+        sizes.add(len(optimizer.master) % quant.BLOCK)
+        assert optimizer.exp_avg.dtype == (torch.uint8 if bits == 8 else torch.float32)
+    (exact, way), (coarse, other) = results[32], results[8]
+    assert 0 not in sizes and sum(exact[-4:]) < 0.8 * sum(exact[:4])
+    assert sum(coarse[-4:]) == pytest.approx(sum(exact[-4:]), rel=0.01)
+    assert float((way - other).norm() / way.norm()) < 0.1
+
+
+@pytest.mark.parametrize("offload", ["none", "state", "gradient"])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_slices_and_host_memory_change_no_bit(monkeypatch, bits, offload):
+    """On a CPU all three are the same arithmetic; updates in slices of 256 weights, the last one cut short."""
+    def train(size, **settings):
+        monkeypatch.setattr(optim, "SLICE", {"cpu": size, "cuda": size})
+        model = nn.Sequential(net(), nn.Linear(3, 300))
+        mask = random_mask(model, 0.7)
+        optimizer = MaskedAdamW(model.named_parameters(), mask, lr=1e-2, weight_decay=0.1, **settings)
+        assert len(optimizer.master) > 3 * 256 and len(optimizer.master) % 256
+        for step in range(5):
+            loss = model(torch.randint(0, 11, (8, 5), generator=torch.Generator().manual_seed(step))).square().mean()
+            loss.backward()
+            optimizer.clip(0.05)
+            optimizer.step()
+        return state_of(model), optimizer.state_dict()
+
+    (plain, state), (other, same) = train(1 << 18, state_bits=bits), train(256, state_bits=bits, offload=offload)
+    assert all(torch.equal(p, other[n]) for n, p in plain.items())
+    assert state.keys() == same.keys() and all(torch.equal(t, same[n]) for n, t in state.items())
+
+
+def test_buffers_for_the_host_are_pinned_where_a_gpu_is_in_play(monkeypatch):
+    asked = []
+    monkeypatch.setattr(optim.torch, "zeros", lambda size, **settings: asked.append(settings))
+    for device, host in (("cuda", True), ("cuda", False), ("cpu", True), ("cpu", False)):
+        optim.flat_zeros(3, torch.device(device), host)
+    assert asked == [{"pin_memory": True}, {"device": torch.device("cuda")},
+                     {"pin_memory": False}, {"device": torch.device("cpu")}]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bits", [32, 8])
+def test_on_a_gpu_the_offloaded_vectors_lie_in_pinned_host_memory(bits):
+    results = []
+    for offload in ("none", "state", "gradient"):
+        model = net().cuda()
+        optimizer = MaskedAdamW(model.named_parameters(), random_mask(model), lr=1e-2, state_bits=bits, offload=offload)
+        where = {name: (t.device.type, t.is_pinned()) for name, t in
+                 {**optimizer.state_dict(), "grad": optimizer.grad}.items() if name not in ("steps", "start")}
+        assert where["master"] == (("cuda", False) if offload == "none" else ("cpu", True))
+        assert where["exp_avg"][0] == where["exp_avg_sq"][0] == where["master"][0]
+        assert where["grad"] == (("cpu", True) if offload == "gradient" else ("cuda", False))
+        for step in range(3):
+            model(torch.randint(0, 11, (8, 5), device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+                  ).square().mean().backward()
+            optimizer.clip(1.0)
+            optimizer.step()
+        torch.cuda.synchronize()
+        results.append({n: p.cpu() for n, p in state_of(model).items()})
+    for other in results[1:]:
+        assert_close(results[0], other, atol=1e-6, rtol=1e-5)
 
 
 # ---- errors and schedule -----------------------------------------------------------------------------------

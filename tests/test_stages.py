@@ -9,14 +9,16 @@ from safetensors.torch import load_file
 
 import train
 from allo_mini import UserError
-from allo_mini import run as run_module
+from allo_mini import linear, loop, optim, run as run_module
 from allo_mini.config import OFFICIAL, STAGES, Stage, parse, resolve_stage
 from allo_mini.data import Example, steps_of
 from allo_mini.files import load_mask
 from allo_mini.inputs import open_run
-from allo_mini.locate import gradient_importance, tensor_groups
-from allo_mini.loop import dpo_objective, npo_objective, run_stage
+from allo_mini.linear import dense_rows
+from allo_mini.locate import forget_importance, gradient_importance, tensor_groups
+from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import kind_of, overlap, select_neurons
+from allo_mini.scoring import rewrite_examples
 from helpers import gradients, random_ids, separate_logps
 from test_train import arguments, world
 
@@ -77,6 +79,47 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
             torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, tmp_path, groups):
+    run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--no-dpo-baseline", "--p-sft", "5",
+                          "--micro-batch", "2", "--locate-groups", str(groups), "--beta", "0.3")
+    examples, ours, twin = examples[:5], run.load(run.base), run.load(run.base, int8=False)
+    for n, p in ours.named_parameters():
+        dense = torch.cat([rows for _, rows in dense_rows(p, torch.float32)])
+        assert torch.equal(dense, twin.get_parameter(n)) != hasattr(p, "int8")
+        twin.get_parameter(n).data.copy_(dense)
+    twin.requires_grad_(True)
+    for prompt, (chosen, rejected), *_ in examples:
+        (-0.3 / 2 * (separate_logps(twin, prompt, chosen).sum() - separate_logps(twin, prompt, rejected).sum())).backward()
+    wanted, got = gradients(twin), importance_of(run, examples)[0]
+    assert got.keys() == wanted.keys() and (len(tensor_groups(run)) > 2) == (groups > 1)
+    for name in got:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
+
+
+@pytest.mark.parametrize("more", [[], ["--int8", "--state-bits", "8", "--offload", "gradient", "--locate-groups", "3"]])
+def test_sft_and_the_rewriting_model_train_p_sft_percent_of_the_weights(world, tmp_path, more):
+    """Those with the largest gradient of the stage's own loss; the others stay as they are in the files."""
+    run, _ = start(world, tmp_path, "--sft", "--p-sft", "3", "--locate", "gradient", "--no-dpo-baseline", "--max-steps",
+                   "2", "--locate-pairs", "8", "--sft-lr", "1e-3", "--reward-lr", "1e-3", *more)
+    tuned, seen = train.sft(run, run.base), []
+    _, rows = train.preferences(run, tuned)
+    train.reward_scores(run, tuned, [(n, run.encoder.example(n.prompt, [n.response])) for n in rows])
+    examples = run.encode(((t.input, [t.output]) for t in run.tasks), "rows")[:8]
+    for stage, before, some in (("sft", run.base, examples), ("reward", tuned, rewrite_examples(run.encoder, rows)[:8])):
+        mask = load_mask(run.folder / f"mask-{stage}.safetensors", run.shapes)
+        [importance] = gradient_importance(run, before, "again", some, sft_objective())
+        expected = select_neurons(importance, 0.03)
+        assert all(torch.equal(mask[n], m) for n, m in expected.items())
+        assert sum(int(m.sum()) for m in expected.values()) == 3 * run.parameters // 100
+        old, new = load_file(before / "model.safetensors"), load_file(run.folder / stage / "model.safetensors")
+        assert all(torch.equal(new[n][~m], old[n][~m]) for n, m in expected.items())
+        seen.append(sum(int((new[n] != old[n]).sum()) for n in old))
+        assert 0.5 * run.parameters * 0.03 < seen[-1] <= run.parameters * 0.03
+    forget_importance(run, "again")
+    assert not list(run.folder.glob(".*.importance"))
+
+
 def test_a_mask_from_importance_fits_the_models_names_and_shapes(world, tmp_path):
     run, examples = start(world, tmp_path)
     importance = importance_of(run, examples[:2])[0]
@@ -113,6 +156,93 @@ def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strat
     assert f"input_layernorm {100 * norms.float().mean():.1f}" in said
     assert len(re.findall(r"^  by kind   .*q_proj [\d.]+", said, re.M)) == 2
     assert len(re.findall(r"^  by layer  .*\b0 [\d.]+  1 [\d.]+", said, re.M)) == 2
+
+
+# ---- memory runs out ---------------------------------------------------------------------------------------
+
+def fail(monkeypatch, where, calls):
+    """Raise as CUDA does: in the loop's forward passes, in a linear layer's backward or in a norm's gradient hook."""
+    module, name = {"forward": (loop, "token_logps"), "backward": (linear, "take"), "hook": (optim, "take")}[where]
+    real, count = getattr(module, name), iter(range(10 ** 9))
+
+    def raises(*args):
+        inside = where == "forward" or torch._C._current_graph_task_id() >= 0
+        if inside and next(count) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 0 bytes free.")
+        return real(*args)
+    monkeypatch.setattr(module, name, raises)
+
+
+@pytest.mark.parametrize("where, call", [("forward", 1), ("backward", 20), ("hook", 7)])
+@pytest.mark.parametrize("size", [["--micro-batch", "4"], ["--micro-tokens", "300"]])
+def test_a_step_without_memory_is_redone_in_halves_with_the_same_result(world, tmp_path, monkeypatch, capsys, where,
+                                                                        call, size):
+    """The second micro-batch of the first step: what the first one left in the gradient must not count twice."""
+    run, examples = start(world, tmp_path, *size, "--improve-batch", "8", "--max-steps", "3", "--improve-lr", "1e-4")
+    generator, rows, results, pack = torch.Generator().manual_seed(0), [], [], loop.pack
+    mask = {n: torch.rand(s, generator=generator) < 0.3 for n, s in run.shapes.items()}
+    monkeypatch.setattr(loop, "pack", lambda micro, device: rows.append(len(micro)) or pack(micro, device))
+    for calls in ((), (call,)):
+        with monkeypatch.context() as patched:
+            fail(patched, where, calls)
+            model, before = run.load(run.base), len(rows)
+            optimizer = run_stage(run, "improve", model, examples, dpo_objective(0.1, 0.5), mask)
+        results.append((weights(model), [(r["loss"], r["grad_norm"], r["rewards/margins"]) for r in logged(run, "improve")],
+                        rows[before:]))
+        assert run.halved == bool(calls) and optimizer.steps == 3
+    (one, losses, whole), (two, again, halves) = results
+    assert max(whole) >= 3 and max(halves[2:]) == -(-max(whole) // 2) and halves[:1] == whole[:1]
+    assert "out of memory: going on with micro-batches of half the size" in capsys.readouterr().out
+    assert len(again) == 3 and all(a == pytest.approx(b, rel=1e-4, abs=1e-6) for a, b in zip(losses, again))
+    for n in one:
+        torch.testing.assert_close(one[n], two[n], rtol=0, atol=1e-6)
+    start_of = weights(run.load(run.base))
+    assert max(float((one[n] - start_of[n]).abs().max()) for n in one) > 1e-4
+
+
+@pytest.mark.parametrize("size, halves", [("4", True), ("1", False)])
+def test_memory_that_runs_out_twice_is_one_line_and_the_run_can_go_on(world, tmp_path, monkeypatch, capsys, size, halves):
+    argv = arguments(world, tmp_path / "run", "--no-allo", "--max-steps", "2", "--micro-batch", size, "--no-eval",
+                     "--save-minutes", "0")
+    with monkeypatch.context() as patched:
+        fail(patched, "forward", range(2, 99))
+        assert train.main(argv) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("error: dpo, peak")
+    assert "out of memory: use --memory 24gb, or lower --micro-tokens" in said.err
+    assert said.out.count("going on with micro-batches of half") == halves
+    assert not (tmp_path / "run/dpo").exists()
+    assert train.main(argv) == 0 and (tmp_path / "run/dpo/model.safetensors").exists()
+
+
+# ---- int8 runs ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, stage, flag", [
+    ("--sft", "sft", "--p-sft 10"), ("", "dpo", "--no-dpo-baseline"), ("--p-sft 100 --sft", "sft", "--p-sft 10"),
+    ("--no-dpo-baseline", "warmup", "--locate gradient"), ("--no-dpo-baseline --locate gradient", "reward", "--p-sft 10")])
+def test_int8_is_refused_where_a_stage_trains_all_weights(world, tmp_path, capsys, more, stage, flag):
+    assert train.main(arguments(world, tmp_path / "run", "--int8", *more.split())) == 2
+    said = capsys.readouterr().err
+    assert f"error: --int8 keeps in 8 bits what is not trained, and {stage} trains all weights: add {flag}" in said
+    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, base):
+    """8 bits wherever there are any, everything on the host; the rewriting model by its own gradient, or a whole one."""
+    reward = ["--reward-base", str(world / "model")] if base else ["--sft", "--p-sft", "5"]
+    assert train.main(arguments(world, tmp_path / "run", "--int8", "--state-bits", "8", "--offload", "gradient", "--locate",
+                                "gradient", "--no-dpo-baseline", "--max-steps", "2", "--checkpoint-blocks", "1",
+                                "--locate-pairs", "8", "--locate-groups", "2", "--test-limit", "2", *reward)) == 0
+    out = tmp_path / "run"
+    said = capsys.readouterr().out
+    assert "improve: first loss 0.693147, expected 0.693147" in said and "WARNING" not in said and "ALLO" in said
+    base = world / "model" if base else out / "sft"
+    shapes = {n: t.shape for n, t in load_file(base / "model.safetensors").items()}
+    for before, after in ((base, out / "forget"), (out / "forget", out / "improve")):
+        old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+        mask = load_mask(out / "mask.safetensors", shapes)
+        assert all(torch.equal(old[n][~mask[n]], new[n][~mask[n]]) for n in shapes) and not equal(old, new)
 
 
 # ---- objectives --------------------------------------------------------------------------------------------
