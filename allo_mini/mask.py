@@ -18,9 +18,14 @@ from torch import Tensor
 CHUNK = 1 << 24  # values looked at in one go: 64 MB of fp32
 
 
+def chunk_of(device) -> int:
+    """CHUNK, or on a CPU a sixteenth of it, which its caches hold."""
+    return max(1, CHUNK >> 4) if torch.device(device).type == "cpu" else CHUNK
+
+
 def bit_patterns(values: Tensor, device=None):
     """Yield |values| as int32 bit patterns, chunk by chunk: for non-negative floats, their order is the bits' order."""
-    for chunk in values.detach().reshape(-1).split(CHUNK):
+    for chunk in values.detach().reshape(-1).split(chunk_of(device or values.device)):
         bits = chunk.to(device).float().abs().view(torch.int32)
         if bits.numel() and int(bits.max()) >= 0x7F800000:
             raise ValueError("importance holds inf or NaN")
@@ -63,7 +68,7 @@ def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
         mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
         for bits in bit_patterns(values, device):
             above, equal = bits > threshold, bits == threshold
-            if (here := int(equal.sum())) > ties:
+            if (here := int(equal.count_nonzero())) > ties:
                 equal &= equal.cumsum(0) <= ties
             ties -= min(ties, here)
             mask[at:at + len(bits)] = above | equal
@@ -83,12 +88,8 @@ def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, 
 # ---- positions of selected entries, in few bytes -----------------------------------------------------------
 
 def row_edges(shape, device) -> list[int]:
-    """0, ..., rows: where chunks begin and end; multiples of 256 rows, so blocks of 256 entries stay whole.
-
-    A chunk has at most CHUNK values; a sixteenth of that on a CPU, whose cache then holds the positions in it.
-    """
-    values = CHUNK >> 4 if torch.device(device).type == "cpu" else CHUNK
-    step = max(256, values // max(1, math.prod(shape[1:])) // 256 * 256)
+    """0, ..., rows: where chunks begin and end; multiples of 256 rows, so blocks stay whole."""
+    step = max(256, chunk_of(device) // max(1, math.prod(shape[1:])) // 256 * 256)
     return [*range(0, shape[0], step), shape[0]]
 
 
