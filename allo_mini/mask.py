@@ -18,9 +18,14 @@ from torch import Tensor
 CHUNK = 1 << 24  # values looked at in one go: 64 MB of fp32
 
 
+def chunk_of(device) -> int:
+    """CHUNK, or on a CPU a sixteenth of it, which its caches hold."""
+    return max(1, CHUNK >> 4) if torch.device(device).type == "cpu" else CHUNK
+
+
 def bit_patterns(values: Tensor, device=None):
     """Yield |values| as int32 bit patterns, chunk by chunk: for non-negative floats, their order is the bits' order."""
-    for chunk in values.detach().reshape(-1).split(CHUNK):
+    for chunk in values.detach().reshape(-1).split(chunk_of(device or values.device)):
         bits = chunk.to(device).float().abs().view(torch.int32)
         if bits.numel() and int(bits.max()) >= 0x7F800000:
             raise ValueError("importance holds inf or NaN")
@@ -63,7 +68,7 @@ def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
         mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
         for bits in bit_patterns(values, device):
             above, equal = bits > threshold, bits == threshold
-            if (here := int(equal.sum())) > ties:
+            if (here := int(equal.count_nonzero())) > ties:
                 equal &= equal.cumsum(0) <= ties
             ties -= min(ties, here)
             mask[at:at + len(bits)] = above | equal
@@ -82,9 +87,9 @@ def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, 
 
 # ---- positions of selected entries, in few bytes -----------------------------------------------------------
 
-def row_edges(shape) -> list[int]:
-    """0, ..., rows: where chunks of at most CHUNK values begin and end; multiples of 256 rows, so blocks stay whole."""
-    step = max(256, CHUNK // max(1, math.prod(shape[1:])) // 256 * 256)
+def row_edges(shape, device) -> list[int]:
+    """0, ..., rows: where chunks begin and end; multiples of 256 rows, so blocks stay whole."""
+    step = max(256, chunk_of(device) // max(1, math.prod(shape[1:])) // 256 * 256)
     return [*range(0, shape[0], step), shape[0]]
 
 
@@ -100,7 +105,7 @@ class Selection:
     """
 
     def __init__(self, shape, mask: Tensor | None = None, device="cpu"):
-        self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape)
+        self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape, device)
         self.all = mask is None
         if self.all:
             self.ends = [row * self.width for row in self.edges]
@@ -114,7 +119,7 @@ class Selection:
     @classmethod
     def from_parts(cls, shape, offsets: Tensor, counts: Tensor) -> "Selection":
         """The inverse of reading `.offsets` and `.counts`."""
-        new = cls(shape)
+        new = cls(shape, device=offsets.device)
         new.all, new.offsets, new.counts = False, offsets, counts
         totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
         new.ends = [totals[-(-edge * new.width // 256)] for edge in new.edges]
@@ -128,26 +133,25 @@ class Selection:
         return torch.equal(self.counts, other.counts) and torch.equal(self.offsets, other.offsets)
 
     def chunks(self):
-        """Yield (row slice, slice of the selected entries, their flat positions within the chunk; None: all)."""
+        """Yield (row slice, slice of the selected entries, their flat int32 positions within the chunk; None: all)."""
         for first, last, begin, end in zip(self.edges, self.edges[1:], self.ends, self.ends[1:]):
             index = None
             if not self.all:
-                counts = self.counts[first * self.width // 256:-(-last * self.width // 256)].long()
-                blocks = torch.arange(len(counts), device=counts.device).repeat_interleave(
-                    counts, output_size=end - begin)  # told the size, it need not wait for the device
-                index = (blocks << 8) + self.offsets[begin:end]
+                counts = self.counts[first * self.width // 256:-(-last * self.width // 256)].int()
+                blocks = torch.repeat_interleave(counts, output_size=end - begin)  # knows the size: no wait for the device
+                index = torch.add(self.offsets[begin:end], blocks, alpha=256)
             yield slice(first, last), slice(begin, end), index
 
 
 def take(dense: Tensor, index: Tensor | None) -> Tensor:
     """The selected entries of a dense chunk, flat."""
-    return dense.reshape(-1) if index is None else dense.reshape(-1)[index]
+    return dense.reshape(-1) if index is None else dense.reshape(-1).index_select(0, index)
 
 
 def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
     """Write the selected entries of a (contiguous) dense chunk in place."""
     flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=True)
-    flat.copy_(values) if index is None else flat.index_copy_(0, index, values)
+    flat.copy_(values) if index is None else flat.index_copy_(0, index.long(), values)
 
 
 def selected(mask: dict[str, Tensor]) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as fused_adamw
 
 from allo_mini.mask import Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
@@ -131,13 +132,12 @@ def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: flo
 
         m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
         theta <- (1 - lr decay) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+    By torch's fused kernel, which reads and writes every value once; it counts the step up itself.
     """
-    bias1, bias2 = 1 - betas[0] ** step, math.sqrt(1 - betas[1] ** step)
-    m.lerp_(grad, 1 - betas[0])
-    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    if decay:
-        master.mul_(1 - lr * decay)
-    master.addcdiv_(m, v.sqrt().add_(eps * bias2), value=-lr * bias2 / bias1)  # both sides of the fraction times bias2
+    before = torch.full((), step - 1.0, device=master.device)
+    fused_adamw([master], [grad], [m], [v], [], [before], fused=True, amsgrad=False, maximize=False, lr=lr,
+                beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps)
 
 
 class MaskedAdamW(FlatGradient):

@@ -70,4 +70,4 @@ def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
     """The inverse of encode: [n] fp32."""
     table = dynamic_map(signed).to(codes.device)
-    return table[codes.int()] * scale.repeat_interleave(BLOCK)[:len(codes)]
+    return table.index_select(0, codes.int()) * scale.repeat_interleave(BLOCK)[:len(codes)]

@@ -9,7 +9,7 @@ from torch import nn
 
 from allo_mini import optim, quant
 from allo_mini.logprobs import pack, token_logps
-from allo_mini.optim import FlatGradient, MaskedAdamW, cosine_lr
+from allo_mini.optim import FlatGradient, MaskedAdamW, adamw, cosine_lr
 from helpers import assert_close, fixture_model, golden, random_ids, tiny_model
 
 
@@ -73,6 +73,28 @@ def test_eps_is_added_after_bias_correction(g):
     (p * g).sum().backward()
     optimizer.step()
     torch.testing.assert_close(p.detach(), torch.tensor([-g / (g + 1e-8)]), atol=0, rtol=1e-5)
+
+
+def plain_adamw(master, grad, m, v, step, lr, betas, eps, decay):
+    """The readable twin of adamw(): the formula of its docstring, line by line."""
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad ** 2
+    m_hat, v_hat = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return (1 - lr * decay) * master - lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_one_update_is_the_formula(decay):
+    """Gradients over eight decades, late and early steps; moments and weights to fp32's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2, 1000):
+        master, grad, m, v = (torch.randn(1003, generator=generator) for _ in range(4))
+        grad, v = grad * 10.0 ** torch.linspace(-8, 0, 1003), v.square()
+        settings = (step, 1e-2, (0.9, 0.999), 1e-8, decay)
+        expected = plain_adamw(*(x.double() for x in (master, grad, m, v)), *settings)
+        adamw(master, grad, m, v, *settings)
+        for mine, wanted in zip((master, m, v), expected):
+            torch.testing.assert_close(mine.double(), wanted, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
