@@ -1,0 +1,125 @@
+"""Memory of every stage under every --memory setting: the planner's estimate against what was allocated.
+
+    python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10] [--json FILE]
+
+On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
+(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks. On a CPU, where no
+7B model trains in minutes, a small shape runs with a micro-model's card, and "allocated" is the sum of live tensors
+that a meter counted (meter.py): it checks the planner's formulas, and is no measurement of a card.
+"""
+
+import sys
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guarded, make_parser, parse_config,
+                    peak_memory, random_model, random_pairs, reset_peak, shape, shapes_of, start)
+
+import torch
+
+from allo_mini import UserError, memory
+from allo_mini import model as model_module
+from allo_mini.config import parse
+from allo_mini.data import Example
+from allo_mini.generate import sample
+from allo_mini.locate import gradient_importance
+from allo_mini.log import Log
+from allo_mini.logprobs import score
+from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
+from allo_mini.run import Run
+from meter import Meter
+
+SHAPES |= {"micro-wide": shape("LlamaForCausalLM", 8000, 1024, 2752, 4, 8, 8),
+           "micro-vocabulary": shape("LlamaForCausalLM", 30000, 512, 1408, 6, 8, 2)}
+RUNGS = ({}, {"checkpoint_blocks": 0}, {"int8": True}, {"int8": True, "state_bits": 8}, {"int8": True, "offload": "gradient"})
+
+
+class RandomRun(Run):
+    """A run whose models are random ones of a shape, made on the device."""
+    name: str = ""
+
+    def load(self, folder, mask=None, **more):
+        model = random_model(self.name, self.dtype, self.device, self.cfg.int8, mask)
+        model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, max(0, self.cfg.checkpoint_blocks)
+        return model
+
+
+def settings(name: str, card: str, p: float, tokens: int):
+    """The planner's choice for a shape and card; raises UserError when nothing fits."""
+    cfg = parse(["--model", "x", "--train", "x", "--memory", card, "--sft", "--no-dpo-baseline", "--p", str(p),
+                 "--max-length", str(tokens), "--max-new-tokens", str(tokens - 256), "--max-steps", "1"])
+    return memory.plan(cfg, parse_config(SHAPES[name]), shapes_of(name))[0]
+
+
+def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, cap: float = 0.0) -> dict:
+    """Run a stage's work on one pair (or response, or batch of samples); estimate and peaks in bytes."""
+    if device.startswith("cuda") and cap:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
+    shapes, config, folder = shapes_of(name), parse_config(SHAPES[name]), Path(tempfile.mkdtemp())
+    prompt, (a, b) = random_pairs(1, tokens, config.vocab_size)[0]
+    pair, single = Example(prompt, [a, b]), Example(prompt, [a], [1.0] * len(a))
+    examples = [single if stage in ("sft", "reward", "forget", "score") else pair]
+    cfg = replace(cfg, micro_tokens=len(prompt) + len(a) + (len(b) if examples[0] is pair else 0))
+    run = RandomRun(cfg, folder, folder, device, DTYPES[dtype], shapes, None, Log(None))
+    run.name, percent = name, memory.percent_of(cfg, stage)
+    mask = RandomMask(shapes, percent, device) if percent < 100 and stage in memory.TRAINING else None
+    count = sum(s.numel() for s in shapes.values())
+    host = 4 * count * percent / 100 if stage in memory.TRAINING else 4 * count if stage == "locate" else 0
+    host *= {"none": 1, "state": 4, "gradient": 5}[cfg.offload] if stage in memory.TRAINING else 1
+    meter = nullcontext() if device.startswith("cuda") else Meter()
+    reset_peak(device)
+    with meter:
+        if stage == "locate":
+            gradient_importance(run, folder, "x", examples, dpo_objective(0.1))
+        elif stage == "sample":
+            sample(run.load(folder), [prompt[:256]] * 2, cfg.sample_batch, min(8, cfg.max_new_tokens), slots=cfg.sample_batch)
+        elif stage == "score":
+            score(run.load(folder), examples, cfg.micro_tokens)
+        else:
+            objective = {"forget": npo_objective(0.1), "improve": dpo_objective(0.1, 0.1)}.get(stage, sft_objective())
+            run_stage(run, stage, run.load(folder, mask), examples, objective, mask)
+    peaks = peak_memory(device) if device.startswith("cuda") else {"allocated": int(meter.peak - host), "reserved": None}
+    terms = memory.estimate(stage, cfg, config, shapes, DTYPES[dtype].itemsize, cfg.locate_groups or 1)
+    return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "terms": terms, **peaks,
+            "estimate": sum(terms.values()), "ratio": peaks["allocated"] / sum(terms.values())}
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--shape", nargs="+", default=None)
+    parser.add_argument("--card", nargs="+", default=["24gb", "16gb", "12gb"], choices=tuple(memory.CARDS))
+    parser.add_argument("--p", type=float, nargs="+", default=[5.0, 10.0])
+    parser.add_argument("--tokens", type=int, default=1024, help="of each of a pair's two sequences")
+    args = parser.parse_args()
+    device, jobs, notes = start(args), [], []
+    if device.startswith("cuda"):
+        for name in args.shape or ("llama-2-7b", "llama-3-8b", "qwen2.5-7b"):
+            for card, p in ((card, p) for card in args.card for p in args.p):
+                try:
+                    cfg = settings(name, card, p, args.tokens)
+                    jobs += [(name, stage, cfg, "bf16", memory.CARDS[card]) for stage in memory.stages_of(cfg)]
+                except UserError as e:
+                    notes.append(f"{name}, {card}, {p:g} %: refused: {e}")
+    else:
+        model_module.causal_lower_right = lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q)  # the meter's dislike
+        base = parse(["--model", "x", "--train", "x", "--max-length", str(args.tokens), "--p-sft", "10", "--max-steps", "1"])
+        for name in args.shape or ("micro-wide", "micro-vocabulary"):
+            for rung in RUNGS:
+                cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 16, "locate_groups": 3, **rung})
+                jobs += [(name, stage, cfg, "fp32", 0.0) for stage in ("improve", "forget", "locate", "score")]
+    done = [(fresh_process(one_stage, name, stage, cfg, dtype, device, args.tokens, cap) if cap else
+             one_stage(name, stage, cfg, dtype, device, args.tokens)) | {"settings": {k: getattr(cfg, k) for k in (
+                 "int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")}}
+            for name, stage, cfg, dtype, cap in jobs]
+    rows = [[f"{d['shape']}, {d['stage']}", f"{d['memory'] or ' '.join(f'{k}={v}' for k, v in d['settings'].items())}",
+             f"{d['p']:g}", gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-",
+             f"{d['ratio']:.3f}"] for d in done]
+    finish(args, ["GB", "settings", "p %", "estimate", "allocated" if device.startswith("cuda") else "metered", "reserved",
+                  "of estimate"], rows, notes, stages=done)
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
