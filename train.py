@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, memory, parallel, tasks
-from allo_mini.checkpoint import write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
+from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
-from allo_mini.files import append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask
+from allo_mini.files import load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE, forget_importance, gradient_importance, importance_mask, located
 from allo_mini.log import progress, say

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from allo_mini import UserError
 
-MAX_LINE = 64 << 20  # bytes; a longer line is no row of ours
+MAX_LINE = 16 << 20  # bytes; a longer line is no row of ours
 
 
 def open_bytes(path: str | Path):
