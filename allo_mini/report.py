@@ -106,10 +106,18 @@ def reprint(run: Run) -> bool:
     path = run.folder / "results.json"
     if path.exists():
         if not (run.folder / "report.html").exists():  # the run was stopped just before
-            write_report(run.folder)
+            try_report(run.folder)
         say(f"{run.folder}: this run is finished\n\n" + str(read_json(path).get("table")))
         prune(run)
     return path.exists()
+
+
+def try_report(folder: Path) -> str:
+    """Write report.html; returns its path or, for a run is not to fail over its report, why there is none."""
+    try:
+        return str(write_report(folder))
+    except Exception as e:  # files of the folder that were changed by hand can break anything
+        return f"could not be made ({' '.join(str(e).split())[:200]})"
 
 
 def prune(run: Run) -> None:
@@ -133,7 +141,10 @@ def finish(run: Run, models: dict[str, Path]) -> None:
             items = run.evaluate(model, run.test, f"test {name}")
             run.seconds[f"test {name}"] = time.monotonic() - began
             write_jsonl(path, items)
-        results[name] = summary(items)
+        try:
+            results[name] = summary(items)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"{path}: holds no answers of ours ({e!r}); delete it to evaluate again") from None
         rows.append(summary_row(name, results[name]))
     columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
     text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
@@ -143,7 +154,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     say(f"\n{text}\n\nseconds: {spent}")
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
-    say(f"{'report':>12}  {write_report(run.folder)}")
+    say(f"{'report':>12}  {try_report(run.folder)}")
     say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
     prune(run)
 

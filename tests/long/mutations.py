@@ -31,8 +31,10 @@ from test_bad_input import GOOD, TEMPLATE, lines, shaped, task  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from allo_mini import UserError, patch  # noqa: E402
 from allo_mini.checkpoint import save_model  # noqa: E402
 from allo_mini.files import save_mask  # noqa: E402
+from allo_mini.report import write_report  # noqa: E402
 
 os.fsync = lambda handle: None
 SHORT = "--max-steps 1 --max-new-tokens 2 --max-length 1200 --no-dpo-baseline --locate gradient --token-weights edit --n 2"
@@ -82,6 +84,8 @@ KINDS = {
     "mask of the run": ("begun/mask.safetensors", B + " --out begun"),
     "metrics of the run": ("begun/metrics.jsonl", B + " --out begun"),
     "results of the run": ("done/results.json", B + " --out done"),
+    "answers of the run": ("half/eval-SFT.jsonl", B + " --out half --test test.jsonl"),
+    "report": ("done/metrics.jsonl", "report done"), "patch": ("done/patch.safetensors", "apply model done/patch.safetensors out"),
     "stage of the run": ("begun/forget/model.safetensors", B + " --out begun"),
     "command line": ("", T + " --samples s.jsonl --p 5 --improve-lr 1e-4 --temperature 0.7 --dtype fp32 --test test.jsonl"),
     "command line, eval": ("", E + " --limit 2 --dtype fp32 --prompt none")}
@@ -116,14 +120,36 @@ def make_world(place: Path) -> None:
     assert call(KINDS["checkpoint"][1]) == 130, "the run that is cut off"
     Log.step = step
     assert call(KINDS["results of the run"][1]) == 0, "the finished run"
+    assert call(KINDS["answers of the run"][1]) == 0, "the run that is to be evaluated again"
+    (place / "half/results.json").unlink()
 
 
 def call(command) -> int:
     """Run a command in this process, silently."""
     words = command.split() if isinstance(command, str) else command
-    program = train if words[0] == "train" else evaluation
+    program = {"train": train.main, "eval": evaluation.main, "apply": apply, "report": report}[words[0]]
     with contextlib.redirect_stdout(io.StringIO()):
-        return program.main(words[1:])
+        return program(words[1:])
+
+
+def apply(argv) -> int:
+    """python -m allo_mini.checkpoint apply BASE PATCH OUT"""
+    try:
+        patch.main(["apply", *argv])
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def report(argv) -> int:
+    """python -m allo_mini.report FOLDER"""
+    try:
+        write_report(Path(argv[0]))
+        return 0
+    except Exception as e:  # as the command itself does
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
 
 
 # ---- damage ------------------------------------------------------------------------------------------------
@@ -261,7 +287,7 @@ def damage(place: Path, name: str, command: str, rng) -> list[str]:
 # ---- the trial ---------------------------------------------------------------------------------------------
 
 def state_of(place: Path) -> dict:
-    return {str(p.relative_to(place)): (p.stat().st_mtime_ns, p.stat().st_size) if p.is_file() else None for p in place.rglob("*")}
+    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in place.rglob("*")}
 
 
 def trial(world: Path, place: Path, kind: str, seed: str) -> str:
@@ -290,11 +316,11 @@ def trial(world: Path, place: Path, kind: str, seed: str) -> str:
     if code != 2 or not said.startswith("error: ") or said.count("\n") != 1 or not said.endswith("\n"):
         return f"CODE {code}: {said[:300]!r}"
     after = state_of(place)
-    begun = "begun" in words or "done" in words or (place / "run").exists() and "run" not in before
-    lost = [f for f in before if before[f] != after.get(f) and before[f] and not (begun and f.startswith(("begun", "done")))]
+    begun = {"begun", "done", "half"} & {*words} or (place / "run").exists() and "run" not in before
+    lost = [f for f in before if before[f] != after.get(f) and before[f] and not (begun and f.startswith(("begun", "done", "half")))]
     if lost:
         return f"CHANGED {lost}: {said}"
-    return ("refused late: " if begun and "begun" not in words and "done" not in words else "refused: ") + said.strip()
+    return ("refused late: " if begun and not {"begun", "done", "half"} & {*words} else "refused: ") + said.strip()
 
 
 def main() -> int:
