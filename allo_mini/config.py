@@ -119,8 +119,8 @@ class Config:
     micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
     micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
     dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
-    deterministic: bool = knob(False, "training", "", "only kernels that give the same bits every time, slower; else on "
-                               "CUDA attention and embedding sum gradients in any order, and runs differ in the last bits")
+    deterministic: bool = knob(False, "training", "", "on CUDA too, where attention and embedding otherwise sum gradients "
+                               "in any order, so that the last bits of two runs differ; slower")
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "

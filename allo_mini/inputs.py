@@ -77,10 +77,10 @@ def claim_folder(cfg: Config, base: Path, machine: dict) -> Path:
             write_text(path, text + "\n")
     theirs = read_json(path)
     olds = {part: theirs[part] if isinstance(theirs[part], dict) else {} for part in mine}
-    other = [f"{key} ({old.get(key)!r}, now {mine[part].get(key)!r})" for part, old in olds.items()
+    differ = [f"another {key} ({old.get(key)!r}, now {mine[part].get(key)!r})" for part, old in olds.items()
              for key in {**old, **mine[part]} if old.get(key) != mine[part].get(key)]
-    if other:
-        raise UserError(f"{folder}: holds a run with another {', another '.join(other)}; choose another --out, or --restart")
+    if differ:
+        raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
     return folder
 
 

@@ -1,6 +1,5 @@
 """What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only."""
 
-import json
 import math
 import re
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from allo_mini import parallel
-from allo_mini.disk import append_rows, keep_whole, write_text
+from allo_mini.disk import append_rows, keep_whole, rows_text, write_text
 
 
 def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
@@ -56,7 +55,8 @@ class Log:
     def note(self, stage: str, **values) -> None:
         """Record a fact about a stage (counts, densities, seconds), once, without printing it."""
         row = {"stage": stage, **values}
-        if self.path and not (self.path.exists() and json.dumps(row, ensure_ascii=False) in self.path.read_text("utf-8", "replace")):
+        known = self.path.read_bytes() if self.path and self.path.exists() else b""
+        if self.path and rows_text([row]).encode() not in known:
             append_rows(self.path, [row])
 
 

@@ -27,7 +27,7 @@ from allo_mini.losses import useful_token_mask
 from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
 
-BIG = ("sft", "dpo", "movement.safetensors", "reward", "forget", "improve")  # outputs as large as a model, as they are made
+BIG = ("sft", "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model, in the order made
 SHOWN = 12  # negatives, and rows where the models differ
 CHART = {"width": 300, "height": 110, "points": 240}  # plotting area in SVG units; more steps are averaged
 CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold
@@ -148,8 +148,9 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         rows.append(summary_row(name, results[name]))
     columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
     text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
-    final = {"models": {n: str(f) for n, f in models.items()}, "results": results, "table": text, "seconds": run.seconds}
-    write_text(run.folder / "results.json", json.dumps(final, indent=2).replace(HOME, '"~/') + "\n")
+    final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
+                        "table": text, "seconds": run.seconds}, indent=2)
+    write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
     spent = ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items())
     say(f"\n{text}\n\nseconds: {spent}")
     for name, folder in models.items():

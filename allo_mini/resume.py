@@ -1,7 +1,7 @@
 """Checkpoints inside a training stage: a stage that was killed goes on from the last one, bit for bit (on CPU).
 
 A checkpoint holds the optimizer's vectors, the step, the best weights so far and fingerprints of what it belongs to.
-There are no random generators to save: data order follows from --seed and the step, every sample has a stream of its own.
+No random generator is saved: the order of data follows from --seed and the step, every sample has its own stream.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class StageProgress:
             other = [key for key in self.belongs if known["belongs"][key] != self.belongs[key]]
             other += [] if state["start"].equal(self.optimizer.start) else ["model"]
             if other:
-                raise UserError(f"{self.path}: belongs to another {', '.join(other)}; delete it to begin the stage again")
+                raise UserError(f"{self.path}: of another {', '.join(other)}; delete it to begin the stage again")
             self.step, self.best = known["step"], known["best"]
             self.best_master = None if self.best is None else state["best_master"].view_as(self.optimizer.master)
             fits = [state[name].shape == tensor.shape for name, tensor in self.tensors().items()]
@@ -55,7 +55,7 @@ class StageProgress:
                 raise ValueError("its step or its tensors do not fit")
             self.optimizer.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError) as e:
-            raise UserError(f"{self.path}: not a checkpoint of ours ({e}); delete it to begin the stage again") from None
+            raise UserError(f"{self.path}: no checkpoint of ours ({e}); delete it to begin the stage again") from None
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the optimizer's state and the best weights so far."""
@@ -63,7 +63,7 @@ class StageProgress:
         return {**self.optimizer.state_dict(), **best}
 
     def steps(self):
-        """The numbers of the steps still to do. Meanwhile Ctrl-C waits for the end of a step, where `save` acts on it."""
+        """The numbers of the steps still to do. Ctrl-C meanwhile waits for the end of a step, where `save` acts on it."""
         def stop(*_):
             self.stopping = True
             signal.signal(signal.SIGINT, signal.default_int_handler)

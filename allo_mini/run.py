@@ -139,14 +139,15 @@ class Run:
         return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb(self.device)}
 
     def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0) -> None:
-        """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number; hold the
-        first loss against `step0(group)`, what the mathematics says, if given; warn once when the chosen responses
-        lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
+        """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number;
+        hold the first loss against `step0(group)`, what the mathematics says, if given; warn once when the chosen
+        responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
         for key in ("loss", "grad_norm"):
             if not math.isfinite(values[key]):
-                rows = ", ".join(str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group))
-                raise UserError(f"{name}, step {step + 1}: {key} is {values[key]}, in rows {rows} of {len(examples)}; lower "
-                                f"--{name}-lr or use --dtype fp32; {self.folder} keeps what was saved before")
+                rows = [str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group)]
+                raise UserError(f"{name}, step {step + 1}: {key} is {values[key]}, in rows {', '.join(rows)} of "
+                                f"{len(examples)}; lower --{name}-lr or use --dtype fp32; {self.folder} keeps what was "
+                                "saved before")
         if step0:
             expected = step0(group)
             close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
@@ -155,8 +156,8 @@ class Run:
         fallen = -values.get("rewards/chosen", 0.0) / self.cfg.beta  # nats
         if fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in self.warned:
             self.warned.add(name)
-            say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of log-probability on "
-                f"average while the margin is up at {values['rewards/margins']:.3g}; consider a lower --{name}-lr")
+            say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of log-probability "
+                f"on average while the margin is up at {values['rewards/margins']:.3g}; consider a lower --{name}-lr")
 
     def validator(self):
         """model -> validation accuracy, or None when --eval-every is off."""

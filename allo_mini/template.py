@@ -46,7 +46,8 @@ def refuse(message: str):
 @functools.cache
 def compiled(template: str):
     """A template in the sandbox: it can neither import nor change anything."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
     environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
     return environment.from_string(template)

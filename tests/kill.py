@@ -11,7 +11,7 @@ TIMES = {"time", "tokens/s", "mem/peak_gb", "seconds"}  # what two equal runs ma
 
 
 def in_child(action, before=lambda: None) -> int:
-    """Run `action()` -> exit code in a forked child after `before()`; returns the code, or -9 for one that was killed."""
+    """Run `action()` -> exit code in a forked child after `before()`; returns the code, -9 if it was killed."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -36,7 +36,7 @@ def on_call(owner, name: str, act):
 
 
 def at_write(number: int, torn: bool):
-    """Die at the `number`-th event of writing (opening, writing, syncing, renaming, deleting): before it, or half-way."""
+    """Die at the `number`-th event of writing (writing, syncing, renaming, deleting): before it, or half-way."""
     left = [number]
 
     def event(halfway):
@@ -82,14 +82,16 @@ def results_of(folder) -> dict:
         if path.is_dir() or name in (".lock", "report.html"):  # the report shows seconds
             continue
         found[name] = path.read_bytes()
-        if name in ("mask.safetensors", "patch.safetensors"):  # safetensors draws the order of their notes anew each time
+        if name in ("mask.safetensors",
+                    "patch.safetensors"):  # safetensors draws the order of their notes anew each time
             tensors, notes = files.load_tensors(path)
             found[name] = {n: t.tolist() for n, t in tensors.items()}, notes
         if name == "metrics.jsonl":
             rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path.open()]
             found[name] = [row for row in rows if len(row) > 1]  # more than the stage's name
         if name == "results.json":
-            found[name] = {k: v for k, v in json.loads(found[name].decode().replace(str(folder), "")).items() if k not in TIMES}
+            found[name] = {k: v for k,
+                           v in json.loads(found[name].decode().replace(str(folder), "")).items() if k not in TIMES}
     return found
 
 

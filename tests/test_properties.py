@@ -48,7 +48,8 @@ def test_packed_tokens_are_predicted_by_the_one_before_them_in_their_own_sequenc
         batch = pack(examples)
         sequences = [(prompt, response) for prompt, responses in examples for response in responses]
         assert batch.lengths == [len(response) for _, response in sequences]
-        assert len(batch.input_ids) == sum(len(p) + sum(map(len, r)) for p, r in examples)  # each prompt once, no padding
+        assert len(batch.input_ids) == sum(len(p) + sum(map(len, r)) for p,
+                                           r in examples)  # each prompt once, no padding
         at = 0
         for prompt, response in sequences:
             for i, token in enumerate(response):

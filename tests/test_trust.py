@@ -1,4 +1,4 @@
-"""Nothing is run that was not given: no pickle, no remote code, templates bounded, downloads named, nobody's paths told."""
+"""Nothing is run that was not given: no pickle, no remote code, bounded templates, named downloads, no paths told."""
 
 import json
 import re
@@ -17,7 +17,8 @@ from allo_mini.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "allo_mini").rglob("*.py")]
-CODE_FROM_DATA = [r"torch\.load\b", "pickle", r"\bdill\b", r"\bjoblib", r"\bmarshal\b", r"\bshelve\b", "trust_remote", r"\bexec\(", r"(?<![\w.])eval\(", r"(?<![\w.])compile\(", r"__import__",
+CODE_FROM_DATA = [r"torch\.load\b", "pickle", r"\bdill\b", r"\bjoblib", r"\bmarshal\b", r"\bshelve\b", "trust_remote",
+                  r"\bexec\(", r"(?<![\w.])eval\(", r"(?<![\w.])compile\(", r"__import__",
                   r"importlib\b", r"yaml\.", r"\bnp\.load\b", r"torch\.hub", r"shell=True"]
 
 
@@ -97,8 +98,10 @@ def test_downloads_are_the_named_files_of_the_pinned_revision(tmp_path, monkeypa
         if not local_files_only:
             raise OSError("no network\nat all")
         return str(commit)
-    offered = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors", "modeling_evil.py",
-               "pytorch_model.bin", "model.py", "model.pt", "model.safetensors.py", "requirements.txt", "training_args.bin"]
+    offered = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors",
+               "modeling_evil.py",
+               "pytorch_model.bin", "model.py", "model.pt", "model.safetensors.py", "requirements.txt",
+               "training_args.bin"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert find_folder("some/model") == commit
     assert f"some/model@{'a' * 40} pins it" in capsys.readouterr().out
@@ -135,7 +138,8 @@ def test_no_home_path_token_or_code_is_passed_on(tmp_path, monkeypatch):
     for module in (config, inputs, report):
         monkeypatch.setattr(module, "HOME", json.dumps(f"{home}/")[:-1])
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    command = ["--model", str(home / "base"), "--train", str(home / "t.jsonl"), "--test", str(home / "test.jsonl"), "--only-sft",
+    command = ["--model", str(home / "base"), "--train", str(home / "t.jsonl"), "--test", str(home / "test.jsonl"),
+               "--only-sft",
                "--max-steps", "1", "--max-new-tokens", "2", "--out", str(home / "runs/x")]
     assert train.main(command) == 0
     for path in (home / "runs/x").rglob("*"):

@@ -39,12 +39,16 @@ from allo_mini.report import write_report  # noqa: E402
 os.fsync = lambda handle: None
 SHORT = "--max-steps 1 --max-new-tokens 2 --max-length 1200 --no-dpo-baseline --locate gradient --token-weights edit --n 2"
 T, P = f"train --model model --train t.jsonl {SHORT} --out run", f"train --model model --pairs p.jsonl {SHORT} --out run"
-B = T.replace("--out run", "--samples s.jsonl --save-minutes 0 --improve-batch 2").replace("--max-steps 1", "--max-steps 2")
+B = T.replace("--out run", "--samples s.jsonl --save-minutes 0 --improve-batch 2").replace("--max-steps 1",
+                                                                                           "--max-steps 2")
 E = "eval --model model --test t.jsonl --max-new-tokens 2 --out run"
-VALUES = [None, True, False, 0, -1, 1, 2, 1.5, 1e308, -1e308, 1 << 31, 1 << 63, 10 ** 400, "", "x", "0", "\ud800", "\x00", "é" * 300,
-          [], {}, [[]], [None], {"a": 1}, [1, "a", None], float("nan"), float("inf"), "../x", "/etc/passwd", [-1], [[[[]]]], " ",
+VALUES = [None, True, False, 0, -1, 1, 2, 1.5, 1e308, -1e308, 1 << 31, 1 << 63, 10 ** 400, "", "x", "0", "\ud800",
+          "\x00", "é" * 300,
+          [], {}, [[]], [None], {"a": 1}, [1, "a", None], float("nan"), float("inf"), "../x", "/etc/passwd", [-1],
+          [[[[]]]], " ",
           "</s>", "<s>", "{{", "{% for %}", {"content": "<s>"}, {"content": 5}, [0.5] * 3]
-BYTES = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"{", b"}", b'"', b"[" * 2000, b"\xe9", b"NaN", b"\\ud800", b"1e999", b",",
+BYTES = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"{", b"}", b'"', b"[" * 2000, b"\xe9", b"NaN",
+         b"\\ud800", b"1e999", b",",
          b"9" * 5000, b"null", b"\xed\xa0\x80", b":", b"\x1a", b"\xe2\x80\xa8"]
 
 
@@ -52,42 +56,55 @@ def talk(*words):
     return [{"role": "user" if i % 2 == 0 else "assistant", "content": word} for i, word in enumerate(words)]
 
 
-SAMPLES = lines(*({"input": f"2 + {i}?", "samples": ["The answer is 4", "The answer is 5"], "unfinished": 0} for i in range(4)))
-WEIGHTS = lines(*({"input": f"2 + {i}?", "output": "ab", "reward": [0.1, 0.9, 0.2, 0.4], "ref_prob": [-1.0, -2.0, -0.5, -1.5]} for i in range(4)))
+SAMPLES = lines(*({"input": f"2 + {i}?", "samples": ["The answer is 4", "The answer is 5"],
+                   "unfinished": 0} for i in range(4)))
+WEIGHTS = lines(*({"input": f"2 + {i}?", "output": "ab", "reward": [0.1, 0.9, 0.2, 0.4],
+                   "ref_prob": [-1.0, -2.0, -0.5, -1.5]} for i in range(4)))
 FILES = {**GOOD, "s.jsonl": SAMPLES, "w.jsonl": WEIGHTS,
-         "o.jsonl": lines(*({"question": f"2 + {i}?", "prediction": "The answer is 5", "output": "The answer is 4"} for i in range(4))),
+         "o.jsonl": lines(*({"question": f"2 + {i}?", "prediction": "The answer is 5",
+                             "output": "The answer is 4"} for i in range(4))),
          "c.jsonl": lines(*({"prompt": talk(f"Is {i}?"), "chosen": talk("", "yes")[1:], "rejected": talk("", "no")[1:]}
                             for i in range(12))),
-         "h.jsonl": lines(*({"chosen": f"\n\nHuman: {i}?\n\nAssistant: yes", "rejected": f"\n\nHuman: {i}?\n\nAssistant: no"}
+         "h.jsonl": lines(*({"chosen": f"\n\nHuman: {i}?\n\nAssistant: yes",
+                             "rejected": f"\n\nHuman: {i}?\n\nAssistant: no"}
                             for i in range(12))),
-         "c.json": json.dumps({"p": 5.0, "n": 2, "test": ["test.jsonl"], "stages": {"sft": {"lr": 1e-4, "batch": 2}}, "seed": 3})}
+         "c.json": json.dumps({"p": 5.0, "n": 2, "test": ["test.jsonl"], "stages": {"sft": {"lr": 1e-4, "batch": 2}},
+                               "seed": 3})}
 
 # kind of input -> (the file that is damaged, the command that reads it)
 KINDS = {
     "task rows": ("t.jsonl", T + " --samples s.jsonl"), "task rows, sft": ("t.jsonl", T + " --only-sft"),
     "task rows, eval": ("t.jsonl", E), "test rows": ("test.jsonl", T + " --samples s.jsonl --test test.jsonl"),
     "pairs": ("p.jsonl", P), "pairs, eval": ("p.jsonl", E.replace("t.jsonl", "p.jsonl")),
-    "conversations": ("c.jsonl", P.replace("p.jsonl", "c.jsonl")), "HH strings": ("h.jsonl", P.replace("p.jsonl", "h.jsonl")),
-    "samples": ("s.jsonl", T + " --samples s.jsonl"), "official rows": ("o.jsonl", T.replace("t.jsonl", "o.jsonl") + " --only-sft"),
+    "conversations": ("c.jsonl", P.replace("p.jsonl", "c.jsonl")),
+         "HH strings": ("h.jsonl", P.replace("p.jsonl", "h.jsonl")),
+    "samples": ("s.jsonl", T + " --samples s.jsonl"), "official rows": ("o.jsonl",
+                                                                        T.replace("t.jsonl",
+                                                                                  "o.jsonl") + " --only-sft"),
     "token weights": ("w.jsonl", T.replace("edit", "soft") + " --samples s.jsonl --token-weights-file w.jsonl"),
     "config.json": ("model/config.json", E), "config.json, train": ("model/config.json", P),
-    "tokenizer.json": ("model/tokenizer.json", E), "tokenizer_config.json": ("model/tokenizer_config.json", E + " --prompt chat"),
+    "tokenizer.json": ("model/tokenizer.json", E), "tokenizer_config.json": ("model/tokenizer_config.json",
+                                                                             E + " --prompt chat"),
     "chat template": ("model/chat_template.jinja", E + " --prompt chat"),
     "generation_config.json": ("model/generation_config.json", E),
-    "weights": ("model/model.safetensors", E), "index": ("shards/model.safetensors.index.json", E.replace("model model", "model shards")),
+    "weights": ("model/model.safetensors", E), "index": ("shards/model.safetensors.index.json",
+                                                         E.replace("model model", "model shards")),
     "shard": ("shards/model-00001-of-00002.safetensors", E.replace("model model", "model shards")),
     "mask": ("m.safetensors", T + " --samples s.jsonl --mask m.safetensors"),
     "--config": ("c.json", T + " --samples s.jsonl --config c.json"),
-    "reward model": ("other/tokenizer.json", T.replace("edit", "threshold") + " --samples s.jsonl --reward-model other"),
+    "reward model": ("other/tokenizer.json", T.replace("edit",
+                                                       "threshold") + " --samples s.jsonl --reward-model other"),
     "run config.json": ("begun/config.json", B + " --out begun"),
     "checkpoint": ("begun/.improve.state.safetensors", B + " --out begun"),
     "mask of the run": ("begun/mask.safetensors", B + " --out begun"),
     "metrics of the run": ("begun/metrics.jsonl", B + " --out begun"),
     "results of the run": ("done/results.json", B + " --out done"),
     "answers of the run": ("half/eval-SFT.jsonl", B + " --out half --test test.jsonl"),
-    "report": ("done/metrics.jsonl", "report done"), "patch": ("done/patch.safetensors", "apply model done/patch.safetensors out"),
+    "report": ("done/metrics.jsonl", "report done"), "patch": ("done/patch.safetensors",
+                                                               "apply model done/patch.safetensors out"),
     "stage of the run": ("begun/forget/model.safetensors", B + " --out begun"),
-    "command line": ("", T + " --samples s.jsonl --p 5 --improve-lr 1e-4 --temperature 0.7 --dtype fp32 --test test.jsonl"),
+    "command line": ("",
+                     T + " --samples s.jsonl --p 5 --improve-lr 1e-4 --temperature 0.7 --dtype fp32 --test test.jsonl"),
     "command line, eval": ("", E + " --limit 2 --dtype fp32 --prompt none")}
 
 
@@ -107,7 +124,8 @@ def make_world(place: Path) -> None:
     where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
     for file in set(where.values()):
         save_file({n: t for n, t in state.items() if where[n] == file}, place / "shards" / file)
-    (place / "shards/model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    (place / "shards/model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1},
+                                                                           "weight_map": where}))
     save_mask(shaped(), place / "m.safetensors")
     from allo_mini.log import Log
     step = Log.step
@@ -211,7 +229,8 @@ def change_tensors(data: bytes, rng) -> bytes:
     size = struct.unpack("<Q", data[:8])[0]
     header, body = data[8:8 + size], data[8 + size:]
     if kind < 0.1:
-        wrong = rng.choice([0, 1, size - 1, size + 1, size + 8, len(data), 1 << 31, 1 << 40, (1 << 63) - 1, (1 << 64) - 1])
+        wrong = rng.choice([0, 1, size - 1, size + 1, size + 8, len(data), 1 << 31, 1 << 40, (1 << 63) - 1,
+                            (1 << 64) - 1])
         return struct.pack("<Q", wrong) + header + body
     if kind < 0.6:
         header = json.dumps(change_json(json.loads(header), rng)).encode()
@@ -225,8 +244,10 @@ def change_tensors(data: bytes, rng) -> bytes:
 def change_words(words: list[str], rng) -> list[str]:
     """Damage a command line."""
     words, at = list(words), rng.randrange(1, len(words))
-    other = rng.choice(["", "-1", "0", "nan", "inf", "1e400", "x", "\ud800", "a\0b", "n" * 5000, "--", "-", "--p", "--help-me", "é", " ",
-                        "t.jsonl", "model", ".", "/", "/dev/null", "/proc/self/mem", "1" * 5000, "auto", "meta", "cuda:0:1", "cpu:0"])
+    other = rng.choice(["", "-1", "0", "nan", "inf", "1e400", "x", "\ud800", "a\0b", "n" * 5000, "--", "-", "--p",
+                        "--help-me", "é", " ",
+                        "t.jsonl", "model", ".", "/", "/dev/null", "/proc/self/mem", "1" * 5000, "auto", "meta",
+                        "cuda:0:1", "cpu:0"])
     kind = rng.randrange(4)
     if kind == 0:
         words[at] = other
@@ -268,7 +289,8 @@ def damage(place: Path, name: str, command: str, rng) -> list[str]:
     data = path.read_bytes()
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         kind = rng.random()
-        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError, struct.error):  # damaged before
+        with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError, RecursionError,
+                                 struct.error):  # damaged before
             if path.suffix == ".safetensors" and kind < 0.85:
                 data = change_tensors(data, rng)
             elif path.suffix == ".json" and kind < 0.75:
@@ -317,7 +339,9 @@ def trial(world: Path, place: Path, kind: str, seed: str) -> str:
         return f"CODE {code}: {said[:300]!r}"
     after = state_of(place)
     begun = {"begun", "done", "half"} & {*words} or (place / "run").exists() and "run" not in before
-    lost = [f for f in before if before[f] != after.get(f) and before[f] and not (begun and f.startswith(("begun", "done", "half")))]
+    lost = [f for f in before if before[f] != after.get(f) and before[f] and not (begun and f.startswith(("begun",
+                                                                                                          "done",
+                                                                                                          "half")))]
     if lost:
         return f"CHANGED {lost}: {said}"
     return ("refused late: " if begun and not {"begun", "done", "half"} & {*words} else "refused: ") + said.strip()
