@@ -61,8 +61,8 @@ def atomic(target: Path, size: int = 0):
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Delete a file, a link or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -121,8 +121,7 @@ def lock(folder: Path) -> None:
 
     Raises UserError when another process holds it.
     """
-    if folder in HELD:
-        HELD.pop(folder).close()
+    HELD.pop(folder, None)  # and with it this process's own lock
     with writing(folder / ".lock"):
         HELD[folder] = (folder / ".lock").open("a+")
     with contextlib.suppress(ImportError):

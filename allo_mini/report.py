@@ -108,7 +108,8 @@ def reprint(run: Run) -> bool:
         if not (run.folder / "report.html").exists():  # the run was stopped just before
             try_report(run.folder)
         say(f"{run.folder}: this run is finished\n\n" + str(read_json(path).get("table")))
-        prune(run)
+        if not parallel.RANK:
+            prune(run)
     return path.exists()
 
 
@@ -122,8 +123,10 @@ def try_report(folder: Path) -> str:
 
 def prune(run: Run) -> None:
     """A finished run keeps its last --keep big outputs; the same command with --restart makes the others again."""
+    for state in run.folder.glob(".*.state.safetensors"):  # a run was killed between finishing a stage and saying so
+        remove(state)
     there = [path for name in BIG if (path := run.folder / name).exists()]
-    for path in there[:-run.cfg.keep] if run.cfg.keep and not parallel.RANK else ():
+    for path in there[:-run.cfg.keep] if run.cfg.keep else ():
         remove(path)
         say(f"--keep {run.cfg.keep}: deleted {path}")
 
@@ -157,7 +160,8 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         say(f"{name + ' model':>12}  {folder}")
     say(f"{'report':>12}  {try_report(run.folder)}")
     say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
-    prune(run)
+    if not parallel.RANK:
+        prune(run)
 
 
 # ---- report.html: each function reads the artefacts of one section and returns what the template shows ------

@@ -91,8 +91,6 @@ class Run:
         parallel.wait()  # all have looked, rank 0 may write
         if found or (parallel.RANK and not ranks):
             say(f"{name}: found {target}, skipped")
-            if not parallel.RANK:
-                self.state_file(name).unlink(missing_ok=True)
             yield None
             parallel.wait()
             return

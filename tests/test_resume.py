@@ -146,7 +146,9 @@ def shorter(folder):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-CHANGES = [("mask", lambda f: reversed_bits(f / "mask.safetensors"), "another mask"),
+CHANGES = [("config.json", lambda f: (f / "config.json").write_bytes((f / "config.json").read_bytes() + b" "),
+            "another config.json"),
+           ("mask", lambda f: reversed_bits(f / "mask.safetensors"), "another mask"),
            ("model", lambda f: shutil.copyfile(f / "sft/model.safetensors", f / "forget/model.safetensors"),
             "another model"),
            ("truncated", shorter, "not a complete safetensors"),
@@ -252,7 +254,7 @@ def small_files(size):
 
 
 def test_a_write_that_fails_leaves_the_last_good_state(world, whole, tmp_path, capfd):
-    """The kernel refuses files of more than 60 kB: checkpoints and models do not fit, metrics do."""
+    """The kernel refuses files of more than 60 kB: checkpoints and models do not fit, what is there stays."""
     command = arguments(world, tmp_path / "run", *OPTIONS)
     assert in_child(lambda: train.main(command), at_step("sft", 3)) == -signal.SIGKILL
     before = results_of(tmp_path / "run")
@@ -264,6 +266,14 @@ def test_a_write_that_fails_leaves_the_last_good_state(world, whole, tmp_path, c
     assert not [d for d in difference(before, results_of(tmp_path / "run")) if d != "metrics.jsonl"]
     assert train.main(command) == 0
     assert difference(results_of(whole), results_of(tmp_path / "run")) == []
+
+
+def test_a_memory_mapped_file_is_made_only_where_there_is_room(world, tmp_path, capfd):
+    """Without the room a write into the mapping would end the process by a signal."""
+    command = arguments(world, tmp_path / "run", "--locate", "gradient", "--no-dpo-baseline", "--token-weights", "edit")
+    assert in_child(lambda: train.main(command), small_files(60_000)) == 2
+    errors = capfd.readouterr().err
+    assert ".locate-0.tmp: cannot be written: File too large; 131,712 bytes are needed" in errors, errors
 
 
 def test_missing_bytes_are_told_before_a_stage_begins(world, tmp_path, monkeypatch, capsys):
