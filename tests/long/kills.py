@@ -2,32 +2,33 @@
 
     python tests/long/kills.py [--count 30] [--seed 1]
 
-The demo model runs through all stages once undisturbed. Then the same run is killed, again and again: half of the times
-after a random time, half of the times at a random write (before it, or when half of it is on the disk); whenever a run
-reaches its end, everything it left (weights, metrics, sampled texts, answers, masks, scores) must equal the undisturbed
+The demo model runs through all stages once undisturbed. Then the same run is killed, again and again: after a random
+time, at a random write (before it, or when half of it is on the disk), or inside a random stage; whenever a run reaches
+its end, everything it left (weights, metrics, sampled texts, answers, masks, scores) must equal the undisturbed
 run's bit for bit, and the next run begins.
 """
 
 import argparse
 import collections
 import contextlib
-import io
+import json
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
 import torch  # noqa: E402
-from kill import at_write, difference, results_of  # noqa: E402
+from kill import at_write, die, difference, on_call, results_of  # noqa: E402
 
 import train  # noqa: E402
-from allo_mini import tasks, template  # noqa: E402
+from allo_mini import run as run_module, tasks, template  # noqa: E402
 
 ARGUMENTS = ("--limit 24 --test-limit 12 --n 4 --sample-batch 32 --sft --sft-epochs 1 --eval-every 2 --val-rows 4 --max-steps 4 "
              "--max-new-tokens 60 --save-minutes 0").split()
@@ -56,6 +57,16 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def in_stage(name: str, delay: float):
+    """Die `delay` seconds after a stage, or the test of a model, has begun."""
+    def arm(go, args):
+        if name in args[1:4:2]:  # Run.stage(self, name, ...), Run.evaluate(self, model, rows, name)
+            threading.Timer(delay, die).start()
+        return go()
+    on_call(run_module.Run, "stage", arm)
+    on_call(run_module.Run, "evaluate", arm)
+
+
 def stage_of(folder: Path) -> str:
     """The part of the method that a killed run was in: the first whose result is missing."""
     return next((part for part, name in PARTS if not (folder / name).exists()), "end")
@@ -80,10 +91,12 @@ def main() -> int:
             os._exit = lambda code: (os.write(write, str(-left[0]).encode()), end(code))
         assert wait(begin(whole, counting)) == 0, (Path(place) / "said.txt").read_text()
         seconds, writes, expected = time.monotonic() - began, int(os.read(read, 20)), results_of(whole)
+        spent = json.loads((whole / "results.json").read_text())["seconds"]
         print(f"undisturbed: {seconds:.1f} s, {writes} writes, {len(expected)} files", flush=True)
         while sum(kills.values()) < args.count or folder.exists():
             last = sum(kills.values()) >= args.count  # only to finish the run that was killed last
-            if last or rng.random() < 0.5:
+            choice = "time" if last else rng.choice(["time", "write", "stage"])
+            if choice == "time":
                 kind, pid = "time", begin(folder)
                 deadline = time.monotonic() + (1e9 if last else rng.uniform(0, seconds))
                 while (status := os.waitpid(pid, os.WNOHANG)) == (0, 0):
@@ -93,6 +106,10 @@ def main() -> int:
                         deadline = 1e18
                     time.sleep(0.001)
                 code = os.waitstatus_to_exitcode(status[1])
+            elif choice == "stage":
+                name, part = rng.choice(list(spent)), rng.random()
+                kind = "in the stage"
+                code = wait(begin(folder, lambda: in_stage(name, part * spent[name])))
             else:
                 torn, number = rng.random() < 0.6, rng.randint(1, writes)
                 kind = "half a write" if torn else "a write"
