@@ -172,6 +172,8 @@ def write_model(model: CausalLM, folder: Path) -> None:
 
 def save_model(model: CausalLM, folder: str | Path) -> None:
     """Save in Hugging Face format to a new folder, all or nothing. Raises UserError when the folder exists."""
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already; nothing was overwritten")
     size = sum(p.numel() for p in model.parameters()) * model.model.embed_tokens.weight.itemsize
     with atomic(folder, size) as temporary:
         temporary.mkdir()
