@@ -236,8 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: lower --sample-batch, --micro-tokens or --max-length", file=sys.stderr)

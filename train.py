@@ -249,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run_all(open_run(cfg))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"error: {memory.advice(cfg)}", file=sys.stderr)

@@ -598,8 +598,8 @@ HEADERS = {"no header": header(lambda t: t, 0), "a header of 1 byte": header(lam
            "sizes that overflow": first(shape=[1 << 40, 1 << 40]),
            "a size of a half": first(shape=[0.5]), "no shape": first(shape=None), "unknown dtype": first(dtype="F31"),
            "dtype that does not fit": first(dtype="I64"),
-           "a name twice": header(lambda t: json.dumps(t).encode()[:-1] + b',"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-                                  b',"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+           "a name twice": header(lambda t: json.dumps(t).encode()[:-1] + b',"a":{"dtype":"F32","shape":[0],"data_offsets":'
+                                  b'[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
            "cut off": lambda data: data[:-1], "something behind": lambda data: data + b"\0" * 8,
            "seven bytes": lambda data: data[:7]}
 
@@ -689,6 +689,15 @@ CHANGED = [("config.json", "[]"), ("config.json", '{"config": 5, "files": 5, "ma
            ("token_weights.jsonl", '{"input": "a", "output": "b", "reward": ["x"]}\n'),
            ("mask.safetensors", ""), ("mask.safetensors", b"\x08\0\0\0\0\0\0\0{}      "),
            ("forget/model.safetensors", "x"), ("forget/config.json", "{}")]
+
+
+def test_a_folder_where_the_run_keeps_a_file(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, place := tmp_path / "place")
+    monkeypatch.chdir(place)
+    (place / "run/results.json").unlink()
+    (place / "run/metrics.jsonl").unlink()
+    (place / "run/metrics.jsonl").mkdir()
+    refused(FULL, ["run/metrics.jsonl", "Is a directory"], place, capsys)
 
 
 @pytest.mark.parametrize("name, content", CHANGED, ids=[f"{n} {str(c)[:24]}" for n, c in CHANGED])

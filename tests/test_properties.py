@@ -11,7 +11,8 @@ from allo_mini.logprobs import micro_batches, pack
 from allo_mini.mask import select_neurons
 from allo_mini.tokenizer import Tokenizer
 
-ALPHABET = list("aab  \n\t.,19=+é😀ß\u0301\u200d中\x00\u2028") + ["The answer is", "</s>", "<s>", "doubles", "\r\n", "  "]
+ALPHABET = [*"aab  \n\t.,19=+é😀ß\u0301\u200d中\x00\u2028", "The answer is",
+            "</s>", "<s>", "doubles", "\r\n", "  "]
 
 
 def some_text(rng, longest=12):

@@ -30,8 +30,8 @@ from kill import at_write, die, difference, on_call, results_of  # noqa: E402
 import train  # noqa: E402
 from allo_mini import run as run_module, tasks, template  # noqa: E402
 
-ARGUMENTS = ("--limit 24 --test-limit 12 --n 4 --sample-batch 32 --sft --sft-epochs 1 --eval-every 2 --val-rows 4 --max-steps 4 "
-             "--max-new-tokens 60 --save-minutes 0").split()
+ARGUMENTS = ("--limit 24 --test-limit 12 --n 4 --sample-batch 32 --sft --sft-epochs 1 --eval-every 2 --val-rows 4 "
+             "--max-steps 4 --max-new-tokens 60 --save-minutes 0").split()
 PARTS = [("sft", "sft"), ("sample", "samples.jsonl"), ("dpo", "dpo"), ("warmup", "movement.safetensors"),
          ("locate", "mask.safetensors"), ("reward", "reward"), ("score", "token_weights.jsonl"), ("forget", "forget"),
          ("improve", "improve"), ("test SFT", "eval-SFT.jsonl"), ("test DPO", "eval-DPO.jsonl"),
@@ -128,8 +128,8 @@ def main() -> int:
     for part in [*dict.fromkeys(part for part, _ in PARTS), "end"]:
         found = {kind: n for (where, kind), n in sorted(kills.items()) if where == part}
         print(f"{part:10}", sum(found.values()), found)
-    print(f"{sum(kills.values())} kills in {runs} runs: {runs - wrong} runs ended bit for bit as the undisturbed one, {wrong} did "
-          f"not; {time.monotonic() - began:.0f} s")
+    print(f"{sum(kills.values())} kills in {runs} runs: {runs - wrong} runs ended bit for bit as the undisturbed one, "
+          f"{wrong} did not; {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
 
 

@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
 from helpers import tiny_model, write_tokenizer  # noqa: E402
-from test_bad_input import GOOD, TEMPLATE, lines, shaped, task  # noqa: E402
+from test_bad_input import GOOD, TEMPLATE, lines, shaped  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
@@ -37,8 +37,9 @@ from allo_mini.files import save_mask  # noqa: E402
 from allo_mini.report import write_report  # noqa: E402
 
 os.fsync = lambda handle: None
-SHORT = "--max-steps 1 --max-new-tokens 2 --max-length 1200 --no-dpo-baseline --locate gradient --token-weights edit --n 2"
-T, P = f"train --model model --train t.jsonl {SHORT} --out run", f"train --model model --pairs p.jsonl {SHORT} --out run"
+SHORT = ("--max-steps 1 --max-new-tokens 2 --max-length 1200 --no-dpo-baseline --locate gradient --token-weights edit "
+         "--n 2 --out run")
+T, P = f"train --model model --train t.jsonl {SHORT}", f"train --model model --pairs p.jsonl {SHORT}"
 B = T.replace("--out run", "--samples s.jsonl --save-minutes 0 --improve-batch 2").replace("--max-steps 1",
                                                                                            "--max-steps 2")
 E = "eval --model model --test t.jsonl --max-new-tokens 2 --out run"
@@ -309,7 +310,8 @@ def damage(place: Path, name: str, command: str, rng) -> list[str]:
 # ---- the trial ---------------------------------------------------------------------------------------------
 
 def state_of(place: Path) -> dict:
-    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() and not p.is_symlink() else None for p in place.rglob("*")}
+    return {str(p.relative_to(place)): p.read_bytes() if p.is_file() and not p.is_symlink() else None
+            for p in place.rglob("*")}
 
 
 def trial(world: Path, place: Path, kind: str, seed: str) -> str:
@@ -377,8 +379,8 @@ def main() -> int:
     for kind, found in outcomes.items():
         print(f"{kind:24}", dict(found))
     total = sum(sum(found.values()) for found in outcomes.values())
-    print(f"{total} mutants tried, {total - bad} survived (refused in one line with exit code 2, or harmless), {bad} not; "
-          f"{time.monotonic() - began:.0f} s")
+    print(f"{total} mutants tried, {total - bad} survived (refused in one line with exit code 2, or harmless), "
+          f"{bad} not; {time.monotonic() - began:.0f} s")
     return 1 if bad else 0
 
 
