@@ -12,7 +12,7 @@ import threading
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS, MEMORY, CHARACTERS = 10, 1 << 30, 1 << 24  # for one rendering
+SECONDS, MEMORY, BYTES = 10, 1 << 30, 1 << 24  # for one rendering
 WORKERS = []  # the process, once it was needed
 
 
@@ -64,7 +64,7 @@ def serve() -> None:
         template, values = json.loads(line)
         try:
             text = compiled(template).render(values)
-            answer = [text, None] if len(text) <= CHARACTERS else [None, f"it writes more than {CHARACTERS} characters"]
+            answer = [text, None] if len(text.encode()) <= BYTES else [None, f"it writes more than {BYTES} bytes"]
         except Exception as e:  # a template can fail in any way; it is the checkpoint's data
             answer = [None, str(e) or type(e).__name__]
         print(json.dumps(answer), flush=True)

@@ -39,7 +39,7 @@ class Tokenizer:
     def _special(self, key: str) -> str | None:
         value = self.settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and (not isinstance(value, str) or self.inner.token_to_id(value) is None):
+        if value is not None and (not isinstance(value, str) or value not in self.inner.get_vocab()):
             raise UserError(f"{self.folder / 'tokenizer_config.json'}: {key} {value!r} is not in the vocabulary")
         return value
 

@@ -642,7 +642,7 @@ def test_config_json(key, value, place, capsys):
 
 
 TOKENS = [("eos_token", ["</s>"]), ("eos_token", {"content": 5}), ("eos_token", {"content": "<end>"}),
-          ("eos_token", ""), ("bos_token", 7),
+          ("eos_token", ""), ("eos_token", "\ud800"), ("bos_token", 7),
           ("bos_token", "<begin>"), ("bos_token", {"content": ["<s>"]})]
 
 

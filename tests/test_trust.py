@@ -47,7 +47,8 @@ FORBIDDEN = ["{{ messages.append(1) }}", "{{ messages[0].update(role='x') }}", "
              "{{ ''.__class__.__base__.__subclasses__() }}", "{{ cycler.__init__.__globals__.os }}",
              "{{ lipsum.__globals__['os'].popen('id') }}", "{{ raise_exception.__globals__.os }}",
              "{% include '/etc/passwd' %}", "{% import 'os' as os %}{{ os }}", "{% extends 'base.html' %}",
-             "{{ range(10**7) | list }}", "{{ self.__init__.__globals__ }}", "{{ x.y }}"]
+             "{{ range(10**7) | list }}", "{{ self.__init__.__globals__ }}", "{{ x.y }}",
+             "\ud800{{ messages[0].content }}"]
 
 
 @pytest.mark.parametrize("text", FORBIDDEN)
