@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import (atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
-                                  write_jsonl)
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, shard_files
 from allo_mini.config import Config, Parser, add_knob, check, number, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
+from allo_mini.disk import write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
 from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
@@ -88,12 +88,7 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
                 raise UserError(f"{target}: exists already, and eval.py did not write it; choose another --out")
             if other := [f"{k} ({old.get(k)!r}, now {v!r})" for k, v in mine.items() if old.get(k) != v]:
                 raise UserError(f"{target}: made with another {', another '.join(other)}; choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({**record, **asked}, indent=2) + "\n")
-    except OSError as e:
-        raise UserError(f"{out}: cannot be written: {e.strerror}") from None
+    write_text(path, json.dumps({**record, **asked}, indent=2) + "\n")
 
 
 def state_of(path: Path) -> list[int]:
@@ -142,12 +137,9 @@ def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> N
     rows = [row for _, row in read_jsonl(file)]
     for name, answers in for_judges(task, rows, items, folder.parent.name).items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            with atomic_file(path) as temporary:
-                texts = [json.dumps(row, ensure_ascii=False) for row in answers]
-                whole = "\n".join(texts) if path.suffix == ".jsonl" else "[" + ",\n".join(texts) + "]"
-                temporary.write_text(whole + "\n", encoding="utf-8")
+            texts = [json.dumps(row, ensure_ascii=False) for row in answers]
+            write_text(path, ("\n".join(texts) if path.suffix == ".jsonl" else "[" + ",\n".join(texts) + "]") + "\n")
         say(f"{file}: for its judge: {path}")
 
 
@@ -244,8 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print("error: out of GPU memory: lower --sample-batch, --micro-tokens or --max-length", file=sys.stderr)

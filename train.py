@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, memory, parallel, tasks
-from allo_mini.checkpoint import write_jsonl
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
+from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
-from allo_mini.files import append_rows, keep_whole, load_mask, load_tensors, read_samples, read_weights, save_mask
+from allo_mini.files import load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE, forget_importance, gradient_importance, importance_mask, located
 from allo_mini.log import progress, say
@@ -249,8 +249,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run_all(open_run(cfg))
         return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
         print(f"error: {memory.advice(cfg)}", file=sys.stderr)

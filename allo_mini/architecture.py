@@ -72,7 +72,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
 
     def number(values, key, low):
         value = values.get(key)
-        need(type(value) in (int, float) and low < value < math.inf, key, value, f"a number above {low}")
+        need(type(value) in (int, float) and low < value < 1e38, key, value, f"a number above {low} and below 1e38")
         return float(value)
 
     names, act = raw.get("architectures"), raw.get("hidden_act")

@@ -3,13 +3,11 @@
 Only safetensors, only the files we name, no code from anywhere. What is saved loads in transformers and vLLM.
 """
 
-import contextlib
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,79 +15,44 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allo_mini import UserError
+from allo_mini.disk import atomic
 from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
+from allo_mini.log import say
 from allo_mini.mask import put
 from allo_mini.model import CausalLM, parse_config
 from allo_mini.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "generation_config.json")
-DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+DOWNLOADS = ["config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+             *TOKENIZER_FILES]
+NOT_KEPT = ("torch_dtype", "dtype", "_name_or_path", "auto_map")  # of config.json: somebody's paths, somebody's code
 SHARD = 4 << 30  # bytes of one weights file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@contextlib.contextmanager
-def atomic_folder(target: Path):
-    """Yield a temporary sibling folder; it becomes `target` in one rename when the block ends well."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp and safetensors make private ones
-        for path in temporary.iterdir():
-            path.chmod(0o644)
-            with path.open("rb+") as f:  # Windows syncs writable files only
-                os.fsync(f.fileno())
-        if target.exists():
-            raise UserError(f"{target}: exists already; nothing was overwritten")
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def atomic_file(target: Path):
-    """Yield a temporary path in the same folder; it replaces `target` in one rename when the block ends well."""
-    target = Path(target)
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        with temporary.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_jsonl(path: Path, rows) -> None:
-    """Write an iterable of dicts, one JSON object a line, atomically."""
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as f:
-        for row in rows:
-            f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def find_folder(path_or_id: str, revision: str | None = None) -> Path:
-    """A local folder as it is; otherwise a hub id, downloaded (or found in the cache) with only the files we need."""
+    """A local folder as it is; otherwise a hub id (owner/name, or owner/name@revision), downloaded or found in the
+    cache, with only the files we name."""
     if os.path.isdir(path_or_id):
         if revision:
             raise UserError(f"--revision is {revision}, but {path_or_id} is a local folder, which has no revisions")
         return Path(path_or_id)
-    if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)):
+    name, _, commit = path_or_id.partition("@")
+    if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=DOWNLOADS))
-    except Exception as online:  # no network, no such repository, no access: the cache may still have it
+    commit, reasons = commit or revision, []
+    for cached in (False, True):  # no network, no such repository, no access: the cache may still have it
         try:
-            return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=DOWNLOADS,
-                                          local_files_only=True))
-        except Exception:
-            reason = str(online).strip().split("\n")[0][:200] or type(online).__name__
-            raise UserError(f"{path_or_id}: no such local folder, and the hub did not give it: {reason}") from None
+            folder = Path(snapshot_download(name, revision=commit, allow_patterns=DOWNLOADS, local_files_only=cached))
+            if commit != folder.name:
+                say(f"{name}: this is commit {folder.name}; {name}@{folder.name} pins it")
+            return folder
+        except Exception as e:
+            reasons.append(str(e).strip().split("\n")[0][:200] or type(e).__name__)
+    raise UserError(f"{path_or_id}: no such local folder, and the hub did not give it: {reasons[0]}")
 
 
 def shard_files(folder: Path) -> dict[str, Path]:
@@ -100,8 +63,8 @@ def shard_files(folder: Path) -> dict[str, Path]:
         if not isinstance(table, dict):
             raise UserError(f"{index}: weight_map is missing")
         for file in table.values():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index}: {file!r} is not a plain file name")
+            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+                raise UserError(f"{index}: {file!r} is not a plain file name (NAME.safetensors)")
         return {name: folder / file for name, file in table.items()}
     if not single.exists():
         raise UserError(f"{folder}: no weights (model.safetensors or model.safetensors.index.json)")
@@ -191,7 +154,7 @@ def write_model(model: CausalLM, folder: Path) -> None:
             shards, size = [*shards, []], 0
         shards[-1].append(name)
         size += p.numel() * dtype.itemsize
-    raw = {k: v for k, v in model.config.raw.items() if k not in ("torch_dtype", "dtype")}
+    raw = {k: v for k, v in model.config.raw.items() if k not in NOT_KEPT}
     (folder / "config.json").write_text(json.dumps({**raw, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
     files, table = shard_files(model.folder) if model.folder else {}, {}
     for i, names in enumerate(shards, 1):  # a shard at a time: host memory never holds the whole model
@@ -209,7 +172,11 @@ def write_model(model: CausalLM, folder: Path) -> None:
 
 def save_model(model: CausalLM, folder: str | Path) -> None:
     """Save in Hugging Face format to a new folder, all or nothing. Raises UserError when the folder exists."""
-    with atomic_folder(Path(folder)) as temporary:
+    if os.path.lexists(folder):
+        raise UserError(f"{folder}: exists already; nothing was overwritten")
+    size = sum(p.numel() for p in model.parameters()) * model.model.embed_tokens.weight.itemsize
+    with atomic(folder, size) as temporary:
+        temporary.mkdir()
         write_model(model, temporary)
 
 

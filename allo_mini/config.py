@@ -72,6 +72,9 @@ class Config:
                        "alpaca for task rows, none for strings, chat template for message lists)")
     max_length: int = knob(1200, "input", "TOKENS", "prompt and response together at most", "official", at_least=8)
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
+    restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
+    keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "
+                     "movement.safetensors, reward, forget, improve (0: all)")
     seed: int = knob(2023, "input", "NUMBER", "of data order, sampling and splits", "official")
 
     samples: str = knob("", "own files", "FILE", "{input, samples}, JSONL: replaces the sample stage")
@@ -116,6 +119,8 @@ class Config:
     micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
     micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
     dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
+    deterministic: bool = knob(False, "training", "", "on CUDA too, where attention and embedding otherwise sum gradients "
+                               "in any order, so that the last bits of two runs differ; slower")
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from allo_mini.checkpoint import save_model, write_jsonl
+from allo_mini.checkpoint import save_model
 from allo_mini.config import Config
 from allo_mini.data import Task
+from allo_mini.disk import write_jsonl
 from allo_mini.model import CausalLM, parse_config
 
 FOLDER = Path(__file__).parent / "demo"  # trained by this project's own sft stage, see the README

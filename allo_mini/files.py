@@ -1,7 +1,5 @@
 """The artefacts stages hand to each other, read back and checked: samples, token weights, masks, importance."""
 
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -9,29 +7,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_mini import UserError
-from allo_mini.checkpoint import atomic_file, open_safetensors
+from allo_mini.checkpoint import open_safetensors
 from allo_mini.data import Negative, messages_of, text_of
+from allo_mini.disk import atomic
 from allo_mini.jsonio import read_jsonl
 from allo_mini.mask import PackedMask, mask_metadata, pack_mask, read_mask
-
-
-def append_rows(path: Path, rows) -> None:
-    """Append JSON objects to a file in one go and make sure they are on the disk."""
-    with path.open("a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def keep_whole(path: Path, group: int, total: int) -> int:
-    """Cut a file that was being appended to back to whole groups of rows (or all `total`); how many rows stay."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().split(b"\n")[:-1]  # a torn last line has no newline
-    count = len(lines) if len(lines) == total else len(lines) - len(lines) % group
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines[:count]))
-    return count
 
 
 def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
@@ -62,7 +42,7 @@ def read_weights(path: str | Path) -> list[Negative]:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
-    with atomic_file(path) as temporary:
+    with atomic(path, sum(t.nbytes for t in tensors.values())) as temporary:
         save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, temporary, metadata=metadata)
 
 

@@ -4,23 +4,24 @@ import hashlib
 import json
 import os
 import random
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from allo_mini import UserError, demo, memory, parallel
-from allo_mini.checkpoint import (DTYPES, atomic_file, eos_ids, find_folder, load_model, load_tokenizer, shard_files,
-                                  write_jsonl)
-from allo_mini.config import HOME, Config
+from allo_mini.checkpoint import (DTYPES, TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer,
+                                  shard_files)
+from allo_mini.config import HOME, Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.disk import lock, move_aside, write_jsonl, write_text, writing
 from allo_mini.files import load_mask, read_samples, read_weights
-from allo_mini.jsonio import read_json
+from allo_mini.jsonio import open_bytes, read_json
 from allo_mini.log import Log, say
 from allo_mini.model import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
+NOT_THE_RUN = ("out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -41,57 +42,45 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     return device, DTYPES[("bf16" if bf16 else "fp32") if dtype == "auto" else dtype]
 
 
-def file_print(path: Path) -> str:
-    """A fingerprint of a file: size and a hash of all of it, or of both ends where it is large."""
-    size, edge = path.stat().st_size, 32 << 20
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as f:
-        digest.update(f.read(edge))
-        if size > edge:
-            f.seek(-min(edge, size - edge), 2)
-            digest.update(f.read())
-    return digest.hexdigest()[:16]
-
-
 def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
-    """Name -> fingerprint of everything the run reads: data files, own artefacts, the model's files."""
+    """Name -> hash of everything the run reads: data files, own artefacts, all that counts in the models' folders."""
     files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs, cfg.samples, cfg.mask, cfg.token_weights_file} - {""}
-    files |= {str(base / "config.json"), str(base / "tokenizer.json"), *map(str, shard_files(base).values())}
-    for folder in (cfg.reward_base, cfg.reward_model):
-        files |= {str(f) for f in shard_files(find_folder(folder)).values()} if folder else set()
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"{file}: file not found")
-    return {Path(file).name + "@" + hashlib.sha256(file.encode()).hexdigest()[:6]: file_print(Path(file))
-            for file in sorted(files)}
+    for folder in (base, *(find_folder(name) for name in (cfg.reward_base, cfg.reward_model) if name)):
+        names = {"config.json", *TOKENIZER_FILES, *(file.name for file in shard_files(folder).values())}
+        files |= {str(folder / name) for name in names if (folder / name).exists()}
+    prints = {}
+    for file in sorted(files):
+        with open_bytes(file) as f:
+            name = f"{Path(file).name}@{hashlib.sha256(file.encode()).hexdigest()[:6]}"
+            prints[name] = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    return prints
 
 
-def claim_folder(cfg: Config, base: Path, threads: dict) -> Path:
-    """Make the run folder, or find the same run in it. Raises UserError saying what differs otherwise."""
+def claim_folder(cfg: Config, base: Path, machine: dict) -> Path:
+    """Make and lock the run folder, or find the same run in it. Raises UserError saying what differs otherwise."""
     data = [*cfg.pairs, *cfg.train, "demo"][0]
     folder = Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
-    settings = {k: v for k, v in asdict(cfg).items() if k not in ("out", "save_minutes", "stages")}
-    settings |= {f"{stage}_{k}": v for stage, s in cfg.stages.items() for k, v in asdict(s).items()}
-    settings = json.loads(json.dumps(settings).replace(HOME, '"~/'))  # names of people stay out of the file
-    mine = {"config": settings, "files": fingerprints(cfg, base), **threads}
-    path = folder / "config.json"
-    if os.path.isfile(path):  # False, not an exception, for a name that is too long
-        theirs = read_json(path)
-        for part in mine:
-            old = theirs.get(part) if isinstance(theirs.get(part), dict) else {}
-            for key in {**old, **mine[part]}:
-                if old.get(key) != mine[part].get(key):
-                    raise UserError(f"{folder}: holds a run with another {key} ({old.get(key)!r}, now "
-                                    f"{mine[part].get(key)!r}); choose another --out")
-        return folder
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(mine, indent=2) + "\n")
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written: {e.strerror}") from None
+    settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
+    text = json.dumps({"config": settings, "files": fingerprints(cfg, base), "machine": machine}, indent=2)
+    text = text.replace(HOME, '"~/')  # names of people stay out of the file
+    path, mine = folder / "config.json", json.loads(text)
+    with writing(folder):
+        there = [name for name in os.listdir(folder) if name[0] != "."] if folder.is_dir() else [""] * folder.exists()
+    if there and ("config.json" not in there or not mine.keys() <= read_json(path).keys()):
+        raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
+    if not parallel.RANK:
+        lock(folder)
+        if there and cfg.restart:
+            say(f"--restart: what was {folder} is now {move_aside(folder)}")
+            lock(folder)
+        if not path.exists():
+            write_text(path, text + "\n")
+    theirs = read_json(path)
+    olds = {part: theirs[part] if isinstance(theirs[part], dict) else {} for part in mine}
+    differ = [f"another {key} ({old.get(key)!r}, now {mine[part].get(key)!r})" for part, old in olds.items()
+             for key in {**old, **mine[part]} if old.get(key) != mine[part].get(key)]
+    if differ:
+        raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
     return folder
 
 
@@ -225,6 +214,9 @@ def open_run(cfg: Config) -> Run:
     """Check everything that can be checked without training, then claim the run folder."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
     device = parallel.join(device)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product starts
+        torch.use_deterministic_algorithms(True)
     base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None)
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
@@ -248,7 +240,7 @@ def open_run(cfg: Config) -> Run:
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     for rank in (0, 1):  # rank 0 makes the folder, then the others find it
         if bool(parallel.RANK) == bool(rank):
-            run.folder = claim_folder(cfg, base, {"machine": {"device": device.split(":")[0], "dtype": str(dtype), **threads}})
+            run.folder = claim_folder(cfg, base, {"device": device.split(":")[0], "dtype": str(dtype), **threads})
         parallel.wait()
     run.log = Log(run.folder)
     if is_demo and not parallel.RANK and not (run.folder / "test.jsonl").exists():

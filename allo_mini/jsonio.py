@@ -1,18 +1,21 @@
 """JSON and JSONL files -> dicts. Whatever is wrong with a file ends in one line that names it and the place."""
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
 
 from allo_mini import UserError
 
-MAX_LINE = 64 << 20  # bytes; a longer line is no row of ours
+MAX_LINE = 16 << 20  # bytes; a longer line is no row of ours
 
 
+@contextlib.contextmanager
 def open_bytes(path: str | Path):
-    """The file, open for reading. Raises UserError."""
+    """The file, open for reading. Raises UserError, also when reading it fails."""
     try:
-        return open(path, "rb")
+        with open(path, "rb") as f:
+            yield f
     except (OSError, ValueError) as e:  # ValueError: a name that no file can have
         raise UserError(f"{path}: cannot be read: {getattr(e, 'strerror', e)}") from None
 

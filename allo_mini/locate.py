@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from allo_mini.data import Example
+from allo_mini.disk import reserve
 from allo_mini.files import load_mask, save_mask
 from allo_mini.log import progress
 from allo_mini.logprobs import by_response, pack, token_logps
@@ -31,6 +32,8 @@ def gradient_importance(run: Run, theta: Path, name: str, examples: list[Example
     """
     model, at = run.load(theta), 0
     named, groups = dict(model.named_parameters()), tensor_groups(run)
+    for i in range(1 + compare):
+        reserve(importance_file(run, name, i), 4 * run.parameters)
     stores = [torch.from_file(str(importance_file(run, name, i)), shared=True, size=run.parameters)
               for i in range(1 + compare)]  # the gradient of all examples, and of the first half of them
     for number, names in enumerate(groups, 1):
@@ -53,7 +56,7 @@ def gradient_importance(run: Run, theta: Path, name: str, examples: list[Example
 
 
 def importance_file(run: Run, name: str, i: int) -> Path:
-    return run.folder / f".{name}-{i}.importance"
+    return run.folder / f".{name}-{i}.tmp"  # the next process clears it away
 
 
 def forget_importance(run: Run, name: str) -> None:

@@ -1,7 +1,7 @@
 """What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only."""
 
-import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from allo_mini import parallel
+from allo_mini.disk import append_rows, keep_whole, rows_text, write_text
 
 
 def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
@@ -26,19 +27,20 @@ def say(*parts) -> None:
 
 
 class Log:
-    """Writes metrics.jsonl (one object a training step, appended and flushed) and the printed step lines."""
+    """Writes metrics.jsonl (one object a training step, on the disk before a checkpoint can be) and the step lines."""
 
     def __init__(self, folder: Path | None):
         self.path = Path(folder) / "metrics.jsonl" if folder and not parallel.RANK else None
         self.began = time.time()
+        if self.path:
+            keep_whole(self.path)
 
     def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """Record all `values`; print those named in `shown` as one aligned line."""
         row = {"stage": stage, "step": step, "time": round(time.time() - self.began, 2)}
         row.update({k: v if math.isfinite(v) else str(v) for k, v in values.items()})
         if self.path:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            append_rows(self.path, [row])
         columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
         width = len(str(total))
         say(f"{stage:>8} {step:>{width}}/{total}  {columns}")
@@ -46,16 +48,16 @@ class Log:
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they are about to be written again."""
         if self.path and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            keep = [x for x in lines if (row := json.loads(x)).get("stage") != stage or row.get("step", 0) <= step]
-            if len(keep) < len(lines):
-                self.path.write_text("".join(x + "\n" for x in keep))
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            of_step = [re.match(rf'{{"stage": "{stage}", "step": (\d+),', line) for line in lines]
+            write_text(self.path, "".join(x for x, m in zip(lines, of_step) if not m or int(m[1]) <= step))
 
     def note(self, stage: str, **values) -> None:
-        """Record a fact about a stage (counts, densities, seconds) without printing it."""
-        if self.path:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"stage": stage, **values}) + "\n")
+        """Record a fact about a stage (counts, densities, seconds), once, without printing it."""
+        row = {"stage": stage, **values}
+        known = self.path.read_bytes() if self.path and self.path.exists() else b""
+        if self.path and rows_text([row]).encode() not in known:
+            append_rows(self.path, [row])
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

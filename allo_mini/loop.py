@@ -52,19 +52,19 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     if objective.step0:
         steps = [with_reference(model, run.micro_batches(group))
                  for group in progress(steps, label=f"{name}: reference", unit="step")]
-    progress_of = run.checkpoint(name, optimizer, len(steps), skipped=len(every) - len(steps))
+    progress_of = run.checkpoint(name, len(steps), len(every) - len(steps), optimizer, examples, mask)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
     run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
-    bar = progress(range(progress_of.step, len(steps)), label=name, unit="step")
+    bar = progress(progress_of.steps(), total=len(steps) - progress_of.step, label=name, unit="step")
     for step in bar:
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
         group = steps[step]
         sums = accumulate_or_halve(run, model, optimizer, group, objective)
         values = {"learning_rate": optimizer.lr, "epoch": s.epochs * (step + 1) / len(steps), "loss": sums.pop("loss")}
         values |= {key: total / len(group) for key, total in sums.items()}
-        run.check_loss(name, step, values["loss"], objective.step0(group) if objective.step0 and step == 0 else None)
         values["grad_norm"] = optimizer.clip(cfg.clip)
+        run.check_numbers(name, step, values, examples, group, objective.step0 if step == 0 else None)
         optimizer.step()
         values |= run.speed(sum(map(size_of, group)))
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):

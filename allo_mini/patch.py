@@ -56,7 +56,8 @@ def read_patch(path: str | Path, shapes: dict[str, torch.Size]) -> tuple[dict[st
             if (offsets.dtype, counts.dtype, len(counts)) != (torch.uint8, torch.int16, -(-size // 256)) or not (
                     total == int(counts.sum()) == len(offsets) == len(values) and values.is_floating_point()):
                 raise ValueError(name)
-            if len(offsets) and (len(counts) - 1) * 256 * bool(counts[-1]) + int(offsets[-1]) >= size:
+            last = offsets[len(offsets) - int(counts[-1]):]  # of the last block, which may be shorter than 256
+            if len(last) and (len(counts) - 1) * 256 + int(last.max()) >= size:
                 raise ValueError(name)
             patch[name] = Selection.from_parts(shapes[name], offsets, counts), values
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:

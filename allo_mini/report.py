@@ -16,16 +16,18 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from allo_mini import UserError, parallel
-from allo_mini.checkpoint import atomic_file, open_safetensors, write_jsonl
+from allo_mini.checkpoint import open_safetensors
 from allo_mini.config import HOME
-from allo_mini.data import Example, plain, read_jsonl
+from allo_mini.data import Example, plain
+from allo_mini.disk import remove, write_jsonl, write_text
+from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
-from allo_mini.tokenizer import read_json
 
+BIG = ("sft", "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model, in the order made
 SHOWN = 12  # negatives, and rows where the models differ
 CHART = {"width": 300, "height": 110, "points": 240}  # plotting area in SVG units; more steps are averaged
 CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold
@@ -104,9 +106,29 @@ def reprint(run: Run) -> bool:
     path = run.folder / "results.json"
     if path.exists():
         if not (run.folder / "report.html").exists():  # the run was stopped just before
-            write_report(run.folder)
-        say(f"{run.folder}: this run is finished\n\n" + json.loads(path.read_text())["table"])
+            try_report(run.folder)
+        say(f"{run.folder}: this run is finished\n\n" + str(read_json(path).get("table")))
+        if not parallel.RANK:
+            prune(run)
     return path.exists()
+
+
+def try_report(folder: Path) -> str:
+    """Write report.html; returns its path or, for a run is not to fail over its report, why there is none."""
+    try:
+        return str(write_report(folder))
+    except Exception as e:  # files of the folder that were changed by hand can break anything
+        return f"could not be made ({' '.join(str(e).split())[:200]})"
+
+
+def prune(run: Run) -> None:
+    """A finished run keeps its last --keep big outputs; the same command with --restart makes the others again."""
+    for state in run.folder.glob(".*.state.safetensors"):  # a run was killed between finishing a stage and saying so
+        remove(state)
+    there = [path for name in BIG if (path := run.folder / name).exists()]
+    for path in there[:-run.cfg.keep] if run.cfg.keep else ():
+        remove(path)
+        say(f"--keep {run.cfg.keep}: deleted {path}")
 
 
 def finish(run: Run, models: dict[str, Path]) -> None:
@@ -115,26 +137,31 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     for name, folder in models.items() if run.cfg.eval and run.test else ():
         path = run.folder / f"eval-{name}.jsonl"
         if path.exists():
-            items = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            items = [row for _, row in read_jsonl(path)]
         else:
             model = run.load(folder)
             began = time.monotonic()
             items = run.evaluate(model, run.test, f"test {name}")
             run.seconds[f"test {name}"] = time.monotonic() - began
             write_jsonl(path, items)
-        results[name] = summary(items)
+        try:
+            results[name] = summary(items)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as e:
+            raise UserError(f"{path}: holds no answers of ours ({e!r}); delete it to evaluate again") from None
         rows.append(summary_row(name, results[name]))
     columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
     text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
-    with atomic_file(run.folder / "results.json") as temporary:
-        temporary.write_text(json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
-                                         "table": text, "seconds": run.seconds}, indent=2) + "\n")
+    final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
+                        "table": text, "seconds": run.seconds}, indent=2)
+    write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
     spent = ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items())
     say(f"\n{text}\n\nseconds: {spent}")
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
-    say(f"{'report':>12}  {write_report(run.folder)}")
+    say(f"{'report':>12}  {try_report(run.folder)}")
     say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
+    if not parallel.RANK:
+        prune(run)
 
 
 # ---- report.html: each function reads the artefacts of one section and returns what the template shows ------
@@ -240,8 +267,7 @@ def write_report(folder: Path) -> Path:
         compared=compare(evals), differing=differing(evals), size=CHART, curves=curves(steps), notes=notes,
         costs=costs(notes, steps, results.get("seconds", {})), masks=[density(path) for path in masks],
         tokens_seen=rows("token_examples.jsonl"))
-    with atomic_file(folder / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    write_text(folder / "report.html", page)
     return folder / "report.html"
 
 

@@ -1,34 +1,80 @@
-"""Checkpoints inside a training stage: a stage that was killed goes on from the last one, bit for bit (on CPU)."""
+"""Checkpoints inside a training stage: a stage that was killed goes on from the last one, bit for bit (on CPU).
 
+A checkpoint holds the optimizer's vectors, the step, the best weights so far and fingerprints of what it belongs to.
+No random generator is saved: the order of data follows from --seed and the step, every sample has its own stream.
+"""
+
+import hashlib
 import json
 import math
+import signal
 import time
-from pathlib import Path
+
+from torch import Tensor
 
 from allo_mini import UserError, parallel
+from allo_mini.disk import writing
 from allo_mini.files import load_tensors, save_tensors
-from allo_mini.log import Log, say
+from allo_mini.log import say
+from allo_mini.mask import mask_hash
 from allo_mini.optim import MaskedAdamW
 
 
 class StageProgress:
-    """Where a stage stands: next step, best weights so far; saved every `minutes` beside the stage."""
+    """Where a stage of `run` stands: next step, best weights so far; saved every --save-minutes beside the stage."""
 
-    def __init__(self, path: Path, stage: str, total: int, optimizer: MaskedAdamW, log: Log, minutes: float,
-                 skipped: int = 0):
-        self.path, self.stage, self.total, self.optimizer, self.minutes = path, stage, total, optimizer, minutes
-        self.step, self.skipped, self.best, self.best_master = 0, skipped, None, None
-        self.saved_at = time.monotonic()
-        if path.exists():
-            state, metadata = load_tensors(path)
-            known = json.loads(metadata["progress"])
-            self.step, self.best = known["step"], known["best"]
-            self.best_master = state.pop("best_master", None)
-            optimizer.load_state_dict(state)
-            log.rewind(stage, self.step)
+    def __init__(self, run, stage: str, total: int, skipped: int, optimizer: MaskedAdamW, examples: list, mask):
+        self.run, self.stage, self.total, self.skipped, self.optimizer = run, stage, total, skipped, optimizer
+        self.step, self.best, self.best_master, self.stopping = 0, None, None, False
+        self.path, self.saved_at = run.state_file(stage), time.monotonic()
+        rows, settings = hashlib.sha256(), hashlib.sha256((run.folder / "config.json").read_bytes())
+        for example in examples:
+            rows.update(repr(example).encode())
+        self.belongs = {"config.json": settings.hexdigest(), "rows": rows.hexdigest(), "number of steps": total,
+                        "mask": mask_hash(mask) if mask else None}
+        if self.path.exists():
+            self._load()
             say(f"{stage}: goes on after step {self.step} of {total}")
-        else:
-            log.rewind(stage, 0)
+        size = sum(t.nbytes for t in optimizer.state_dict().values())
+        with writing(self.path, size * (1 if self.step else 2) + run.parameters * run.dtype.itemsize):
+            pass  # there is room for the last checkpoint, the next one and the model
+        run.log.rewind(stage, self.step)
+
+    def _load(self) -> None:
+        """Read the checkpoint. Raises UserError when it is broken or belongs to other rows, mask or weights."""
+        state, metadata = load_tensors(self.path)
+        try:
+            known = json.loads(metadata["progress"])
+            other = [key for key in self.belongs if known["belongs"][key] != self.belongs[key]]
+            other += [] if state["start"].equal(self.optimizer.start) else ["model"]
+            if other:
+                raise UserError(f"{self.path}: of another {', '.join(other)}; delete it to begin the stage again")
+            self.step, self.best = known["step"], known["best"]
+            self.best_master = None if self.best is None else state["best_master"].view_as(self.optimizer.master)
+            fits = [state[name].shape == tensor.shape for name, tensor in self.tensors().items()]
+            if self.step not in range(self.total + 1) or not all(fits):
+                raise ValueError("its step or its tensors do not fit")
+            self.optimizer.load_state_dict(state)
+        except (LookupError, TypeError, ValueError, RuntimeError) as e:
+            raise UserError(f"{self.path}: no checkpoint of ours ({e}); delete it to begin the stage again") from None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the optimizer's state and the best weights so far."""
+        best = {} if self.best_master is None else {"best_master": self.best_master}
+        return {**self.optimizer.state_dict(), **best}
+
+    def steps(self):
+        """The numbers of the steps still to do. Ctrl-C meanwhile waits for the end of a step, where `save` acts on it."""
+        def stop(*_):
+            self.stopping = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            say(f"{self.stage}: stops after this step (Ctrl-C again: at once)")
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield from range(self.step, self.total)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def keep_if_best(self, score: float) -> None:
         """Remember the weights when they validate better than all before (the earliest of equals stays)."""
@@ -36,14 +82,15 @@ class StageProgress:
             self.best, self.best_master = score, self.optimizer.master.to("cpu", copy=True)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint when the last one is old enough; `step` steps are done."""
-        if time.monotonic() - self.saved_at < 60 * self.minutes or step == self.total or parallel.RANK:
-            return
-        state = dict(self.optimizer.state_dict())
-        if self.best_master is not None:
-            state["best_master"] = self.best_master
-        save_tensors(state, self.path, {"progress": json.dumps({"step": step, "best": self.best})})
-        self.saved_at = time.monotonic()
+        """Write a checkpoint when the last one is old enough, or Ctrl-C was pressed; `step` steps are done."""
+        due = time.monotonic() - self.saved_at >= 60 * self.run.cfg.save_minutes and step < self.total
+        if (due or self.stopping) and not parallel.RANK:
+            progress = {"step": step, "best": self.best, "belongs": self.belongs}
+            save_tensors(self.tensors(), self.path, {"progress": json.dumps(progress)})
+            self.saved_at = time.monotonic()
+        if self.stopping:
+            say(f"{self.stage}: saved after step {step} of {self.total}")
+            raise KeyboardInterrupt
 
     def finish(self) -> None:
         """Put the best weights into the model, say how far it moved, and warn when it did not."""

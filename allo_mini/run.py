@@ -13,6 +13,7 @@ from allo_mini import UserError, memory, parallel
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, save_model
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
+from allo_mini.disk import sync
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
@@ -40,6 +41,7 @@ class Run:
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # --memory's estimate: {stage: {term: bytes}}
     halved: bool = False  # memory ran out: micro-batches are half as large
     clock: float = 0.0  # when the current training step began
+    warned: set[str] = field(default_factory=set)  # stages that have been warned about
 
     @property
     def parameters(self) -> int:
@@ -99,6 +101,7 @@ class Run:
             yield target
         except torch.OutOfMemoryError:
             raise UserError(f"{name}, peak {peak_gb(self.device):.2f} GB: {memory.advice(self.cfg)}") from None
+        sync(self.folder)
         self.state_file(name).unlink(missing_ok=True)
         self.seconds[name] = time.monotonic() - began
         peak = peak_gb(self.device)
@@ -123,25 +126,36 @@ class Run:
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def checkpoint(self, name: str, optimizer, total: int, skipped: int) -> StageProgress:
+    def checkpoint(self, name: str, total: int, skipped: int, optimizer, examples, mask) -> StageProgress:
         """The stage's progress, read back when an earlier try was cut off; starts the tokens/s clock."""
         self.clock = time.monotonic()
-        return StageProgress(self.state_file(name), name, total, optimizer, self.log, self.cfg.save_minutes,
-                             skipped)
+        return StageProgress(self, name, total, skipped, optimizer, examples, mask)
 
     def speed(self, tokens: int) -> dict[str, float]:
         """tokens/s since the last call, and the peak memory so far."""
         before, self.clock = self.clock, time.monotonic()
         return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb(self.device)}
 
-    def check_loss(self, name: str, step: int, loss: float, expected: float | None) -> None:
-        """Stop on a loss that is no number; hold the first step's loss against what the mathematics says."""
-        if not math.isfinite(loss):
-            raise UserError(f"{name}, step {step + 1}: the loss is {loss}; lower --{name}-lr, or use --dtype fp32")
-        if expected is not None:
-            close = abs(loss - expected) <= 1e-4 * max(1.0, abs(expected))
-            say(f"{name}: first loss {loss:.6f}, expected {expected:.6f} where theta = theta_ref"
+    def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0) -> None:
+        """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number;
+        hold the first loss against `step0(group)`, what the mathematics says, if given; warn once when the chosen
+        responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(values[key]):
+                rows = [str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group)]
+                raise UserError(f"{name}, step {step + 1}: {key} is {values[key]}, in rows {', '.join(rows)} of "
+                                f"{len(examples)}; lower --{name}-lr or use --dtype fp32; {self.folder} keeps what was "
+                                "saved before")
+        if step0:
+            expected = step0(group)
+            close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
+            say(f"{name}: first loss {values['loss']:.6f}, expected {expected:.6f} where theta = theta_ref"
                 + ("" if close else "   <-- WARNING: reference and policy do not agree"))
+        fallen = -values.get("rewards/chosen", 0.0) / self.cfg.beta  # nats
+        if fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in self.warned:
+            self.warned.add(name)
+            say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of log-probability "
+                f"on average while the margin is up at {values['rewards/margins']:.3g}; consider a lower --{name}-lr")
 
     def validator(self):
         """model -> validation accuracy, or None when --eval-every is off."""

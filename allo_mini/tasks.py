@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from allo_mini import UserError
-from allo_mini.checkpoint import write_jsonl
 from allo_mini.data import Encoder, Negative, Pair, Task, read_jsonl
+from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import nearest
-from allo_mini.files import append_rows, keep_whole
 from allo_mini.generate import sample
 from allo_mini.log import progress, say
 from allo_mini.logprobs import score

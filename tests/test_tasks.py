@@ -330,7 +330,9 @@ def test_prepare_overwrites_nothing(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         prepare("gsm8k", source, tmp_path / "out.jsonl")
     with pytest.raises(UserError, match="No such file"):
-        prepare("gsm8k", source, tmp_path / "nowhere" / "out.jsonl")
+        prepare("gsm8k", tmp_path / "nowhere.csv", tmp_path / "new.jsonl")
+    with pytest.raises(UserError, match="a.jsonl/out.jsonl: cannot be written"):
+        prepare("gsm8k", source, source / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 

@@ -1,0 +1,146 @@
+"""Writing so that nothing is lost: a file is whole or not there, whatever kills the process or fills the disk.
+
+Everything is written under a temporary name in the same folder, flushed to the disk and renamed; files that grow are
+cut back to their last whole rows when they are opened again. A run folder belongs to one process at a time. Symbolic
+links are followed for reading (the hub's cache consists of them); writing replaces a link, never what it points to.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from allo_mini import UserError
+
+HELD = {}  # run folder -> its open lock file; the system lets go of it when the process ends, however it ends
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int = 0):
+    """Around writing `size` bytes to `path`, whose folder is made: a UserError says what is missing, where possible
+    before anything is written."""
+    free = 0
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if size > free:
+            raise OSError(errno.ENOSPC, "")
+        yield
+    except (OSError, SafetensorError) as e:
+        told = re.search(r"os error (\d+)", str(e))  # safetensors' own way to give the number
+        number = int(told[1]) if told else getattr(e, "errno", None)
+        full = (f"; {size:,} bytes are needed, {free:,} are free, {max(0, size - free):,} are missing"
+                if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "")
+        raise UserError(f"{path}: cannot be written: {os.strerror(number) if number else e}{full}; what was saved "
+                        "before stays as it is") from None
+
+
+@contextlib.contextmanager
+def atomic(target: Path, size: int = 0):
+    """Yield a temporary path beside `target` to make a file or a folder of files at; it becomes `target` in one
+    rename when the block ends well. A file is replaced, a folder that holds anything is not: UserError."""
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    with writing(target, size):
+        try:
+            remove(temporary)
+            yield temporary
+            for path in (*temporary.glob("*"), temporary):
+                path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes private files
+                sync(path)
+            os.replace(temporary, target)
+            sync(target.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on the disk."""
+    if os.name != "nt" or path.is_file():  # Windows opens no folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically."""
+    data = text.encode(errors="replace")
+    with atomic(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def rows_text(rows) -> str:
+    """An iterable of dicts, one JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows) -> None:
+    """Write an iterable of dicts, atomically."""
+    write_text(path, rows_text(rows))
+
+
+def append_rows(path: Path, rows) -> None:
+    """Append an iterable of dicts in one go and make sure they are on the disk."""
+    data = rows_text(rows).encode()
+    with writing(path, len(data)), path.open("ab") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
+    """Cut a file that was being appended to back to whole groups of rows (or all `total`); how many rows stay."""
+    if not path.exists():
+        return 0
+    *lines, torn = path.read_text(encoding="utf-8", errors="replace").split("\n")  # a whole line ends in a newline
+    count = len(lines) if len(lines) == total else len(lines) - len(lines) % group
+    if torn or count < len(lines):
+        write_text(path, "".join(line + "\n" for line in lines[:count]))
+    return count
+
+
+def reserve(path: Path, size: int) -> None:
+    """Make a file of `size` bytes that the disk really holds: mapped into memory, one without room ends the process."""
+    with writing(path, size), path.open("ab") as f:
+        os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
+
+
+def lock(folder: Path) -> None:
+    """Hold a run folder until this process ends, and clear what a killed one left half written (no lock on Windows).
+
+    Raises UserError when another process holds it.
+    """
+    HELD.pop(folder, None)  # and with it this process's own lock
+    with writing(folder / ".lock"):
+        HELD[folder] = (folder / ".lock").open("a+")
+    with contextlib.suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+                raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
+    for half in folder.glob(".*.tmp"):
+        remove(half)
+
+
+def move_aside(folder: Path) -> Path:
+    """Rename a run folder to the first free FOLDER.1, FOLDER.2, ..."""
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
+        number += 1
+    HELD.pop(folder).close()  # Windows renames no folder with an open file in it
+    with writing(aside):
+        return folder.rename(aside)

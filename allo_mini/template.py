@@ -1,0 +1,74 @@
+"""Chat templates come with a checkpoint and are programs: they run in jinja2's immutable sandbox, in a process of its
+own that is stopped when it takes too long, too much memory or writes too much. A template can change nothing and reach
+nothing; without the process it could still loop for years or fill the memory.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+SECONDS, MEMORY, BYTES = 10, 1 << 30, 1 << 24  # for one rendering
+WORKERS = []  # the process, once it was needed
+
+
+def render(template: str, **values) -> str:
+    """What a template makes of JSON values. Raises ValueError, in one line, when it fails or is stopped."""
+    if not WORKERS or WORKERS[0].poll() is not None:
+        WORKERS[:] = [subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                       text=True, start_new_session=True)]  # Ctrl-C is not for it
+    worker = WORKERS[0]
+    timer = threading.Timer(SECONDS, worker.kill)
+    timer.start()
+    try:
+        print(json.dumps([template, values]), file=worker.stdin, flush=True)
+        text, error = json.loads(worker.stdout.readline())
+    except (OSError, ValueError):  # the process is gone, or its answer is cut off
+        worker.kill()
+        worker.wait()
+        text, error = None, f"it takes more than {SECONDS} seconds or {MEMORY >> 20} MB"
+    finally:
+        timer.cancel()
+    if error:
+        raise ValueError(" ".join(error.split()))
+    return text
+
+
+def refuse(message: str):
+    """Templates call this to refuse a conversation."""
+    raise TemplateError(message)
+
+
+@functools.cache
+def compiled(template: str):
+    """A template in the sandbox: it can neither import nor change anything."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
+    return environment.from_string(template)
+
+
+def serve() -> None:
+    """The process: a line [template, values] in, a line [text, error] out, until its parent is gone."""
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except ImportError:  # Windows: bounded in time only
+        pass
+    for line in sys.stdin:
+        template, values = json.loads(line)
+        try:
+            text = compiled(template).render(values)
+            answer = [text, None] if len(text.encode()) <= BYTES else [None, f"it writes more than {BYTES} bytes"]
+        except Exception as e:  # a template can fail in any way; it is the checkpoint's data
+            answer = [None, str(e) or type(e).__name__]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve()
