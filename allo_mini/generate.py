@@ -34,7 +34,7 @@ class Cache:
     """Keys and values of all running samples: per layer [slots, g, room, d]. Attention for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
-        c, like = model.config, model.head_weight
+        c, like = model.config, model.model.embed_tokens.weight  # never int8
         self.shape = (slots, c.num_key_value_heads, room, c.head_dim)
         self.layers = [[torch.zeros(self.shape, dtype=like.dtype, device=like.device) for _ in "kv"]
                        for _ in range(c.num_hidden_layers)]
@@ -117,7 +117,7 @@ def uniforms(seed: int, row: int, k: int, count: int) -> Tensor:
 def bytes_per_token(model: CausalLM) -> int:
     """Cache size of one token of one sample: keys and values of all layers."""
     c = model.config
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.head_weight.element_size()
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.model.embed_tokens.weight.element_size()
 
 
 @dataclass

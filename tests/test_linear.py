@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from allo_mini import linear as linear_module
 from allo_mini import mask as mask_module
+from allo_mini.generate import generate
 from allo_mini.linear import dense_rows, embedding, linear, to_int8
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.optim import FlatGradient, MaskedAdamW
@@ -327,3 +328,17 @@ def test_int8_weights_are_trained_through_their_own_mask_only():
     with pytest.raises(ValueError, match="int8 weights can only be trained through a mask"):
         MaskedAdamW(ours.items())
     assert len(MaskedAdamW(ours.items(), mask).master) == sum(int(m.sum()) for m in mask.values())
+
+
+def test_sampling_from_int8_weights_equals_sampling_from_their_dequantised_twin():
+    """An untied head is int8 as well; keys and values are not."""
+    ours, theirs = tiny_model(3, trainable=False), tiny_model(3, trainable=False)
+    for name, p in theirs.named_parameters():
+        if p.dim() == 2 and "embed_tokens" not in name:
+            module, _, _ = name.rpartition(".")
+            ours.get_submodule(module).weight = int8_parameter(p.detach(), None)
+            p.copy_(torch.cat([rows for _, rows in dense_rows(ours.get_parameter(name), torch.float32)]))
+    assert ours.head_weight.dtype == torch.int8
+    prompts = [random_ids(n, seed=n) for n in (3, 9, 6)]
+    for settings in ({}, {"temperature": 1.0, "top_p": 0.9}):
+        assert generate(ours, prompts, 20, **settings) == generate(theirs, prompts, 20, **settings)
