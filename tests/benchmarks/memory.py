@@ -59,6 +59,7 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
     shapes, config, folder = shapes_of(name), parse_config(SHAPES[name]), Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text("{}")  # a run folder has one
     prompt, (a, b) = random_pairs(1, tokens, config.vocab_size)[0]
     pair, single = Example(prompt, [a, b]), Example(prompt, [a], [1.0] * len(a))
     examples = [single if stage in ("sft", "reward", "forget", "score") else pair]

@@ -97,6 +97,7 @@ def ours(args, folder: str, rows: list[dict], batch: int, percent: float) -> dic
                      "--improve-batch", str(batch), "--micro-batch", str(batch), "--improve-lr", str(LR), "--state-bits",
                      str(args.state_bits), "--checkpoint-blocks", str(10**6 if args.checkpointing else 0),
                      "--seed", str(SEED), "--head-mb", str(args.head_mb)])
+        (Path(temporary) / "config.json").write_text("{}")  # a run folder has one
         device, dtype, libraries = args.device, DTYPES[args.dtype], memory_now(args.device)
         pairs = read_pairs(args.pairs, 1)
         shapes = {n: p.shape for n, p in load_model(folder, dtype, "meta").named_parameters()}
