@@ -46,13 +46,13 @@ from allo_mini.scoring import rewrite_examples, token_scores, weights_from_score
 # Stages, in the order they run. Each writes one artefact and is skipped when that exists.
 
 def sft(run: Run, theta: Path) -> Path:
-    """Supervised fine-tuning of all weights on the reference solutions."""
+    """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
     with run.stage("sft", ranks=True) as target:
         if target:
             rows = [(t.input, t.output) for t in run.tasks] or [(p.prompt, p.chosen) for p in run.pairs]
             examples = run.encode(((q, [a]) for q, a in rows), "training rows")
             mask = located(run, theta, "sft", examples)
-            model = run.load(theta, mask)
+            model = run.load(theta, mask, train_all=mask is None)
             run_stage(run, "sft", model, examples, sft_objective(), mask, run.validator())
             run.save(model, target)
     return run.folder / "sft"
@@ -99,7 +99,7 @@ def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
     """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     with run.stage("warmup", "movement.safetensors", ranks=True) as target:
         if target:
-            model = run.load(theta)
+            model = run.load(theta, train_all=True)
             optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
             run.save(optimizer.movement(), target)
     return run.folder / "movement.safetensors"
@@ -167,7 +167,7 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
                 base = run.same_tokenizer(run.cfg.reward_base or theta)
                 examples = rewrite_examples(run.encoder, [n for n, _ in kept])
                 mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
-                model = run.load(base, mask, int8=not run.cfg.reward_base)
+                model = run.load(base, mask, train_all=mask is None)
                 run_stage(run, "reward", model, examples, sft_objective(), mask)
                 run.save(model, target)
     with run.stage("score", "token_weights.jsonl") as target:
@@ -214,7 +214,7 @@ def dpo(run: Run, theta: Path, pairs: list[Example]) -> Path:
     """The baseline: full-weight DPO on the same pairs from the same model, with its own tuned learning rate."""
     with run.stage("dpo", ranks=True) as target:
         if target:
-            model = run.load(theta)
+            model = run.load(theta, train_all=True)
             run_stage(run, "dpo", model, pairs, dpo_objective(run.cfg.beta), None, run.validator())
             run.save(model, target)
     return run.folder / "dpo"

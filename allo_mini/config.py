@@ -125,7 +125,7 @@ class Config:
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
                        "the flags of this group, --micro-tokens and --sample-batch (none: as they are)")
-    int8: bool = knob(False, "memory", "", "8 bits for what is not trained of the linear layers")
+    int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
     state_bits: int = knob(32, "memory", "BITS", "of an optimizer moment: 32, or 8 blockwise", at_least=8, at_most=32)
     offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's state, or its "
                         "gradient buffer too")

@@ -227,8 +227,9 @@ def open_run(cfg: Config) -> Run:
     needs = {}
     if cfg.memory:
         cfg, needs = memory.plan(cfg, model.config, shapes, dtype.itemsize)
-        memory.show(cfg, needs)
-    memory.check_int8(cfg)
+        memory.show(cfg, needs, shapes)
+    if cfg.compile and not device.startswith("cuda"):
+        raise UserError(f"--compile is for CUDA, and this run is on {device}; leave it out")
     if cfg.compile:
         compile_pointwise()
     is_demo = not (cfg.model or cfg.train or cfg.pairs)

@@ -16,6 +16,7 @@ from allo_mini.log import progress
 from allo_mini.logprobs import by_response, pack, token_logps
 from allo_mini.loop import Objective, sft_objective
 from allo_mini.mask import PackedMask, each_selected, pack_mask
+from allo_mini.memory import tensor_groups
 from allo_mini.optim import FlatGradient
 from allo_mini.run import Run
 
@@ -31,13 +32,13 @@ def gradient_importance(run: Run, theta: Path, name: str, examples: list[Example
     and, with `compare`, that of each half of the examples, whose masks' overlap says how noisy the location is.
     """
     model, at = run.load(theta), 0
-    named, groups = dict(model.named_parameters()), tensor_groups(run)
+    named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups())
     for i in range(1 + compare):
         reserve(importance_file(run, name, i), 4 * run.parameters)
     stores = [torch.from_file(str(importance_file(run, name, i)), shared=True, size=run.parameters)
               for i in range(1 + compare)]  # the gradient of all examples, and of the first half of them
     for number, names in enumerate(groups, 1):
-        flat = FlatGradient((n, named[n]) for n in names)
+        flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
         with progress(total=len(examples), label=f"gradient {number}/{len(groups)}", unit="row") as bar:
             for half in (0, 1):
                 for micro in run.micro_batches(examples[half::2]):
@@ -63,18 +64,6 @@ def forget_importance(run: Run, name: str) -> None:
     """Remove the memory-mapped files; the masks are made."""
     for i in (0, 1):
         importance_file(run, name, i).unlink(missing_ok=True)
-
-
-def tensor_groups(run: Run) -> list[list[str]]:
-    """Names of the model's tensors in consecutive groups whose fp32 gradients fit the memory (--locate-groups)."""
-    budget, groups, held = run.importance_budget(), [[]], 0
-    for name, shape in run.shapes.items():
-        if groups[-1] and held + 4 * shape.numel() > budget:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += 4 * shape.numel()
-    return groups
 
 
 def importance_mask(run: Run, importance: dict[str, Tensor], percent: float) -> PackedMask:

@@ -62,6 +62,9 @@ def weight_bytes(shapes: dict, size: int, int8: bool) -> int:
 def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 2, groups: int = 1) -> dict[str, int]:
     """{term: bytes} of one stage; size: bytes of an unquantized weight."""
     every, tokens = sum(s.numel() for s in shapes.values()), cfg.micro_tokens
+    if stage in TRAINING and percent_of(cfg, stage) == 100:
+        # no int8, as Run.load has it; and no counting on the host, which would have to hold 20 bytes a weight
+        cfg = replace(cfg, int8=False, offload="none")
     terms = {"weights": weight_bytes(shapes, size, cfg.int8)}
     if stage in TRAINING:
         n = int(every * percent_of(cfg, stage) / 100)
@@ -72,7 +75,7 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         terms["optimizer"] = int(n * (4 + moments)) if cfg.offload == "none" else 0
         terms["gradient"] = 4 * n if cfg.offload != "gradient" else 0
     if stage == "locate":
-        terms["gradient"] = 4 * every // groups
+        terms["gradient"] = 0 if cfg.offload == "gradient" else max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
     if stage in TRAINING or stage == "locate":
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
         terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
@@ -84,6 +87,18 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}
+
+
+def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
+    """Names of the model's tensors in about so many consecutive groups of alike size; a tensor is never cut."""
+    most, out, held = -(-sum(s.numel() for s in shapes.values()) // groups), [[]], 0
+    for name, shape in shapes.items():
+        if out[-1] and held + shape.numel() > most:
+            out.append([])
+            held = 0
+        out[-1].append(name)
+        held += shape.numel()
+    return out
 
 
 def cache_bytes(c: ModelConfig, size: int) -> int:
@@ -106,14 +121,6 @@ def stages_of(cfg: Config) -> list[str]:
     return stages
 
 
-def check_int8(cfg: Config) -> None:
-    """Raise UserError when weights are to be kept in 8 bits and a stage trains all of them."""
-    flags = {"sft": "--p-sft 10", "reward": "--p-sft 10", "warmup": "--locate gradient", "dpo": "--no-dpo-baseline"}
-    for stage in stages_of(cfg) if cfg.int8 else ():
-        if stage in flags and percent_of(cfg, stage) == 100 and not (stage == "reward" and cfg.reward_base):
-            raise UserError(f"--int8 keeps in 8 bits what is not trained, and {stage} trains all weights: add {flags[stage]}")
-
-
 def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Config, dict[str, dict[str, int]]]:
     """--memory: the settings of the first rung of LADDER with which every stage fits, and {stage: {term: bytes}}.
 
@@ -130,13 +137,14 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Conf
         free = room - sum(estimate("sample", replace(tried, sample_batch=0), c, shapes, size).values())
         slots = int(free / (cfg.max_length * cache_bytes(c, size) + 10 * c.vocab_size))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
-        base = sum(estimate("locate", tried, c, shapes, size, groups=10**9).values())
-        groups = max(1, -(-4 * every // max(1, int(room - base))))
-        tried = replace(tried, locate_groups=tried.locate_groups or groups)
-        needs = {s: estimate(s, tried, c, shapes, size, tried.locate_groups) for s in stages_of(tried)}
+        beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
+        groups = -(-4 * every // max(1, int(room - beside)))
+        tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
+        needs = needs_of(tried, c, shapes, size)
         worst = max(needs, key=lambda s: sum(needs[s].values()))
         if sum(needs[worst].values()) <= room:
-            return spend(tried, c, shapes, size, room), needs
+            chosen = spend(tried, c, shapes, size, room)
+            return chosen, needs_of(chosen, c, shapes, size)
     hint = {"warmup": "use --locate gradient", "dpo": "add --no-dpo-baseline (all weights are trained there)",
             "sft": "lower --p-sft or --max-length", "reward": "lower --p-sft, or use --token-weights edit",
             "sample": "lower --max-length"}.get(worst, "lower --p or --max-length, or take a larger --memory")
@@ -144,10 +152,15 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Conf
                     f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: {hint}")
 
 
+def needs_of(cfg: Config, c: ModelConfig, shapes: dict, size: int) -> dict[str, dict[str, int]]:
+    """{stage: {term: bytes}} of all stages of a run with these settings."""
+    return {stage: estimate(stage, cfg, c, shapes, size, cfg.locate_groups) for stage in stages_of(cfg)}
+
+
 def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float) -> Config:
     """Use what is left: larger micro-batches first, then fewer blocks that recompute their activations."""
     def fits(tried):
-        return all(sum(estimate(s, tried, c, shapes, size, tried.locate_groups).values()) <= room for s in stages_of(tried))
+        return all(sum(terms.values()) <= room for terms in needs_of(tried, c, shapes, size).values())
 
     for tokens in (16384, 8192, 4096):
         if tokens > cfg.micro_tokens and fits(replace(cfg, micro_tokens=tokens)):
@@ -174,8 +187,8 @@ def advice(cfg: Config) -> str:
         "--micro-tokens, --sample-batch, --p or --max-length")
 
 
-def show(cfg: Config, needs: dict[str, dict[str, int]]) -> None:
-    """Print the chosen settings and the estimate, term by term, in GB."""
+def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict) -> None:
+    """Print the chosen settings, the estimate, term by term, in GB, and how often locating reads its pairs."""
     names = list(dict.fromkeys(term for terms in needs.values() for term in terms))
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in (
         "int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch", "head_mb")))
@@ -183,4 +196,4 @@ def show(cfg: Config, needs: dict[str, dict[str, int]]) -> None:
               [[stage, *(f"{terms[t] / 1e9:.2f}" if t in terms else "-" for t in names), f"{sum(terms.values()) / 1e9:.2f}"]
                for stage, terms in needs.items()]))
     if "locate" in needs:
-        say(f"locate: {cfg.locate_groups} passes over {cfg.locate_pairs} pairs\n")
+        say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over {cfg.locate_pairs} pairs\n")

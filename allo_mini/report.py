@@ -105,10 +105,10 @@ def reprint(run: Run) -> bool:
     """A finished run prints its table again."""
     path = run.folder / "results.json"
     if path.exists():
-        if not (run.folder / "report.html").exists():  # the run was stopped just before
-            try_report(run.folder)
         say(f"{run.folder}: this run is finished\n\n" + str(read_json(path).get("table")))
         if not parallel.RANK:
+            if not (run.folder / "report.html").exists():  # the run was stopped just before
+                try_report(run.folder)
             prune(run)
     return path.exists()
 
@@ -160,8 +160,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         say(f"{name + ' model':>12}  {folder}")
     say(f"{'report':>12}  {try_report(run.folder)}")
     say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
-    if not parallel.RANK:
-        prune(run)
+    prune(run)
 
 
 # ---- report.html: each function reads the artefacts of one section and returns what the template shows ------

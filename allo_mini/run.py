@@ -47,12 +47,12 @@ class Run:
     def parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def load(self, folder: Path, mask=None, int8: bool = True) -> CausalLM:
+    def load(self, folder: Path, mask=None, train_all: bool = False) -> CausalLM:
         """A model of this run, on its device, with its activation checkpointing.
 
-        mask: what is going to be trained; int8: whether --int8 applies (it cannot where all weights are trained).
+        mask: what is going to be trained. Under --int8 all but that is kept in 8 bits: nothing, with `train_all`.
         """
-        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and int8, mask=mask)
+        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
         if self.cfg.checkpoint_blocks < 0:
             trained = sum(int(m.sum()) for m in mask.values()) if mask else self.parameters
@@ -115,13 +115,12 @@ class Run:
         if not parallel.RANK:
             save_model(what, target) if isinstance(what, CausalLM) else save_tensors(what, target)
 
-    def importance_budget(self) -> int:
-        """Bytes of fp32 gradient that locating may hold at a time."""
-        if self.cfg.locate_groups:
-            return -(-4 * self.parameters // self.cfg.locate_groups)
-        if self.device.startswith("cuda"):  # half of what is free beside the model; the rest is for activations
-            return torch.cuda.mem_get_info(self.device)[0] // 2
-        return 4 * self.parameters
+    def locate_groups(self) -> int:
+        """In how many passes the fp32 gradient of all weights is made."""
+        if self.cfg.locate_groups or not self.device.startswith("cuda"):
+            return self.cfg.locate_groups or 1
+        free = torch.cuda.mem_get_info(self.device)[0]  # half of it, beside the model; the rest is for activations
+        return -(-4 * self.parameters // (free // 2))
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from allo_mini.checkpoint import load_model
+from allo_mini.checkpoint import load_model, save_model
 from allo_mini.model import CausalLM, parse_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -69,3 +69,9 @@ def write_tokenizer(folder: Path, **settings) -> Path:
     settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def write_folder(folder: Path, **settings) -> Path:
+    """A tiny model with the character tokenizer; `settings` go to tokenizer_config.json."""
+    save_model(tiny_model(), folder)
+    return write_tokenizer(folder, **settings)

@@ -6,12 +6,11 @@ import struct
 
 import pytest
 import torch
-from helpers import RAW, tiny_model, write_tokenizer
+from helpers import RAW, tiny_model, write_tokenizer, write_folder
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
-from allo_mini.checkpoint import save_model
 from allo_mini.files import save_mask
 
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '|' }}"
@@ -43,9 +42,7 @@ GOOD = {"t.jsonl": lines(*(task(f"2 + {i}?") for i in range(4))), "test.jsonl": 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    save_model(tiny_model(), folder)
-    return write_tokenizer(folder, chat_template=TEMPLATE)
+    return write_folder(tmp_path_factory.mktemp("tiny") / "model", chat_template=TEMPLATE)
 
 
 @pytest.fixture

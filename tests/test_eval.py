@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import tiny_model, write_tokenizer
+from helpers import tiny_model, write_tokenizer, write_folder
 
 import eval as evaluation
 from allo_mini import tasks
@@ -31,9 +31,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("m") / "model"
-    save_model(tiny_model(), folder)
-    return write_tokenizer(folder, chat_template=TEMPLATE)
+    return write_folder(tmp_path_factory.mktemp("m") / "model", chat_template=TEMPLATE)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from allo_mini.data import Example, steps_of
 from allo_mini.files import load_mask
 from allo_mini.inputs import open_run
 from allo_mini.linear import dense_rows
-from allo_mini.locate import forget_importance, gradient_importance, tensor_groups
+from allo_mini.locate import forget_importance, gradient_importance
+from allo_mini.memory import tensor_groups
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import kind_of, overlap, select_neurons
 from allo_mini.scoring import rewrite_examples
@@ -61,7 +62,7 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
     """In one pass, in three, and a tensor at a time."""
     run, examples = start(world, tmp_path, "--beta", "0.3", "--micro-batch", "2", "--locate-groups", str(groups))
     examples = examples[:5]
-    assert len(tensor_groups(run)) == min(groups, len(run.shapes)) if groups != 3 else len(tensor_groups(run)) > 2
+    assert len(tensor_groups(run.shapes, run.locate_groups())) == min(groups, len(run.shapes)) if groups != 3 else len(tensor_groups(run.shapes, run.locate_groups())) > 2
     importance, *halves = importance_of(run, examples)
 
     def expected(some):
@@ -83,7 +84,7 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
 def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, tmp_path, groups):
     run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--no-dpo-baseline", "--p-sft", "5",
                           "--micro-batch", "2", "--locate-groups", str(groups), "--beta", "0.3")
-    examples, ours, twin = examples[:5], run.load(run.base), run.load(run.base, int8=False)
+    examples, ours, twin = examples[:5], run.load(run.base), run.load(run.base, train_all=True)
     for n, p in ours.named_parameters():
         dense = torch.cat([rows for _, rows in dense_rows(p, torch.float32)])
         assert torch.equal(dense, twin.get_parameter(n)) != hasattr(p, "int8")
@@ -92,7 +93,7 @@ def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, 
     for prompt, (chosen, rejected), *_ in examples:
         (-0.3 / 2 * (separate_logps(twin, prompt, chosen).sum() - separate_logps(twin, prompt, rejected).sum())).backward()
     wanted, got = gradients(twin), importance_of(run, examples)[0]
-    assert got.keys() == wanted.keys() and (len(tensor_groups(run)) > 2) == (groups > 1)
+    assert got.keys() == wanted.keys() and (len(tensor_groups(run.shapes, run.locate_groups())) > 2) == (groups > 1)
     for name in got:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * float(wanted[name].abs().max()))
 
@@ -217,14 +218,14 @@ def test_memory_that_runs_out_twice_is_one_line_and_the_run_can_go_on(world, tmp
 
 # ---- int8 runs ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("more, stage, flag", [
-    ("--sft", "sft", "--p-sft 10"), ("", "dpo", "--no-dpo-baseline"), ("--p-sft 100 --sft", "sft", "--p-sft 10"),
-    ("--no-dpo-baseline", "warmup", "--locate gradient"), ("--no-dpo-baseline --locate gradient", "reward", "--p-sft 10")])
-def test_int8_is_refused_where_a_stage_trains_all_weights(world, tmp_path, capsys, more, stage, flag):
-    assert train.main(arguments(world, tmp_path / "run", "--int8", *more.split())) == 2
-    said = capsys.readouterr().err
-    assert f"error: --int8 keeps in 8 bits what is not trained, and {stage} trains all weights: add {flag}" in said
-    assert said.count("\n") == 1 and not (tmp_path / "run").exists()
+def test_int8_leaves_alone_the_stages_that_train_all_weights(world, tmp_path, capsys):
+    """The same weights, bit for bit, as without it; the masked stages keep int8 ones."""
+    for name, more in (("plain", []), ("int8", ["--int8"])):
+        assert train.main(arguments(world, tmp_path / name, "--sft", "--max-steps", "1", "--test-limit", "2",
+                                    *more)) == 0
+    plain, int8 = ({f: load_file(tmp_path / name / f) for f in ("sft/model.safetensors", "movement.safetensors",
+                                                                "dpo/model.safetensors")} for name in ("plain", "int8"))
+    assert all(equal(plain[f], int8[f]) for f in plain) and "WARNING" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("base", [False, True])

@@ -1,0 +1,88 @@
+"""The planner: what it prints is what it chose, what it chose fits, and its formulas hold against metered bytes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from allo_mini import UserError, memory
+from allo_mini.architecture import parse_config
+from allo_mini.config import parse
+from allo_mini.model import CausalLM
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+MODELS = {"llama-2-7b": ("Llama", 32000, 4096, 11008, 32, 32, 32), "llama-3-8b": ("Llama", 128256, 4096, 14336, 32, 32, 8),
+          "qwen2.5-7b": ("Qwen2", 152064, 3584, 18944, 28, 28, 4)}
+CHOSEN = {  # p = 5 %: (int8, offload, p_sft), or None where it refuses
+    "llama-2-7b": {"24gb": (False, "none", 10), "16gb": (True, "state", 10), "12gb": (True, "gradient", 10), "8gb": None},
+    "llama-3-8b": {"24gb": (False, "state", 10), "16gb": (True, "gradient", 10), "12gb": (True, "gradient", 5), "8gb": None},
+    "qwen2.5-7b": {"24gb": (False, "state", 10), "16gb": (True, "state", 10), "12gb": (True, "gradient", 5), "8gb": None}}
+
+
+def shape_of(name):
+    family, vocab, hidden, inner, layers, heads, kv = MODELS[name]
+    config = parse_config({"architectures": [f"{family}ForCausalLM"], "vocab_size": vocab, "hidden_size": hidden,
+                           "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+                           "num_key_value_heads": kv, "max_position_embeddings": 4096})
+    with torch.device("meta"):
+        return config, {n: p.shape for n, p in CausalLM(config).named_parameters()}
+
+
+def settings(card, *more):
+    return parse(["--model", "x", "--train", "x", "--memory", card, "--sft", "--max-length", "1024", *more])
+
+
+@pytest.mark.parametrize("name, card", [(name, card) for name in MODELS for card in memory.CARDS])
+def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
+    config, shapes = shape_of(name)  # README's table says the same
+    if CHOSEN[name][card] is None:
+        with pytest.raises(UserError, match=rf"--memory is {card}, .* needs [\d.]+ GB of it at best: .*--"):
+            memory.plan(settings(card, "--no-dpo-baseline"), config, shapes)
+        return
+    chosen, needs = memory.plan(settings(card, "--no-dpo-baseline"), config, shapes)
+    assert (chosen.int8, chosen.offload, chosen.p_sft) == CHOSEN[name][card] and chosen.locate == "gradient"
+    assert list(needs) == ["sft", "sample", "locate", "reward", "score", "forget", "improve"]
+    for stage, terms in needs.items():
+        assert terms == memory.estimate(stage, chosen, config, shapes, groups=chosen.locate_groups)
+        assert sum(terms.values()) <= memory.CARDS[card] * 2**30
+    readme = (Path(__file__).parents[1] / "README.md").read_text().lower()
+    row = next(line for line in readme.splitlines() if line.startswith(f"| {name} |")).split("|")[2:]
+    cell = row[list(memory.CARDS).index(card)]
+    assert f" {max(sum(terms.values()) for terms in needs.values()) / 1e9:.1f} " in cell
+    assert ("int8" in cell, "host" in cell, "5 %" in cell) == (chosen.int8, chosen.offload != "none", chosen.p_sft == 5)
+    assert chosen.micro_tokens >= 2 * chosen.max_length and chosen.sample_batch >= 1
+    memory.show(chosen, needs, shapes)
+    said = capsys.readouterr().out
+    groups = memory.tensor_groups(shapes, chosen.locate_groups)
+    assert f"locate: {len(groups)} passes" in said and [n for g in groups for n in g] == list(shapes)
+    assert chosen.offload == "gradient" or needs["locate"]["gradient"] == 4 * max(sum(shapes[n].numel() for n in g) for g in groups)
+
+
+@pytest.mark.parametrize("flags, names", [((), "--no-dpo-baseline"),
+                                          (("--no-dpo-baseline", "--locate", "movement"), "--locate gradient"),
+                                          (("--no-dpo-baseline", "--p-sft", "100"), "--p-sft")])
+def test_what_cannot_fit_names_its_flag(flags, names):
+    config, shapes = shape_of("llama-2-7b")
+    with pytest.raises(UserError, match=names):
+        memory.plan(settings("16gb", *flags), config, shapes)
+
+
+def test_what_was_asked_for_stays():
+    config, shapes = shape_of("llama-2-7b")
+    chosen, _ = memory.plan(settings("24gb", "--no-dpo-baseline", "--int8", "--p-sft", "7"), config, shapes)
+    assert chosen.int8 and chosen.p_sft == 7
+
+
+@pytest.mark.parametrize("stage, changes", [("improve", {}), ("improve", {"int8": True}), ("locate", {}),
+                                            ("forget", {"checkpoint_blocks": 0, "state_bits": 8})])
+def test_estimates_hold_against_metered_bytes(stage, changes, monkeypatch):
+    """No stage needs 5 % more than its estimate, which is not padded by more than a quarter either."""
+    import memory as bench  # tests/benchmarks/memory.py
+    monkeypatch.setitem(bench.SHAPES, "narrow", bench.shape("LlamaForCausalLM", 2000, 256, 768, 3, 4, 4))
+    monkeypatch.setattr(bench.model_module, "causal_lower_right",
+                        lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
+    base = parse(["--model", "x", "--train", "x", "--max-length", "512", "--p-sft", "10", "--max-steps", "1"])
+    cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 2, "locate_groups": 2, **changes})
+    assert 0.75 < bench.one_stage("narrow", stage, cfg, "fp32", "cpu", 384)["ratio"] < 1.05
