@@ -19,7 +19,7 @@ from allo_mini.disk import atomic
 from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
 from allo_mini.log import say
-from allo_mini.mask import put
+from allo_mini.selection import put
 from allo_mini.model import CausalLM, parse_config
 from allo_mini.tokenizer import Tokenizer
 

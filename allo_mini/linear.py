@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from allo_mini.mask import Selection, put, take
+from allo_mini.selection import Selection, put, take
 from allo_mini.quant import dequantize_rows, quantize_rows
 
 

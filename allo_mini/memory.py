@@ -14,7 +14,7 @@ from allo_mini import UserError
 from allo_mini.architecture import ModelConfig
 from allo_mini.config import Config
 from allo_mini.log import say, table
-from allo_mini.mask import CHUNK
+from allo_mini.selection import CHUNK
 
 CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out

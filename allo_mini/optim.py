@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
-from allo_mini.mask import Selection, put, take
+from allo_mini.selection import Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
 
 SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # selected weights updated in one go: a CPU's cache, few launches on a GPU

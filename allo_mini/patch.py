@@ -16,7 +16,7 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import find_folder, load_model, open_safetensors, save_model, shard_files
 from allo_mini.files import load_tensors, save_tensors
-from allo_mini.mask import Selection, put, take
+from allo_mini.selection import Selection, put, take
 from allo_mini.model import CausalLM
 
 FORMAT = "allo_mini patch"

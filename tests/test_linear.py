@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini import linear as linear_module
-from allo_mini import mask as mask_module
+from allo_mini import selection as selection_module
 from allo_mini.generate import generate
 from allo_mini.linear import dense_rows, embedding, linear, to_int8
 from allo_mini.logprobs import pack, token_logps
@@ -47,7 +47,7 @@ def network(p, step: int, linear, embedding, blocks: bool = False):
 
 def several_chunks(monkeypatch):
     """The smallest chunks there are: 256 rows."""
-    monkeypatch.setattr(mask_module, "CHUNK", 1)
+    monkeypatch.setattr(selection_module, "CHUNK", 1)
 
 
 def flat_of(dense: dict, mask) -> torch.Tensor:

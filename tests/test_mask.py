@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from allo_mini import UserError, mask as mask_module
+from allo_mini import UserError, selection as selection_module
 from allo_mini.files import load_mask, save_mask
-from allo_mini.mask import (PackedMask, Selection, density_by, each_selected, kind_of, layer_of, mask_hash, mask_metadata,
-                            overlap, pack_mask, put, select_neurons, selected, read_mask, take)
+from allo_mini.mask import (PackedMask, density_by, each_selected, kind_of, layer_of, mask_hash, mask_metadata,
+                            overlap, pack_mask, read_mask, select_neurons, selected)
+from allo_mini.selection import Selection, put, take
 
 SHAPES = {"model.embed_tokens.weight": (30, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8),
           "model.layers.0.mlp.up_proj.weight": (13, 8), "model.layers.1.mlp.up_proj.weight": (13, 8),
@@ -63,7 +64,7 @@ def test_count_is_the_floor_in_decimal_arithmetic(size, fraction, count):
 @pytest.mark.parametrize("levels", [1, 2, 5])
 def test_ties_go_to_the_earlier_tensor_and_index_across_chunks(monkeypatch, chunk, levels):
     """Few distinct values (zeros and both signs among them): nearly everything is a tie."""
-    monkeypatch.setattr(mask_module, "CHUNK", chunk)
+    monkeypatch.setattr(selection_module, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(levels)
     importance = {n: torch.randint(1 - levels, levels, s, generator=generator).float()
                   for n, s in {"b": (5, 4), "a": (17,), "c": (3, 2, 2)}.items()}
@@ -76,7 +77,7 @@ def test_chunks_change_nothing(monkeypatch):
     importance = random_importance(5)
     whole = flat(select_neurons(importance, 0.1))
     for chunk in (3, 64, 100):
-        monkeypatch.setattr(mask_module, "CHUNK", chunk)
+        monkeypatch.setattr(selection_module, "CHUNK", chunk)
         assert torch.equal(flat(select_neurons(importance, 0.1)), whole)
 
 
@@ -134,7 +135,7 @@ def test_fractions_outside_0_1_are_refused(fraction):
 @pytest.mark.parametrize("levels", [None, 3])
 def test_importance_in_a_memory_mapped_file_gives_the_same_masks(monkeypatch, tmp_path, chunk, levels):
     """What locating does with a 7B model: the values lie in a file; ties among them go over chunks and tensors."""
-    monkeypatch.setattr(mask_module, "CHUNK", chunk)
+    monkeypatch.setattr(selection_module, "CHUNK", chunk)
     importance = random_importance(7)
     if levels:
         importance = {n: (t * 10).round().clamp(-levels, levels) for n, t in importance.items()}
@@ -154,7 +155,7 @@ def test_importance_in_a_memory_mapped_file_gives_the_same_masks(monkeypatch, tm
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_counting_on_a_gpu_gives_the_same_masks(monkeypatch):
-    monkeypatch.setattr(mask_module, "CHUNK", 37)
+    monkeypatch.setattr(selection_module, "CHUNK", 37)
     importance = {n: t.round() for n, t in random_importance(7).items()}
     found = dict(each_selected(importance, 0.3, "cuda"))
     assert all(m.device.type == "cpu" for m in found.values())
@@ -182,7 +183,7 @@ def random_tensor(seed):
 @pytest.mark.parametrize("chunk", [1, 2048, 1 << 24])
 def test_a_selection_walks_over_exactly_the_selected_entries(monkeypatch, chunk):
     """take gives what indexing by the mask gives, put changes these entries only; chunk after chunk of whole rows."""
-    monkeypatch.setattr(mask_module, "CHUNK", chunk)
+    monkeypatch.setattr(selection_module, "CHUNK", chunk)
     for seed in range(50):
         values, mask = random_tensor(seed)
         for m in (mask, None) if seed % 2 else (mask,):

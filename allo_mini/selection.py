@@ -1,0 +1,80 @@
+"""Positions of selected entries in few bytes, and walking over large tensors a chunk at a time."""
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 24  # values looked at in one go: 64 MB of fp32
+
+
+def chunk_of(device) -> int:
+    """CHUNK, or on a CPU a sixteenth of it, which its caches hold."""
+    return max(1, CHUNK >> 4) if torch.device(device).type == "cpu" else CHUNK
+
+
+def row_edges(shape, device) -> list[int]:
+    """0, ..., rows: where chunks begin and end; multiples of 256 rows, so blocks stay whole."""
+    step = max(256, chunk_of(device) // max(1, math.prod(shape[1:])) // 256 * 256)
+    return [*range(0, shape[0], step), shape[0]]
+
+
+class Selection:
+    """Where a tensor's selected entries stand: one byte for each, and two for every block of 256 entries.
+
+        flat tensor   . . x . . . . . . x | . . . . . | x . . .       blocks of 256
+        offsets           2             9               0             uint8, block after block
+        counts                2              0          1             int16
+
+    `chunks()` walks over the tensor in groups of whole rows, so that whoever handles dense values of a large matrix
+    (its gradient, its dequantised weights) never holds more than CHUNK of them. Without a mask all are selected.
+    """
+
+    def __init__(self, shape, mask: Tensor | None = None, device="cpu"):
+        self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape, device)
+        self.all = mask is None
+        if self.all:
+            self.ends = [row * self.width for row in self.edges]
+            return
+        index = mask.reshape(-1).nonzero().squeeze(1)
+        self.offsets = (index & 255).to(device, torch.uint8)
+        self.counts = torch.bincount(index >> 8, minlength=-(-mask.numel() // 256)).to(device, torch.int16)
+        edges = torch.tensor(self.edges, device=index.device) * self.width
+        self.ends = torch.searchsorted(index, edges).tolist()
+
+    @classmethod
+    def from_parts(cls, shape, offsets: Tensor, counts: Tensor) -> "Selection":
+        """The inverse of reading `.offsets` and `.counts`."""
+        new = cls(shape, device=offsets.device)
+        new.all, new.offsets, new.counts = False, offsets, counts
+        totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
+        new.ends = [totals[-(-edge * new.width // 256)] for edge in new.edges]
+        return new
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __eq__(self, other) -> bool:
+        """Whether both select the same entries of a masked tensor."""
+        return torch.equal(self.counts, other.counts) and torch.equal(self.offsets, other.offsets)
+
+    def chunks(self):
+        """Yield (row slice, slice of the selected entries, their flat int32 positions within the chunk; None: all)."""
+        for first, last, begin, end in zip(self.edges, self.edges[1:], self.ends, self.ends[1:]):
+            index = None
+            if not self.all:
+                counts = self.counts[first * self.width // 256:-(-last * self.width // 256)].int()
+                blocks = torch.repeat_interleave(counts, output_size=end - begin)  # knows the size: no wait for the device
+                index = torch.add(self.offsets[begin:end], blocks, alpha=256)
+            yield slice(first, last), slice(begin, end), index
+
+
+def take(dense: Tensor, index: Tensor | None) -> Tensor:
+    """The selected entries of a dense chunk, flat."""
+    return dense.reshape(-1) if index is None else dense.reshape(-1).index_select(0, index)
+
+
+def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
+    """Write the selected entries of a (contiguous) dense chunk in place."""
+    flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=True)
+    flat.copy_(values) if index is None else flat.index_copy_(0, index.long(), values)
