@@ -27,13 +27,15 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, memory, parallel, tasks
+from allo_mini.baselines import NAMES, baseline_objective
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
 from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
 from allo_mini.files import load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
-from allo_mini.locate import COMPARE, forget_importance, gradient_importance, importance_mask, located
+from allo_mini.locate import (COMPARE, forget_importance, gradient_importance, importance_mask, located,
+                              random_importance)
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask, overlap
@@ -49,8 +51,7 @@ def sft(run: Run, theta: Path) -> Path:
     """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
     with run.stage("sft", ranks=True) as target:
         if target:
-            rows = [(t.input, t.output) for t in run.tasks] or [(p.prompt, p.chosen) for p in run.pairs]
-            examples = run.encode(((q, [a]) for q, a in rows), "training rows")
+            examples = run.encode(solutions(run), "training rows")
             mask = located(run, theta, "sft", examples)
             model = run.load(theta, mask, train_all=mask is None)
             run_stage(run, "sft", model, examples, sft_objective(), mask, run.validator())
@@ -95,6 +96,28 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
     return pairs, negatives
 
 
+def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative]) -> list[Example]:
+    """What a method that does not train on pairs trains on: solutions, correct samples, or wrong samples."""
+    if method == "npo":
+        return run.encode(((n.prompt, [n.response]) for n in negatives), "negatives")
+    if method == "rft":
+        return run.encode(((q, [good]) for q, good in correct_samples(run, pairs)), "correct samples")
+    return run.encode(solutions(run), "training rows") if method == "sft" else []
+
+
+def solutions(run: Run) -> list[tuple]:
+    """(question, [reference solution]); of preference rows, what was chosen."""
+    return [(t.input, [t.output]) for t in run.tasks] or [(p.prompt, [p.chosen]) for p in run.pairs]
+
+
+def correct_samples(run: Run, pairs: list[Pair]) -> list[tuple[str, str]]:
+    """(question, response) of every different correct sample, also of questions that were never answered wrongly."""
+    if run.cfg.pairs:
+        return [(p.prompt, p.chosen) for p in pairs]
+    samples, _ = read_samples(run.cfg.samples or run.folder / "samples.jsonl")
+    return [(t.input, s) for t in run.tasks for s in dict.fromkeys(samples.get(t.input, [])) if tasks.is_correct(s, t)]
+
+
 def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
     """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     with run.stage("warmup", "movement.safetensors", ranks=True) as target:
@@ -106,20 +129,21 @@ def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
 
 
 def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]:
-    """The masks of forgetting and improving: {"forget": mask, "improve": mask}."""
+    """The masks of forgetting and improving: {"forget": mask, "improve": mask}, None where all weights are trained."""
     cfg = run.cfg
     shares = {stage: getattr(cfg, f"p_{stage}") or cfg.p for stage in ("forget", "improve")}
-    if cfg.mask:
-        return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes))
+    if cfg.mask or cfg.mask_source == "none":
+        return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes) if cfg.mask else None)
     paths = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
              for p in shares.values()}
     if not all(path.exists() for path in paths.values()):
-        some = pairs[:cfg.locate_pairs]
-        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" else None
+        some, by_chance = pairs[:cfg.locate_pairs], cfg.mask_source == "random"
+        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" and not by_chance else None
         with run.stage("locate", next(path.name for path in paths.values() if not path.exists())) as target:
             if target:
-                compare = run.parameters < COMPARE
-                gradient, *halves = gradient_importance(run, theta, "locate", some, dpo_objective(cfg.beta), compare)
+                compare = run.parameters < COMPARE and not by_chance
+                gradient, *halves = [random_importance(run)] if by_chance else gradient_importance(
+                    run, theta, "locate", some, dpo_objective(cfg.beta), compare)
                 masks = {p: importance_mask(run, movement or gradient, p) for p in paths}
                 p = shares["improve"]
                 other = overlap(masks[p], importance_mask(run, gradient, p)) if movement else None
@@ -210,14 +234,15 @@ def patch(run: Run, theta: Path, improved: Path) -> None:
             save_patch(theta, improved, target)
 
 
-def dpo(run: Run, theta: Path, pairs: list[Example]) -> Path:
-    """The baseline: full-weight DPO on the same pairs from the same model, with its own tuned learning rate."""
-    with run.stage("dpo", ranks=True) as target:
+def baseline(run: Run, method: str, theta: Path, examples: list[Example], mask) -> Path:
+    """A method to compare with, from the same model on the same samples: all weights, unless --mask-source says else."""
+    name = "more-sft" if method == "sft" else method
+    with run.stage(name, ranks=True) as target:
         if target:
-            model = run.load(theta, train_all=True)
-            run_stage(run, "dpo", model, pairs, dpo_objective(run.cfg.beta), None, run.validator())
+            model = run.load(theta, mask, train_all=mask is None)
+            run_stage(run, name, model, examples, baseline_objective(method, run.cfg), mask, run.validator())
             run.save(model, target)
-    return run.folder / "dpo"
+    return run.folder / name
 
 
 def run_all(run: Run) -> None:
@@ -231,14 +256,17 @@ def run_all(run: Run) -> None:
     if not cfg.only_sft:
         pairs, negatives = preferences(run, theta)
         examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")
-        if cfg.dpo_baseline:
-            models["DPO"] = dpo(run, theta, examples)
-        if cfg.allo:
-            mask = locate(run, theta, examples)
-            weighted = reward(run, theta, negatives)
-            forgotten = forget(run, theta, weighted, mask["forget"])
-            models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
-            patch(run, theta, models["ALLO"])
+        for method in cfg.method:
+            mask = locate(run, theta, examples) if method == "allo" or cfg.mask_source != "auto" else {"improve": None}
+            if method == "allo":
+                weighted = reward(run, theta, negatives)
+                forgotten = forget(run, theta, weighted, mask["forget"]) if cfg.forget else theta
+                models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
+                if mask["improve"]:
+                    patch(run, theta, models["ALLO"])
+            else:
+                rows = rows_for(run, method, pairs, negatives) or examples
+                models[NAMES[method]] = baseline(run, method, theta, rows, mask["improve"])
     if not parallel.RANK:
         finish(run, models)
 

@@ -17,6 +17,8 @@ from allo_mini.jsonio import read_json
 
 HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
+METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
+SETTINGS = {"more-sft": "sft", "rft": "sft", **dict.fromkeys(("rdpo", "ipo", "bco", "simpo", "npo"), "dpo")}  # whose flags
 GROUPS = ("input", "own files", "stages", "sft", "sample", "warmup", "locate", "reward", "forget", "improve", "dpo",
           "training", "memory", "watching")  # --help shows the flags so, in the order of the stages
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string",
@@ -31,7 +33,7 @@ def knob(default, group: str, unit: str | tuple, help: str, source: str = "ours"
     limits: bounds by the names in LIMITS, as in `above=0, at_most=1`; without any, a number is 0 or more.
     """
     about = {"group": group, "unit": unit, "help": help, "source": source, "limits": limits or {"at_least": 0}}
-    return field(metadata=about, **{"default_factory": list} if default == [] else {"default": default})
+    return field(metadata=about, **{"default_factory": default.copy} if isinstance(default, list) else {"default": default})
 
 
 @dataclass
@@ -85,8 +87,12 @@ class Config:
 
     sft: bool = knob(False, "stages", "", "supervised fine-tuning first (makes the paper's 'SFT LLM')", "paper")
     only_sft: bool = knob(False, "stages", "", "stop after supervised fine-tuning")
-    allo: bool = knob(True, "stages", "", "warmup, locate, reward, forget, improve (off: only the baseline)", "paper")
-    dpo_baseline: bool = knob(True, "stages", "", "also train the baseline, full-weight DPO, and show it", "paper")
+    method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "trained from the same model on the same samples, and "
+                             "compared; all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
+    mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "which --p percent of "
+                           "the weights every --method trains: of highest or lowest importance, random ones, or all of "
+                           "them (auto: top in allo, else none)", "paper")
+    forget: bool = knob(True, "stages", "", "allo's first phase (off: improving alone)", "paper")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
 
     n: int = knob(10, "sample", "RESPONSES", "sampled for each question", "paper", at_least=1)
@@ -112,7 +118,10 @@ class Config:
     reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
     epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)
 
-    beta: float = knob(0.1, "training", "NUMBER", "strength of the reference in DPO and NPO", "paper", above=0)
+    beta: float = knob(0.1, "training", "NUMBER", "strength of the reference in all losses but SimPO's", "paper", above=0)
+    rdpo_alpha: float = knob(0.01, "dpo", "NUMBER", "reward that a token of length costs in rdpo")
+    simpo_beta: float = knob(2.0, "dpo", "NUMBER", "scale of simpo's mean log-probs (its paper: 2 to 2.5)", above=0)
+    simpo_gamma: float = knob(1.0, "dpo", "NUMBER", "margin that simpo asks for (its paper: 0.3 to 1.6)")
     clip: float = knob(1.0, "training", "NORM", "of the selected weights' gradient at most", "official", above=0)
     weight_decay: float = knob(0.0, "training", "RATE", "of the selected weights", "official")
     max_steps: int = knob(0, "training", "STEPS", "of the optimizer at most (0: as epochs say)")
@@ -184,6 +193,7 @@ def add_knob(group, name: str) -> None:
     """Make a knob's flag. It is absent from the result unless given, and `check` judges its value."""
     f, unit, default = KNOBS[name], KNOBS[name].metadata["unit"], flat(Config())[name]
     shown = ("off", "on")[default] if f.type is bool else "none" if default in ("", []) else default
+    shown = " ".join(shown) if isinstance(shown, list) else shown
     source = f.metadata["source"] or ("official" if name.startswith(RELEASED) else "ours")
     options = {"help": f"{f.metadata['help']} [{shown}; {source}]".replace("%", "%%")}
     if f.type is bool:
@@ -212,13 +222,15 @@ def make_parser() -> Parser:
 def expected(f: Field, value) -> str:
     """What the knob `f` wants, in words, when `value` is not that; else ''."""
     unit, limits = f.metadata["unit"], f.metadata["limits"].items()
-    words = "one of " + ", ".join(unit) + similar(str(value), unit) if isinstance(unit, tuple) else WORDS[f.type]
+    odd = next((v for v in value if v not in unit), "") if isinstance(value, list) else value
+    words = "one of " + ", ".join(unit) + similar(str(odd), unit) if isinstance(unit, tuple) else WORDS[f.type]
     if f.type in (int, float):
         words += " " + " and ".join(f"{limit.replace('_', ' ')} {bound}" for limit, bound in limits)
         good = (type(value) in (int, f.type) and abs(value) < 2**63  # NaN is not below anything
                 and all(LIMITS[limit](value, bound) for limit, bound in limits))
     elif f.type == list[str]:
         good = isinstance(value, list) and all(isinstance(v, str) and v for v in value)
+        good = good and (isinstance(unit, str) or (set(value) <= set(unit) and len(value) > 0))
     else:
         good = isinstance(value, f.type) and (isinstance(unit, str) or value in unit)
     return "" if good else words
@@ -274,6 +286,8 @@ def check_together(c: Config) -> None:
     if c.token_weights_file and c.token_weights in ("edit", "uniform"):
         raise UserError(f"--token-weights is {c.token_weights}, which uses no scores; with --token-weights-file, "
                         "expected threshold, soft or released")
+    if c.mask and c.mask_source not in ("auto", "top"):
+        raise UserError(f"--mask-source is {c.mask_source}, which makes a mask of its own or none; leave out --mask")
     if c.state_bits not in (8, 32):
         raise UserError(f"--state-bits is {c.state_bits}, expected 8 or 32")
     if c.samples and c.pairs:
@@ -289,7 +303,7 @@ def resolve_stage(name: str, stage: Stage, parameters: int, rows: int) -> Stage:
     lr: the official value is for 7B; smaller models take steps larger by sqrt(7e9 / parameters), at most 100x (ours).
     batch: the official one, but small enough for at least 50 steps an epoch, and not below 8 (ours).
     """
-    official = OFFICIAL[name]
+    official = OFFICIAL[SETTINGS.get(name, name)]
     scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
     lr = stage.lr or float(f"{official.lr * scale:.2g}")
     return replace(stage, lr=lr, batch=stage.batch or max(1, min(official.batch, max(8, rows // 50), rows)))

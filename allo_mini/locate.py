@@ -67,8 +67,16 @@ def forget_importance(run: Run, name: str) -> None:
 
 
 def importance_mask(run: Run, importance: dict[str, Tensor], percent: float) -> PackedMask:
-    """The exact top `percent`, counted on the run's device."""
+    """The exact top `percent`, counted on the run's device; for --mask-source bottom, what the top of the rest leaves."""
+    if run.cfg.mask_source == "bottom" and percent < 100:
+        return pack_mask((name, ~mask) for name, mask in each_selected(importance, 1 - percent / 100, run.device))
     return pack_mask(each_selected(importance, percent / 100, run.device))
+
+
+def random_importance(run: Run) -> dict[str, Tensor]:
+    """For --mask-source random: a number in [0, 1) for every weight, fixed by --seed."""
+    generator = torch.Generator().manual_seed(run.cfg.seed)
+    return {name: torch.rand(shape, generator=generator) for name, shape in run.shapes.items()}
 
 
 def located(run: Run, theta: Path, name: str, examples: list[Example]) -> PackedMask | None:

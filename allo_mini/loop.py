@@ -6,13 +6,13 @@ One training step in two files: this loop (batches -> log-probs -> loss -> backw
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from allo_mini import UserError, losses, parallel
-from allo_mini.config import resolve_stage
+from allo_mini.config import SETTINGS, resolve_stage
 from allo_mini.data import Example, steps_of
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, pack, size_of, token_logps
@@ -31,18 +31,21 @@ class Objective:
         logps, ref [R,T] per-token log-probs of the R responses, mask [R,T] bool; for pairs, rows alternate y+, y-
     units(example)   what the sum is divided by: pairs, tokens or token weights that are not 0
     step0(examples)  the loss while theta = theta_ref; None: the stage needs no reference
+    state            what the loss remembers of earlier steps, saved in checkpoints; after(values) changes it
     """
     loss: Callable[[Tensor, Tensor, Tensor, list[Example]], tuple[Tensor, dict[str, Tensor]]]
     units: Callable[[Example], float]
     step0: Callable[[list[Example]], float] | None = None
     shown: tuple[str, ...] = ("loss", "grad_norm", "learning_rate")
+    state: dict[str, float] = field(default_factory=dict)
+    after: Callable[[dict[str, float]], None] = lambda values: None
 
 
 def run_stage(run: Run, name: str, model, examples: list[Example], objective: Objective, mask=None,
               validate: Callable | None = None) -> MaskedAdamW:
     """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
-    s = resolve_stage(name, cfg.stages[name], size, len(examples))
+    s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))
     every = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
     steps = [group for group in every if units_of(group, objective)]
     if not steps:
@@ -52,7 +55,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     if objective.step0:
         steps = [with_reference(model, run.micro_batches(group))
                  for group in progress(steps, label=f"{name}: reference", unit="step")]
-    progress_of = run.checkpoint(name, len(steps), len(every) - len(steps), optimizer, examples, mask)
+    progress_of = run.checkpoint(name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
     run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
@@ -66,6 +69,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         values["grad_norm"] = optimizer.clip(cfg.clip)
         run.check_numbers(name, step, values, examples, group, objective.step0 if step == 0 else None)
         optimizer.step()
+        objective.after(values)
         values |= run.speed(sum(map(size_of, group)))
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
@@ -150,16 +154,27 @@ def npo_objective(beta: float) -> Objective:
 
 def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
     """DPO over whole pairs; with epsilon < 1, improving: only the most useful share of y-'s tokens counts."""
+    return pair_objective(lambda c, r, ref_c, ref_r, n_c, n_r: losses.dpo_loss(c, r, ref_c, ref_r, beta),
+                          beta, lambda examples: LN2, epsilon)
+
+
+def pair_objective(values: Callable[..., Tensor], beta: float, step0, epsilon: float = 1.0) -> Objective:
+    """Mean over pairs of values(chosen, rejected, ref_chosen, ref_rejected, tokens of chosen, of rejected), all [B].
+
+    The first four are log-probs summed over tokens, those of y- over the useful ones. Without a reference (step0 None)
+    the logged rewards are beta times mean log-probs, else beta log pi_theta/pi_ref.
+    """
     def loss(logps, ref, real, examples):
-        chosen, rejected, ref_chosen, ref_rejected = logps[0::2], logps[1::2], ref[0::2], ref[1::2]  # [B,T]
-        keep = losses.useful_token_mask(rejected, ref_rejected, real[1::2], epsilon)
-        values = losses.dpo_loss(chosen.sum(-1), (rejected * keep).sum(-1),
-                                 ref_chosen.sum(-1), (ref_rejected * keep).sum(-1), beta)
-        up, down = beta * (chosen - ref_chosen).sum(-1), beta * (rejected - ref_rejected).sum(-1)
-        return values.sum(), {
+        keep = losses.useful_token_mask(logps[1::2], ref[1::2], real[1::2], epsilon)  # [B,T]
+        counted, n = real.clone(), real.sum(-1)
+        counted[1::2] = keep
+        sums, ref_sums = (logps * counted).sum(-1), (ref * counted).sum(-1)  # [R]
+        rewards = beta * ((logps - ref).sum(-1) if step0 else logps.sum(-1) / n)
+        up, down = rewards[0::2], rewards[1::2]  # [B]
+        return values(sums[0::2], sums[1::2], ref_sums[0::2], ref_sums[1::2], n[0::2], n[1::2]).sum(), {
             "rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,
-            "rewards/accuracies": (up > down), "logps/chosen": chosen.sum(-1), "logps/rejected": rejected.sum(-1),
-            "useful/fraction": keep.sum(-1) / real[1::2].sum(-1)}
-    return Objective(loss, units=lambda e: 1, step0=lambda examples: LN2,
+            "rewards/accuracies": (up > down), "logps/chosen": logps[0::2].sum(-1), "logps/rejected": logps[1::2].sum(-1),
+            "useful/fraction": keep.sum(-1) / n[1::2]}
+    return Objective(loss, units=lambda e: 1, step0=step0,
                      shown=("loss", "rewards/margins", "rewards/accuracies",
                             *(["useful/fraction"] if epsilon < 1 else []), "grad_norm", "tokens/s"))

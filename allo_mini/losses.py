@@ -5,6 +5,8 @@
     beta      how strongly pi_ref holds (0.1)   n   tokens of a response, the closing EOS included
     sigma     the logistic function             B   responses or pairs; T the longest response's tokens
 
+ALLO's own come first, then those of the methods it is compared with.
+
 Every function returns one loss per row or token, never a mean: the loop in loop.py divides by the units of
 the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
 """
@@ -59,3 +61,44 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
     k = (n * share.numerator // share.denominator).clamp(min=1)
     kth = ratio.sort(-1).values.gather(-1, (k - 1)[:, None])  # [B,1]
     return (ratio <= kth) & response_mask
+
+
+def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+              n_chosen: Tensor, n_rejected: Tensor, beta: float, alpha: float) -> Tensor:
+    """DPO regularised by length (Park et al. 2024, "Disentangling Length from Quality"): the reward minus alpha |y|.
+
+        -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
+
+    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens, all [B] -> [B].
+    """
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))
+
+
+def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+    """IPO (Azar et al. 2023, eq. 17):  ( [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] - 1/(2 beta) )^2
+
+    Log-probs averaged over tokens, [B] -> [B]: the margin stops growing at 1/(2 beta). While theta = ref: 1/(4 beta^2).
+    """
+    margin = (chosen - ref_chosen) - (rejected - ref_rejected)
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO (Meng et al. 2024, eq. 6), which has no pi_ref:  -log sigma( beta [log pi(y+) - log pi(y-)] - gamma )
+
+    Log-probs averaged over tokens, [B] -> [B].
+    """
+    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+
+def bco_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
+             delta: float) -> Tensor:
+    """BCO (Jung et al. 2024): a classifier that tells y+ from y- by the reward r(y) = beta log pi_theta(y)/pi_ref(y).
+
+        -log sigma(r(y+) - delta) - log sigma(-(r(y-) - delta))
+
+    delta: the rewards' mean so far, (E r(y+) + E r(y-)) / 2. Log-probs summed, [B] -> [B]. While theta = ref: 2 ln 2.
+    """
+    up, down = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    return -F.logsigmoid(up - delta) - F.logsigmoid(delta - down)

@@ -12,7 +12,7 @@ import torch
 
 from allo_mini import UserError
 from allo_mini.architecture import ModelConfig
-from allo_mini.config import Config
+from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK
 
@@ -22,14 +22,16 @@ LADDER = ({}, {"state_bits": 8}, {"offload": "state"}, {"offload": "gradient"}, 
           {"int8": True, "state_bits": 8}, {"int8": True, "offload": "state"}, {"int8": True, "offload": "gradient"},
           {"int8": True, "offload": "gradient", "head_mb": 64},
           {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0})
-TRAINING = ("sft", "reward", "warmup", "dpo", "forget", "improve")
+TRAINING = (*STAGES, *SETTINGS)  # the stages that train
 
 
 def percent_of(cfg: Config, stage: str) -> float:
     """How many percent of the weights a stage trains."""
     if stage in ("sft", "reward"):
         return cfg.p_sft or 100
-    return {"forget": cfg.p_forget or cfg.p, "improve": cfg.p_improve or cfg.p}.get(stage, 100)
+    if cfg.mask_source == "none" or stage == "warmup" or (cfg.mask_source == "auto" and stage not in ("forget", "improve")):
+        return 100
+    return (cfg.p_forget if stage == "forget" else cfg.p_improve) or cfg.p
 
 
 def block_bytes(c: ModelConfig, size: int) -> int:
@@ -111,13 +113,14 @@ def stages_of(cfg: Config) -> list[str]:
     stages = ["sft"] if cfg.sft or cfg.only_sft else []
     if not cfg.only_sft:
         stages += ["sample"] if not (cfg.pairs or cfg.samples) else []
-        stages += ["dpo"] if cfg.dpo_baseline else []
-        if cfg.allo:
-            stages += ["warmup"] if cfg.locate != "gradient" and not cfg.mask else []
-            stages += [] if cfg.mask else ["locate"]
+        stages += ["more-sft" if method == "sft" else method for method in cfg.method if method != "allo"]
+        measured = cfg.mask_source in ("auto", "top", "bottom") and not cfg.mask
+        if measured and ("allo" in cfg.method or cfg.mask_source != "auto"):
+            stages += (["warmup"] if cfg.locate != "gradient" else []) + ["locate"]
+        if "allo" in cfg.method:
             scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
             stages += (["reward"] if not cfg.reward_model else []) + ["score"] if scored else []
-            stages += ["forget", "improve"]
+            stages += ["forget"] * cfg.forget + ["improve"]
     return stages
 
 
@@ -145,7 +148,8 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Conf
         if sum(needs[worst].values()) <= room:
             chosen = spend(tried, c, shapes, size, room)
             return chosen, needs_of(chosen, c, shapes, size)
-    hint = {"warmup": "use --locate gradient", "dpo": "add --no-dpo-baseline (all weights are trained there)",
+    hint = {"warmup": "use --locate gradient",
+            **dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)"),
             "sft": "lower --p-sft or --max-length", "reward": "lower --p-sft, or use --token-weights edit",
             "sample": "lower --max-length"}.get(worst, "lower --p or --max-length, or take a larger --memory")
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "

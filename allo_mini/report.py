@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from allo_mini import UserError, parallel
 from allo_mini.checkpoint import open_safetensors
-from allo_mini.config import HOME
+from allo_mini.config import HOME, SETTINGS
 from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
 from allo_mini.jsonio import read_json, read_jsonl
@@ -27,7 +27,7 @@ from allo_mini.losses import useful_token_mask
 from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
 
-BIG = ("sft", "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model, in the order made
+BIG = ("sft", *SETTINGS, "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model
 SHOWN = 12  # negatives, and rows where the models differ
 CHART = {"width": 300, "height": 110, "points": 240}  # plotting area in SVG units; more steps are averaged
 CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold

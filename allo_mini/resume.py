@@ -23,9 +23,10 @@ from allo_mini.optim import MaskedAdamW
 class StageProgress:
     """Where a stage of `run` stands: next step, best weights so far; saved every --save-minutes beside the stage."""
 
-    def __init__(self, run, stage: str, total: int, skipped: int, optimizer: MaskedAdamW, examples: list, mask):
+    def __init__(self, run, stage: str, total: int, skipped: int, optimizer: MaskedAdamW, examples: list, mask,
+                 state: dict[str, float]):
         self.run, self.stage, self.total, self.skipped, self.optimizer = run, stage, total, skipped, optimizer
-        self.step, self.best, self.best_master, self.stopping = 0, None, None, False
+        self.step, self.best, self.best_master, self.stopping, self.state = 0, None, None, False, state
         self.path, self.saved_at = run.state_file(stage), time.monotonic()
         rows, settings = hashlib.sha256(), hashlib.sha256((run.folder / "config.json").read_bytes())
         for example in examples:
@@ -54,6 +55,7 @@ class StageProgress:
             fits = [state[name].shape == tensor.shape for name, tensor in self.tensors().items()]
             if self.step not in range(self.total + 1) or not all(fits):
                 raise ValueError("its step or its tensors do not fit")
+            self.state.update({key: float(known["state"][key]) for key in self.state})
             self.optimizer.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError) as e:
             raise UserError(f"{self.path}: no checkpoint of ours ({e}); delete it to begin the stage again") from None
@@ -85,7 +87,7 @@ class StageProgress:
         """Write a checkpoint when the last one is old enough, or Ctrl-C was pressed; `step` steps are done."""
         due = time.monotonic() - self.saved_at >= 60 * self.run.cfg.save_minutes and step < self.total
         if (due or self.stopping) and not parallel.RANK:
-            progress = {"step": step, "best": self.best, "belongs": self.belongs}
+            progress = {"step": step, "best": self.best, "state": self.state, "belongs": self.belongs}
             save_tensors(self.tensors(), self.path, {"progress": json.dumps(progress)})
             self.saved_at = time.monotonic()
         if self.stopping:

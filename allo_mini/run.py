@@ -125,10 +125,10 @@ class Run:
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def checkpoint(self, name: str, total: int, skipped: int, optimizer, examples, mask) -> StageProgress:
+    def checkpoint(self, name: str, total: int, skipped: int, optimizer, examples, mask, state) -> StageProgress:
         """The stage's progress, read back when an earlier try was cut off; starts the tokens/s clock."""
         self.clock = time.monotonic()
-        return StageProgress(self, name, total, skipped, optimizer, examples, mask)
+        return StageProgress(self, name, total, skipped, optimizer, examples, mask, state)
 
     def speed(self, tokens: int) -> dict[str, float]:
         """tokens/s since the last call, and the peak memory so far."""

@@ -660,7 +660,7 @@ def test_tokenizer_json(content, place, capsys):
 
 # ---- a run folder that somebody changed by hand ------------------------------------------------------------
 
-FULL = (T + " --samples s.jsonl --max-length 600 --max-steps 1 --max-new-tokens 2 --test test.jsonl --no-dpo-baseline"
+FULL = (T + " --samples s.jsonl --max-length 600 --max-steps 1 --max-new-tokens 2 --test test.jsonl --method allo"
         " --locate gradient" + OUT)
 SAMPLES = lines(*({"input": f"2 + {i}?", "samples": ["The answer is 4", "The answer is 5"]} for i in range(4)))
 

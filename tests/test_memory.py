@@ -39,9 +39,9 @@ def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
     config, shapes = shape_of(name)  # README's table says the same
     if CHOSEN[name][card] is None:
         with pytest.raises(UserError, match=rf"--memory is {card}, .* needs [\d.]+ GB of it at best: .*--"):
-            memory.plan(settings(card, "--no-dpo-baseline"), config, shapes)
+            memory.plan(settings(card, "--method", "allo"), config, shapes)
         return
-    chosen, needs = memory.plan(settings(card, "--no-dpo-baseline"), config, shapes)
+    chosen, needs = memory.plan(settings(card, "--method", "allo"), config, shapes)
     assert (chosen.int8, chosen.offload, chosen.p_sft) == CHOSEN[name][card] and chosen.locate == "gradient"
     assert list(needs) == ["sft", "sample", "locate", "reward", "score", "forget", "improve"]
     for stage, terms in needs.items():
@@ -60,9 +60,9 @@ def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
     assert chosen.offload == "gradient" or needs["locate"]["gradient"] == 4 * max(sum(shapes[n].numel() for n in g) for g in groups)
 
 
-@pytest.mark.parametrize("flags, names", [((), "--no-dpo-baseline"),
-                                          (("--no-dpo-baseline", "--locate", "movement"), "--locate gradient"),
-                                          (("--no-dpo-baseline", "--p-sft", "100"), "--p-sft")])
+@pytest.mark.parametrize("flags, names", [((), "--method allo"),
+                                          (("--method", "allo", "--locate", "movement"), "--locate gradient"),
+                                          (("--method", "allo", "--p-sft", "100"), "--p-sft")])
 def test_what_cannot_fit_names_its_flag(flags, names):
     config, shapes = shape_of("llama-2-7b")
     with pytest.raises(UserError, match=names):
@@ -71,7 +71,7 @@ def test_what_cannot_fit_names_its_flag(flags, names):
 
 def test_what_was_asked_for_stays():
     config, shapes = shape_of("llama-2-7b")
-    chosen, _ = memory.plan(settings("24gb", "--no-dpo-baseline", "--int8", "--p-sft", "7"), config, shapes)
+    chosen, _ = memory.plan(settings("24gb", "--method", "allo", "--int8", "--p-sft", "7"), config, shapes)
     assert chosen.int8 and chosen.p_sft == 7
 
 

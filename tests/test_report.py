@@ -261,8 +261,8 @@ def test_curves_keep_to_their_axes_however_long_the_stage():
 @pytest.mark.parametrize("more, there, missing", [
     (["--only-sft", "--sft-epochs", "1"], ["Results", "Training curves", "Time and memory"],
      ["Selected neurons", "Tokens that count", "Before and after"]),
-    (["--no-allo", "--no-eval"], ["Training curves"], ["Results", "Selected neurons", "Tokens that count"]),
-    (["--no-dpo-baseline", "--no-eval", "--token-weights", "edit", "--mask"], ["Selected neurons", "Tokens that count"],
+    (["--method", "dpo", "--no-eval"], ["Training curves"], ["Results", "Selected neurons", "Tokens that count"]),
+    (["--method", "allo", "--no-eval", "--token-weights", "edit", "--mask"], ["Selected neurons", "Tokens that count"],
      ["Results"]),
 ])
 def test_a_run_of_some_stages_has_the_sections_it_can_fill(whole, world, tmp_path, more, there, missing):
@@ -275,7 +275,7 @@ def test_a_run_of_some_stages_has_the_sections_it_can_fill(whole, world, tmp_pat
 
 def test_a_pairs_run_reports_its_margins(world, tmp_path):
     argv = ["--model", str(world / "model"), "--pairs", str(world / "pairs.jsonl"), "--prompt", "chat", "--max-length", "300",
-            "--token-weights", "uniform", "--no-dpo-baseline", "--locate", "gradient", "--max-steps", "1",
+            "--token-weights", "uniform", "--method", "allo", "--locate", "gradient", "--max-steps", "1",
             "--out", str(tmp_path / "run")]
     assert train.main(argv) == 0
     page = Page(tmp_path / "run/report.html")
@@ -305,7 +305,7 @@ def test_the_command_makes_the_same_report_anew(whole, monkeypatch, capsys):
 
 
 def test_a_finished_run_without_its_report_gets_it(world, tmp_path, capsys):
-    argv = arguments(world, tmp_path / "run", "--no-allo", "--no-eval", "--max-steps", "1")
+    argv = arguments(world, tmp_path / "run", "--method", "dpo", "--no-eval", "--max-steps", "1")
     assert train.main(argv) == 0 and f"report  {tmp_path / 'run/report.html'}" in capsys.readouterr().out
     written = (tmp_path / "run/report.html").read_text()
     (tmp_path / "run/report.html").unlink()
@@ -338,7 +338,7 @@ def test_home_and_tokens_stay_out_of_settings_and_report(world, tmp_path, monkey
     for module in (config, inputs, report):
         monkeypatch.setattr(module, "HOME", json.dumps(f"{home}/")[:-1])
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
-    argv = arguments(world, tmp_path / "run", "--no-allo", "--no-eval", "--max-steps", "1", "--model", f"{home}/model")
+    argv = arguments(world, tmp_path / "run", "--method", "dpo", "--no-eval", "--max-steps", "1", "--model", f"{home}/model")
     assert train.main(argv) == 0
     for name in ("config.json", "report.html"):
         text = (tmp_path / "run" / name).read_text()

@@ -183,7 +183,7 @@ def test_changed_settings_data_and_model_are_named(world, cut, tmp_path, capsys)
     for name in ("model", "train.jsonl", "test.jsonl", "samples.jsonl"):
         copy = shutil.copytree if (world / name).is_dir() else shutil.copyfile
         copy(world / name, tmp_path / name)
-    command = arguments(tmp_path, tmp_path / "run", "--max-steps", "1", "--no-dpo-baseline", "--no-eval",
+    command = arguments(tmp_path, tmp_path / "run", "--max-steps", "1", "--method", "allo", "--no-eval",
                         "--token-weights", "edit")
     assert in_child(lambda: train.main(command), at_step("warmup", 1)) == -signal.SIGKILL
     for change, says in ((["--beta", "0.2", "--n", "3"], ["another beta (0.1, now 0.2)", "another n (10, now 3)"]),
@@ -206,7 +206,7 @@ def test_changed_settings_data_and_model_are_named(world, cut, tmp_path, capsys)
 def test_restart_moves_the_old_run_aside(world, cut, tmp_path, capsys):
     shutil.copytree(cut, tmp_path / "run")
     (tmp_path / "run.1").mkdir()
-    command = arguments(world, tmp_path / "run", "--max-steps", "1", "--no-dpo-baseline", "--no-eval",
+    command = arguments(world, tmp_path / "run", "--max-steps", "1", "--method", "allo", "--no-eval",
                         "--token-weights", "edit")
     assert train.main([*command, "--restart"]) == 0
     assert f"{tmp_path / 'run'} is now {tmp_path / 'run.2'}" in capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_restart_touches_no_folder_that_is_not_a_run(world, tmp_path, capsys):
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_gone(world, tmp_path):
-    command = arguments(world, tmp_path / "run", "--max-steps", "1", "--no-dpo-baseline", "--no-eval",
+    command = arguments(world, tmp_path / "run", "--max-steps", "1", "--method", "allo", "--no-eval",
                         "--token-weights", "edit")
     read, write = os.pipe()
     pid = os.fork()
@@ -268,7 +268,7 @@ def test_a_write_that_fails_leaves_the_last_good_state(world, tmp_path, capfd):
 
 def test_a_memory_mapped_file_is_made_only_where_there_is_room(world, tmp_path, capfd):
     """Without the room a write into the mapping would end the process by a signal."""
-    command = arguments(world, tmp_path / "run", "--locate", "gradient", "--no-dpo-baseline", "--token-weights", "edit")
+    command = arguments(world, tmp_path / "run", "--locate", "gradient", "--method", "allo", "--token-weights", "edit")
     assert in_child(lambda: train.main(command), small_files(60_000)) == 2
     errors = capfd.readouterr().err
     assert ".locate-0.tmp: cannot be written: File too large; 131,712 bytes are needed" in errors, errors

@@ -82,7 +82,7 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, tmp_path, groups):
-    run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--no-dpo-baseline", "--p-sft", "5",
+    run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--method", "allo", "--p-sft", "5",
                           "--micro-batch", "2", "--locate-groups", str(groups), "--beta", "0.3")
     examples, ours, twin = examples[:5], run.load(run.base), run.load(run.base, train_all=True)
     for n, p in ours.named_parameters():
@@ -101,7 +101,7 @@ def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, 
 @pytest.mark.parametrize("more", [[], ["--int8", "--state-bits", "8", "--offload", "gradient", "--locate-groups", "3"]])
 def test_sft_and_the_rewriting_model_train_p_sft_percent_of_the_weights(world, tmp_path, more):
     """Those with the largest gradient of the stage's own loss; the others stay as they are in the files."""
-    run, _ = start(world, tmp_path, "--sft", "--p-sft", "3", "--locate", "gradient", "--no-dpo-baseline", "--max-steps",
+    run, _ = start(world, tmp_path, "--sft", "--p-sft", "3", "--locate", "gradient", "--method", "allo", "--max-steps",
                    "2", "--locate-pairs", "8", "--sft-lr", "1e-3", "--reward-lr", "1e-3", *more)
     tuned, seen = train.sft(run, run.base), []
     _, rows = train.preferences(run, tuned)
@@ -203,7 +203,7 @@ def test_a_step_without_memory_is_redone_in_halves_with_the_same_result(world, t
 
 @pytest.mark.parametrize("size, halves", [("4", True), ("1", False)])
 def test_memory_that_runs_out_twice_is_one_line_and_the_run_can_go_on(world, tmp_path, monkeypatch, capsys, size, halves):
-    argv = arguments(world, tmp_path / "run", "--no-allo", "--max-steps", "2", "--micro-batch", size, "--no-eval",
+    argv = arguments(world, tmp_path / "run", "--method", "dpo", "--max-steps", "2", "--micro-batch", size, "--no-eval",
                      "--save-minutes", "0")
     with monkeypatch.context() as patched:
         fail(patched, "forward", range(2, 99))
@@ -233,7 +233,7 @@ def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, ba
     """8 bits wherever there are any, everything on the host; the rewriting model by its own gradient, or a whole one."""
     reward = ["--reward-base", str(world / "model")] if base else ["--sft", "--p-sft", "5"]
     assert train.main(arguments(world, tmp_path / "run", "--int8", "--state-bits", "8", "--offload", "gradient", "--locate",
-                                "gradient", "--no-dpo-baseline", "--max-steps", "2", "--checkpoint-blocks", "1",
+                                "gradient", "--method", "allo", "--max-steps", "2", "--checkpoint-blocks", "1",
                                 "--locate-pairs", "8", "--locate-groups", "2", "--test-limit", "2", *reward)) == 0
     out = tmp_path / "run"
     said = capsys.readouterr().out
@@ -366,7 +366,7 @@ def test_eval_every_saves_the_weights_of_the_best_validation(world, tmp_path, mo
     monkeypatch.setattr(run_module.Run, "validator", lambda self: validate)
     run, examples = start(world, tmp_path, "--eval-every", "2", "--val-rows", "2", "--max-steps", "5",
                           "--dpo-batch", "4", "--dpo-lr", "1e-3")
-    saved = load_file(train.dpo(run, run.base, examples) / "model.safetensors")
+    saved = load_file(train.baseline(run, "dpo", run.base, examples, None) / "model.safetensors")
     assert len(seen) == 3 and not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
     assert [equal({n: saved[n] for n in s}, s) for s in seen] == [i == best for i in range(3)]
     assert f"best validation score, {scores[best]:.4f}" in capsys.readouterr().out

@@ -94,7 +94,7 @@ def test_every_stage_end_to_end(world, tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["soft", "released", "edit", "uniform"])
 def test_token_weight_modes(world, tmp_path, mode):
     assert train.main(arguments(world, tmp_path / "run", "--token-weights", mode, "--locate", "gradient", "--no-eval",
-                                "--max-steps", "2", "--no-dpo-baseline")) == 0
+                                "--max-steps", "2", "--method", "allo")) == 0
     metrics = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     fraction = [m["token_weight/fraction"] for m in metrics if m["stage"] == "forget" and "step" in m]
     assert fraction and (all(0 < f < 1 for f in fraction) if mode == "edit" else all(f == 1 for f in fraction))
@@ -113,7 +113,7 @@ def test_pairs_run_reports_preference_accuracy(world, tmp_path):
 def test_bf16_run_with_checkpointing(world, tmp_path, capsys):
     """bf16 weights: the first step's ratios are exactly 0, only masked weights change, the saved files stay bf16."""
     assert train.main(arguments(world, tmp_path / "run", "--dtype", "bf16", "--token-weights", "edit", "--locate", "gradient",
-                                "--checkpoint-blocks", "1", "--improve-lr", "1e-2", "--no-dpo-baseline")) == 0
+                                "--checkpoint-blocks", "1", "--improve-lr", "1e-2", "--method", "allo")) == 0
     said = capsys.readouterr().out
     assert "improve: first loss 0.693147, expected 0.693147" in said and "WARNING" not in said
     old, new = (load_file(tmp_path / f"run/{name}/model.safetensors") for name in ("forget", "improve"))
@@ -124,10 +124,10 @@ def test_bf16_run_with_checkpointing(world, tmp_path, capsys):
 
 
 def test_own_mask_and_token_weights(world, tmp_path):
-    first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--no-dpo-baseline")
+    first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--method", "allo")
     assert train.main(first) == 0
     own = ["--mask", str(tmp_path / "a/mask.safetensors"), "--token-weights-file", str(tmp_path / "a/token_weights.jsonl")]
-    assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--no-dpo-baseline", *own)) == 0
+    assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--method", "allo", *own)) == 0
     assert not (tmp_path / "b/reward").exists() and not (tmp_path / "b/mask.safetensors").exists()
     same(tmp_path / "a/improve", tmp_path / "b/improve")
 
@@ -139,7 +139,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("stage, step", [("warmup", 1), ("forget", 3), ("improve", 2)])
 def test_killed_and_resumed_is_bit_identical(world, tmp_path, monkeypatch, stage, step):
-    options = ["--no-eval", "--no-dpo-baseline", "--token-weights", "edit", "--max-steps", "4", "--save-minutes", "0"]
+    options = ["--no-eval", "--method", "allo", "--token-weights", "edit", "--max-steps", "4", "--save-minutes", "0"]
     assert train.main(arguments(world, tmp_path / "whole", *options)) == 0
     line = run_module.Log.step
 
@@ -162,7 +162,7 @@ def test_killed_and_resumed_is_bit_identical(world, tmp_path, monkeypatch, stage
 def test_micro_batches_do_not_change_training(world, tmp_path):
     """Four micro-batches of a step give the same losses and weights as one (up to summation order)."""
     for name, size in (("one", "64"), ("many", "2")):
-        assert train.main(arguments(world, tmp_path / name, "--no-eval", "--no-dpo-baseline", "--token-weights", "edit",
+        assert train.main(arguments(world, tmp_path / name, "--no-eval", "--method", "allo", "--token-weights", "edit",
                                     "--micro-batch", size, "--max-steps", "2", "--locate", "gradient")) == 0
     rows = {name: [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
             for name in ("one", "many")}

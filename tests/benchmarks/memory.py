@@ -48,7 +48,7 @@ class RandomRun(Run):
 
 def settings(name: str, card: str, p: float, tokens: int):
     """The planner's choice for a shape and card; raises UserError when nothing fits."""
-    cfg = parse(["--model", "x", "--train", "x", "--memory", card, "--sft", "--no-dpo-baseline", "--p", str(p),
+    cfg = parse(["--model", "x", "--train", "x", "--memory", card, "--sft", "--method", "allo", "--p", str(p),
                  "--max-length", str(tokens), "--max-new-tokens", str(tokens - 256), "--max-steps", "1"])
     return memory.plan(cfg, parse_config(SHAPES[name]), shapes_of(name))[0]
 

@@ -34,19 +34,19 @@ def main():
     for seed in args.seeds:
         base, own = args.out / f"base-{seed}", []
         common = ["--seed", str(seed), "--test-limit", "1000", *args.more]
-        if train.main(["--seed", str(seed), "--out", str(base), "--no-eval", "--no-dpo-baseline", *args.more]):
+        if train.main(["--seed", str(seed), "--out", str(base), "--no-eval", "--method", "allo", *args.more]):
             raise SystemExit(1)
         own = ["--samples", str(base / "samples.jsonl"), "--mask", str(base / "mask.safetensors"),
                "--token-weights-file", str(base / "token_weights.jsonl")]
         for setting in args.dpo:
             out = args.out / f"dpo-{seed}-{setting}"
             found.setdefault(f"DPO  {setting}", []).append(
-                accuracy(out, [*common, *own, "--dpo-lr", setting, "--no-allo"], "DPO"))
+                accuracy(out, [*common, *own, "--dpo-lr", setting, "--method", "dpo"], "DPO"))
         for setting in args.allo:
             forget, improve = setting.split("/")
             out = args.out / f"allo-{seed}-{forget}-{improve}"
             found.setdefault(f"ALLO {setting}", []).append(
-                accuracy(out, [*common, *own, "--forget-lr", forget, "--improve-lr", improve, "--no-dpo-baseline"], "ALLO"))
+                accuracy(out, [*common, *own, "--forget-lr", forget, "--improve-lr", improve, "--method", "allo"], "ALLO"))
         rows = [[name, *(f"{100 * a:.1f}" for a in values), f"{100 * sum(values) / len(values):.1f}"]
                 for name, values in found.items() if len(values) == len(found[next(iter(found))])]
         print(table(["setting", *map(str, args.seeds[:len(rows[0]) - 2]), "mean"], rows), flush=True)

@@ -37,7 +37,7 @@ from allo_mini.files import save_mask  # noqa: E402
 from allo_mini.report import write_report  # noqa: E402
 
 os.fsync = lambda handle: None
-SHORT = ("--max-steps 1 --max-new-tokens 2 --max-length 1200 --no-dpo-baseline --locate gradient --token-weights edit "
+SHORT = ("--max-steps 1 --max-new-tokens 2 --max-length 1200 --method allo --locate gradient --token-weights edit "
          "--n 2 --out run")
 T, P = f"train --model model --train t.jsonl {SHORT}", f"train --model model --pairs p.jsonl {SHORT}"
 B = T.replace("--out run", "--samples s.jsonl --save-minutes 0 --improve-batch 2").replace("--max-steps 1",
