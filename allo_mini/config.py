@@ -222,15 +222,17 @@ def make_parser() -> Parser:
 def expected(f: Field, value) -> str:
     """What the knob `f` wants, in words, when `value` is not that; else ''."""
     unit, limits = f.metadata["unit"], f.metadata["limits"].items()
-    odd = next((v for v in value if v not in unit), "") if isinstance(value, list) else value
-    words = "one of " + ", ".join(unit) + similar(str(odd), unit) if isinstance(unit, tuple) else WORDS[f.type]
+    words = WORDS[f.type]
+    if isinstance(unit, tuple):
+        odd = next((v for v in value if v not in unit), "") if isinstance(value, list) else value
+        words = "one of " + ", ".join(unit) + similar(str(odd), unit)
     if f.type in (int, float):
         words += " " + " and ".join(f"{limit.replace('_', ' ')} {bound}" for limit, bound in limits)
         good = (type(value) in (int, f.type) and abs(value) < 2**63  # NaN is not below anything
                 and all(LIMITS[limit](value, bound) for limit, bound in limits))
     elif f.type == list[str]:
         good = isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-        good = good and (isinstance(unit, str) or (set(value) <= set(unit) and len(value) > 0))
+        good = good and (isinstance(unit, str) or (len(value) > 0 and set(value) <= set(unit)))
     else:
         good = isinstance(value, f.type) and (isinstance(unit, str) or value in unit)
     return "" if good else words
