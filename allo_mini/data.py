@@ -159,6 +159,11 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
 
 
+def messages(text: Text, role: str) -> Messages:
+    """A string as one message of `role`; a message list as it is."""
+    return text if isinstance(text, list) else [{"role": role, "content": text}]
+
+
 # ---- text -> token ids -------------------------------------------------------------------------------------
 
 class Encoder:
@@ -190,17 +195,23 @@ class Encoder:
     def frame(self, prompt: Text) -> str:
         """The prompt as text, in this style."""
         if self.style == "chat":
-            messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            return self.tokenizer.render(messages, True)
+            return self.tokenizer.render(messages(prompt, "user"), True)
         return ALPACA.format(plain(prompt)) if self.style == "alpaca" else plain(prompt)
 
     def answer(self, prompt: Text, response: Text) -> str:
-        """The text that follows the framed prompt, closing token not included."""
-        if self.style == "chat" and isinstance(response, list):
-            framed = self.frame(prompt)
-            full = self.tokenizer.render([*prompt, *response], False)
-            return full[len(framed):] if full.startswith(framed) else plain(response)
-        return (" " if self.style == "alpaca" else "") + plain(response)
+        """The text that follows the framed prompt; in chat style all that the template writes after it."""
+        if self.style != "chat":
+            return (" " if self.style == "alpaca" else "") + plain(response)
+        framed, talk = self.frame(prompt), messages(prompt, "user")
+        full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
+        if full.startswith(framed):
+            return full[len(framed):]
+        # The template writes the last turn of a prompt in another way than a turn before an answer: Mistral's sets the
+        # system prompt into it, others drop thoughts. What stands between that turn and an answer is the same.
+        _, _, ending = framed.rpartition(talk[-1]["content"].strip())
+        probe = self.tokenizer.render([*talk, {"role": "assistant", "content": "\0"}], False)
+        _, _, between = probe.partition("\0")[0].rpartition(talk[-1]["content"].strip())
+        return (between.removeprefix(ending) if between.startswith(ending) else "") + plain(response)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; trimmed on the left to leave at least half of max_length for the response."""
