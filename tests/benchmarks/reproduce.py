@@ -5,8 +5,9 @@
 
 OUT holds the runs; samples, masks and token weights of a seed are made once and serve all its cells (--share: those of
 the first seed serve all seeds). A finished cell is one line of tests/benchmarks/results/NAME.jsonl, answers included,
-and is never made again: kill it at any time, and call it again. Settings are chosen on the --tune seeds' validation
-rows, as many for every method, and one more while the best stands at the end of its row. Prints NAME.md, too.
+and is never made again: kill it at any time, and call it again. Learning rates are chosen on the --tune seeds'
+validation rows, as many for every method, and one more while the best stands at the end of a row of three or more.
+Writes NAME.md beside the lines.
 """
 
 import argparse
@@ -40,7 +41,6 @@ PARTS = {  # part -> cell -> flags
                   "ALLO, edit weights": [*ALLO, "--token-weights", "edit"],
                   "ALLO, no forgetting": [*ALLO, "--no-forget"], "ALLO, no token filter": [*ALLO, "--epsilon", "1"],
                   "ALLO, gradient location": [*ALLO, "--locate", "gradient"]}}
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the middle of a cell's row of learning rates
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -49,19 +49,20 @@ def flags_of(cell: str) -> list[str]:
 
 
 def middle(cell: str, study) -> float:
-    """The learning rate in the middle of a cell's row: for ALLO forgetting's, of which improving takes a quarter."""
+    """The learning rate that --factors multiply: of improving in ALLO, see `setting`."""
     if not study.model:  # the demo, whose model is far from what the defaults are made for
-        return {"+SFT": 1.6e-4, "RFT": 1.6e-4, "NPO": 2e-5, "ALLO": 8e-5}.get(cell, 8e-5 if "%" in cell else 4e-5)
+        return {"+SFT": 1.6e-4, "RFT": 1.6e-4, "NPO": 2e-5, "ALLO": 2e-5}.get(cell, 8e-5 if "%" in cell else 4e-5)
     stage = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve"}.get(cell, "dpo")
     rate = resolve_stage(stage, Config().stages[stage], study.parameters, 1000).lr
     return rate * (2 if "%" in cell else 1)
 
 
-def setting(cell: str, rate: float) -> list[str]:
-    """Flags for a learning rate."""
+def setting(cell: str, rate: float, demo: bool) -> list[str]:
+    """Flags for a learning rate. Forgetting takes a tenth of improving's, as in the official scripts; in the demo,
+    where nearly all there is to learn is a habit to forget, four times."""
     rate, stage = float(f"{rate:.3g}"), "sft" if cell in ("+SFT", "RFT") else "dpo"
     if cell.startswith("ALLO"):
-        return ["--forget-lr", f"{rate:g}", "--improve-lr", f"{rate / 4:.3g}"]
+        return ["--forget-lr", f"{rate * (4 if demo else 0.1):.3g}", "--improve-lr", f"{rate:g}"]
     return [f"--{stage}-lr", f"{rate:g}"]
 
 
@@ -94,7 +95,8 @@ class Study:
         seed = [*self.tune, *self.seeds][0] if self.share else seed
         out = self.out / f"{self.name}-{seed}-base"
         if not (out / "results.json").exists():
-            call([*self.data(seed, seed in self.tune), *ALLO, "--no-eval", "--keep", "1", "--out", str(out)])
+            call([*self.data(seed, seed in self.tune), *ALLO, "--no-eval", "--keep", "1", "--out", str(out),
+                  "--forget-epochs", "0.02", "--improve-epochs", "0.02"])  # what these two make is not used
         return out
 
     def cell(self, part: str, cell: str, seed: int, flags: list[str]) -> dict:
@@ -131,15 +133,15 @@ class Study:
         if cell == "start" or not self.tune:
             return []
         cell = "ALLO" if cell.startswith("ALLO") else cell  # the ablations change one thing of ALLO as it was tuned
-        rates, scores = [middle(cell, self) * f for f in FACTORS], {}
+        rates, scores = [middle(cell, self) * f for f in self.factors], {}
         while True:
             for rate in rates:
-                rows = [self.cell("tune", cell, seed, setting(cell, rate)) for seed in self.tune]
+                rows = [self.cell("tune", cell, seed, setting(cell, rate, not self.model)) for seed in self.tune]
                 scores[rate] = statistics.mean(row["accuracy"] for row in rows)
             best = max(scores, key=scores.get)
             more = best / 2 if best == min(scores) else best * 2 if best == max(scores) else None
-            if more is None or len(scores) >= len(FACTORS) + 2:
-                return setting(cell, best)
+            if more is None or not 3 <= len(scores) < len(self.factors) + 2:
+                return setting(cell, best, not self.model)
             rates = [more]
 
 
@@ -236,6 +238,8 @@ def main():
     parser.add_argument("--name", default="demo")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--tune", type=int, nargs="*", default=[11, 12], help="seeds to choose learning rates on")
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0],
+                        help="learning rates to try, as multiples of the middle one")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cells", nargs="+", help="only these")
     parser.add_argument("--model", default="")
@@ -253,7 +257,7 @@ def main():
     if not study.table:
         tuned_cells = {"ALLO" if cell.startswith("ALLO") else cell for _, cell in todo} - {"start"}
         made = sum(row["part"] == "tune" and row["cell"] in tuned_cells for row in study.done)
-        study.left = max(0, len(tuned_cells) * len(FACTORS) * len(study.tune) - made) + sum(
+        study.left = max(0, len(tuned_cells) * len(study.factors) * len(study.tune) - made) + sum(
             not study.find(part, cell, seed) for part, cell in todo for seed in study.seeds)
         settings = {}
         for seed in study.seeds:  # a whole seed after the other: what is finished can be compared
