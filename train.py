@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from allo_mini import UserError, memory, parallel, tasks
+from allo_mini import UserError, dry_run, memory, parallel, tasks
 from allo_mini.baselines import NAMES, baseline_objective
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
@@ -275,7 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
-        run_all(open_run(cfg))
+        run = open_run(cfg)
+        dry_run.show(run) if cfg.dry_run else run_all(run)
         return 0
     except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -93,6 +93,7 @@ class Config:
                            "the weights every --method trains: of highest or lowest importance, random ones, or all of "
                            "them (auto: top in allo, else none)", "paper")
     forget: bool = knob(True, "stages", "", "allo's first phase (off: improving alone)", "paper")
+    dry_run: bool = knob(False, "stages", "", "print what would run, its memory, disk and time; write nothing")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
 
     n: int = knob(10, "sample", "RESPONSES", "sampled for each question", "paper", at_least=1)

@@ -21,7 +21,7 @@ from allo_mini.model import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
-NOT_THE_RUN = ("out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
+NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -56,10 +56,15 @@ def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
     return prints
 
 
+def folder_of(cfg: Config) -> Path:
+    """--out, or a name made from the data and the seed."""
+    data = [*cfg.pairs, *cfg.train, "demo"][0]
+    return Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
+
+
 def claim_folder(cfg: Config, base: Path, machine: dict) -> Path:
     """Make and lock the run folder, or find the same run in it. Raises UserError saying what differs otherwise."""
-    data = [*cfg.pairs, *cfg.train, "demo"][0]
-    folder = Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
+    folder = folder_of(cfg)
     settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
     text = json.dumps({"config": settings, "files": fingerprints(cfg, base), "machine": machine}, indent=2)
     text = text.replace(HOME, '"~/')  # names of people stay out of the file
@@ -211,7 +216,7 @@ def check_own_files(run: Run) -> None:
 
 
 def open_run(cfg: Config) -> Run:
-    """Check everything that can be checked without training, then claim the run folder."""
+    """Check everything that can be checked without training, then claim the run folder (not with --dry-run)."""
     device, dtype = pick_device(cfg.device, cfg.dtype)
     device = parallel.join(device)
     if cfg.deterministic:
@@ -235,9 +240,11 @@ def open_run(cfg: Config) -> Run:
     is_demo = not (cfg.model or cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
     encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
-    run = Run(cfg, Path(), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
+    run = Run(cfg, folder_of(cfg), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
     check_rows(run)
     check_own_files(run)
+    if cfg.dry_run:
+        return run
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     for rank in (0, 1):  # rank 0 makes the folder, then the others find it
         if bool(parallel.RANK) == bool(rank):

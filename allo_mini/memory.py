@@ -192,12 +192,17 @@ def advice(cfg: Config) -> str:
 
 
 def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict) -> None:
-    """Print the chosen settings, the estimate, term by term, in GB, and how often locating reads its pairs."""
-    names = list(dict.fromkeys(term for terms in needs.values() for term in terms))
+    """Print the chosen settings, the estimate, term by term, and how often locating reads its pairs."""
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in (
         "int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch", "head_mb")))
+    show_needs(needs)
+    if "locate" in needs:
+        say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over {cfg.locate_pairs} pairs\n")
+
+
+def show_needs(needs: dict[str, dict[str, int]]) -> None:
+    """Print {stage: {term: bytes}} as a table in GB."""
+    names = list(dict.fromkeys(term for terms in needs.values() for term in terms))
     say(table(["estimate in GB", *names, "sum"],
               [[stage, *(f"{terms[t] / 1e9:.2f}" if t in terms else "-" for t in names), f"{sum(terms.values()) / 1e9:.2f}"]
                for stage, terms in needs.items()]))
-    if "locate" in needs:
-        say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over {cfg.locate_pairs} pairs\n")
