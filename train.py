@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, dry_run, memory, parallel, tasks
-from allo_mini.baselines import NAMES, baseline_objective
+from allo_mini.baselines import NAMES, OBJECTIVES
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
 from allo_mini.disk import append_rows, keep_whole, write_jsonl
@@ -240,7 +240,7 @@ def baseline(run: Run, method: str, theta: Path, examples: list[Example], mask) 
     with run.stage(name, ranks=True) as target:
         if target:
             model = run.load(theta, mask, train_all=mask is None)
-            run_stage(run, name, model, examples, baseline_objective(method, run.cfg), mask, run.validator())
+            run_stage(run, name, model, examples, OBJECTIVES[method](run.cfg), mask, run.validator())
             run.save(model, target)
     return run.folder / name
 

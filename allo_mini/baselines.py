@@ -13,13 +13,6 @@ NAMES = {"sft": "+SFT", "rft": "RFT", "dpo": "DPO", "rdpo": "R-DPO", "ipo": "IPO
          "npo": "NPO"}  # method -> its name in the table
 
 
-def baseline_objective(method: str, cfg: Config) -> Objective:
-    """The objective of a method in NAMES. sft and rft differ in their rows: reference solutions, correct samples."""
-    makers = {"dpo": lambda cfg: dpo_objective(cfg.beta), "rdpo": rdpo_objective, "ipo": ipo_objective,
-              "bco": bco_objective, "simpo": simpo_objective, "npo": sequence_npo_objective}
-    return makers[method](cfg) if method in makers else sft_objective()
-
-
 def rdpo_objective(cfg: Config) -> Objective:
     """R-DPO: DPO whose reward pays --rdpo-alpha for every token."""
     def step0(examples):
@@ -64,3 +57,8 @@ def sequence_npo_objective(cfg: Config) -> Objective:
         return values.sum(), {"rewards/rejected": cfg.beta * (score - ref_score)[:, 0], "logps/rejected": score[:, 0]}
     return Objective(loss, units=lambda e: 1, step0=lambda examples: LN2,
                      shown=("loss", "rewards/rejected", "grad_norm", "tokens/s"))
+
+
+OBJECTIVES = {"sft": lambda cfg: sft_objective(), "rft": lambda cfg: sft_objective(),  # reference solutions, correct samples
+              "dpo": lambda cfg: dpo_objective(cfg.beta), "rdpo": rdpo_objective, "ipo": ipo_objective,
+              "bco": bco_objective, "simpo": simpo_objective, "npo": sequence_npo_objective}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from allo_mini.baselines import NAMES, baseline_objective
+from allo_mini.baselines import NAMES, OBJECTIVES
 from allo_mini.config import METHODS, Config
 from allo_mini.data import Example
 from allo_mini.files import load_mask
@@ -75,7 +75,7 @@ def pairs_at_ref():
 
 @pytest.mark.parametrize("method", ["dpo", "rdpo", "ipo", "bco", "npo"])
 def test_the_first_loss_is_the_one_the_objective_declares(method):
-    objective = baseline_objective(method, Config(beta=0.3, rdpo_alpha=0.05))
+    objective = OBJECTIVES[method](Config(beta=0.3, rdpo_alpha=0.05))
     logps, real, examples = pairs_at_ref()
     if method == "npo":
         examples = [Example(e.prompt, [r]) for e in examples for r in e.responses]
@@ -96,12 +96,12 @@ def test_ipo_and_simpo_take_means_over_tokens_rdpo_counts_them():
         expected["ipo"] += (ratio_up / n - ratio_down / m - 1 / 0.6) ** 2
         expected["simpo"] += minus_log_sigmoid(2.5 * (up / n - down / m) - 0.7)
     for method, value in expected.items():
-        loss, _ = baseline_objective(method, cfg).loss(now, now if method == "simpo" else ref, real, examples)
+        loss, _ = OBJECTIVES[method](cfg).loss(now, now if method == "simpo" else ref, real, examples)
         assert float(loss) == pytest.approx(value, rel=1e-5), method
 
 
 def test_simpo_needs_no_reference_and_logs_mean_log_probs():
-    objective = baseline_objective("simpo", Config(simpo_beta=2.0))
+    objective = OBJECTIVES["simpo"](Config(simpo_beta=2.0))
     logps, real, examples = pairs_at_ref()
     _, metrics = objective.loss(logps, logps, real, examples)
     assert objective.step0 is None
@@ -109,7 +109,7 @@ def test_simpo_needs_no_reference_and_logs_mean_log_probs():
 
 
 def test_bco_shifts_by_the_mean_of_earlier_rewards():
-    objective = baseline_objective("bco", Config(beta=0.5))
+    objective = OBJECTIVES["bco"](Config(beta=0.5))
     for up, down in ((0.4, 0.2), (0.8, -0.2), (0.0, 0.0)):
         objective.after({"rewards/chosen": up, "rewards/rejected": down})
     assert objective.state["delta"] == pytest.approx((0.3 + 0.3 + 0.0) / 3)
@@ -120,7 +120,7 @@ def test_bco_shifts_by_the_mean_of_earlier_rewards():
 
 def test_npo_is_over_whole_responses():
     logps, real, examples = pairs_at_ref()
-    loss, _ = baseline_objective("npo", Config(beta=0.3)).loss(logps, 2 * logps, real, examples)
+    loss, _ = OBJECTIVES["npo"](Config(beta=0.3)).loss(logps, 2 * logps, real, examples)
     assert float(loss) == pytest.approx(sum(minus_log_sigmoid(0.3 * r) for r in logps.sum(-1).tolist()), rel=1e-5)
 
 
