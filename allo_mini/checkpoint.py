@@ -20,7 +20,7 @@ from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
 from allo_mini.log import say
 from allo_mini.selection import put
-from allo_mini.model import CausalLM, parse_config
+from allo_mini.model import CausalLM, build, parse_config
 from allo_mini.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -92,7 +92,7 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
     folder = find_folder(str(path_or_id), revision)
     config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = build(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     files = shard_files(folder)
     if missing := sorted(set(wanted) - set(files)):

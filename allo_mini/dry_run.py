@@ -19,7 +19,7 @@ from allo_mini.data import Pair, steps_of
 from allo_mini.files import read_samples
 from allo_mini.log import say, table
 from allo_mini.logprobs import pack, token_logps
-from allo_mini.model import CausalLM
+from allo_mini.model import build
 from allo_mini.run import Run
 
 SAMPLE = 200  # rows that are encoded to know how long rows are
@@ -69,7 +69,7 @@ def seconds_per_token(run: Run, tokens: int) -> tuple[float, float]:
     """Forward, and forward with backward, of the policy for a token in a micro-batch of `tokens`."""
     config, times = load_config(run), []
     for layers in (1, 2):
-        model = CausalLM(replace(config, num_hidden_layers=layers)).initialize(0).to(run.device, run.dtype)
+        model = build(replace(config, num_hidden_layers=layers)).initialize(0).to(run.device, run.dtype)
         ids = torch.randint(config.vocab_size, (tokens,)).tolist()
         batch = pack([(ids[:tokens // 2], [ids[tokens // 2:]])], run.device)
         times.append([timed(lambda: token_logps(model, batch)), 0.0])

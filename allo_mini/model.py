@@ -263,3 +263,11 @@ class CausalLM(nn.Module):
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
+
+
+BUILDERS: dict[str, type[CausalLM]] = {}  # family -> its class, where that is not CausalLM itself
+
+
+def build(config: ModelConfig) -> CausalLM:
+    """A model of the config's family, its weights not set."""
+    return BUILDERS.get(config.family, CausalLM)(config)
