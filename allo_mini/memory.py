@@ -37,9 +37,9 @@ def percent_of(cfg: Config, stage: str) -> float:
 def block_bytes(c: ModelConfig, size: int) -> int:
     """What one block keeps of a token for its backward pass."""
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norms = 2 * (4 + 2 * size) * c.hidden_size  # each keeps its input in fp32, the normed and the scaled output
+    norms = 2 * 2 * size * c.hidden_size  # each keeps its input and its output
     attention = size * (3 * q + 2 * kv)  # rotated q, k, and v, the output in both orders of its axes
-    mlp = size * 4 * c.intermediate_size  # gate, silu(gate), up, their product
+    mlp = size * 3 * c.intermediate_size  # gate, up, silu(gate) * up
     return norms + attention + mlp
 
 
