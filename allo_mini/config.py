@@ -298,15 +298,3 @@ def check_together(c: Config) -> None:
     if (c.model or c.test or c.val) and not (c.train or c.pairs):
         raise UserError("--model, --test and --val need rows to train on: --train FILE (task rows) or --pairs FILE "
                         "(preferences)")
-
-
-def resolve_stage(name: str, stage: Stage, parameters: int, rows: int) -> Stage:
-    """Fill in lr and batch where they are 0.
-
-    lr: the official value is for 7B; smaller models take steps larger by sqrt(7e9 / parameters), at most 100x (ours).
-    batch: the official one, but small enough for at least 50 steps an epoch, and not below 8 (ours).
-    """
-    official = OFFICIAL[SETTINGS.get(name, name)]
-    scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
-    lr = stage.lr or float(f"{official.lr * scale:.2g}")
-    return replace(stage, lr=lr, batch=stage.batch or max(1, min(official.batch, max(8, rows // 50), rows)))

@@ -14,11 +14,12 @@ import torch
 from allo_mini import memory, tasks
 from allo_mini.architecture import ModelConfig
 from allo_mini.checkpoint import load_model
-from allo_mini.config import SETTINGS, resolve_stage
+from allo_mini.config import SETTINGS
 from allo_mini.data import Pair, steps_of
 from allo_mini.files import read_samples
 from allo_mini.log import say, table
 from allo_mini.logprobs import pack, token_logps
+from allo_mini.loop import resolve_stage
 from allo_mini.model import build
 from allo_mini.run import Run
 

@@ -4,15 +4,16 @@ One training step in two files: this loop (batches -> log-probs -> loss -> backw
 (the equations). Backward hands every gradient to the optimizer's flat buffer (optim.py) as soon as it exists.
 """
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from allo_mini import UserError, losses, parallel
-from allo_mini.config import SETTINGS, resolve_stage
+from allo_mini.config import OFFICIAL, SETTINGS, Stage
 from allo_mini.data import Example, steps_of
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, pack, size_of, token_logps
@@ -80,6 +81,18 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         run.clock = time.monotonic()  # validation and saving are not training time
     progress_of.finish()
     return optimizer
+
+
+def resolve_stage(name: str, stage: Stage, parameters: int, rows: int) -> Stage:
+    """Fill in lr and batch where they are 0.
+
+    lr: the official value is for 7B; smaller models take steps larger by sqrt(7e9 / parameters), at most 100x (ours).
+    batch: the official one, but small enough for at least 50 steps an epoch, and not below 8 (ours).
+    """
+    official = OFFICIAL[SETTINGS.get(name, name)]
+    scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
+    lr = stage.lr or float(f"{official.lr * scale:.2g}")
+    return replace(stage, lr=lr, batch=stage.batch or max(1, min(official.batch, max(8, rows // 50), rows)))
 
 
 def accumulate(run: Run, model, group: list[Example], objective: Objective) -> dict[str, float]:

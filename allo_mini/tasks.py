@@ -1,4 +1,4 @@
-"""The ten tasks: final answers and how they are graded, samples -> pairs, evaluation, public files -> task rows.
+"""The ten tasks: final answers and how they are graded, samples -> pairs, evaluation.
 
     ecqa, qasc, openbookqa      one of the options            graded by `fixed`, and by `official` beside it
     strategyqa                  yes or no                     the same two
@@ -7,11 +7,9 @@
     alpaca_eval, arena_hard     no answer: their own tools judge what eval.py writes
 
 A file's name tells its task; rows of any other file are compared by `same_plain`.
-`python -m allo_mini.tasks prepare NAME SOURCE OUT` turns a public file of one of them into task rows.
+`python -m allo_mini.tasks prepare NAME SOURCE OUT` turns a public file of one of them into task rows (prepare.py).
 """
 
-import csv
-import json
 import math
 import random
 import re
@@ -19,13 +17,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from allo_mini import UserError
-from allo_mini.data import Encoder, Negative, Pair, Task, read_jsonl
-from allo_mini.disk import append_rows, keep_whole, write_jsonl
+from allo_mini.data import Encoder, Negative, Pair, Task
+from allo_mini.disk import append_rows, keep_whole
 from allo_mini.edits import nearest
 from allo_mini.generate import sample
+from allo_mini.jsonio import read_jsonl
 from allo_mini.log import progress, say
 from allo_mini.logprobs import score
 
@@ -287,97 +284,8 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
     return items
 
 
-def bootstrap(mine: list[bool], theirs: list[bool], draws: int = 10_000, seed: int = 0) -> tuple[float, ...]:
-    """Accuracy of `mine` - `theirs` on the same rows, low and high of its 95 % interval, two-sided p of no difference:
-    the paired bootstrap (Koehn 2004).
-
-    A row's difference is -1, 0 or 1, so resampling n rows is one multinomial draw of how often each occurs.
-    """
-    differences = np.subtract(mine, theirs, dtype=int)
-    counts = np.random.default_rng(seed).multinomial(len(mine), [(differences == d).mean() for d in (-1, 0, 1)], draws)
-    means = (counts[:, 2] - counts[:, 0]) / len(mine)
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    return differences.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * (tail + 1) / (draws + 1))
-
-
-# ---- public files -> task rows -----------------------------------------------------------------------------
-
-def row_of(question: str, options: list[str], answer: str, solution: list[str]) -> dict:
-    """A task row in the form that ALLO trains on: the options one a line, the solution before "The answer is"."""
-    return {"input": "\n".join([question, *(["Options:", *options] if options else [])]),
-            "output": "\n".join([*solution, f"The answer is {answer}"]), "answer": answer}
-
-
-def ai2_row(r: dict) -> dict:
-    """QASC, OpenBookQA; as RLMEC prepared them, the options are in lower case and the answer is not."""
-    options = {c["label"]: c["text"] for c in r["question"]["choices"]}
-    facts = [r[key] for key in ("fact1", "fact2", "combinedfact")] if "combinedfact" in r else []
-    return row_of(r["question"]["stem"], [text.lower() for text in options.values()], options[r["answerKey"]], facts)
-
-
-def ecqa_row(r: dict) -> dict:
-    """The CSV that the ECQA repository's generate_data.py writes, or RLMEC's JSON, which only needs other names."""
-    if "problem" in r:
-        return {"input": r["problem"], "output": r["solution"], "answer": r["answer"]}
-    return row_of(r["q_text"], [r[f"q_op{i}"] for i in range(1, 6)], r["q_ans"], r["taskA_pos"].split("\n"))
-
-
-def gsm8k_row(r: dict) -> dict:
-    solution, answer = re.sub(r"<<.*?>>", "", r["answer"]).split("\n#### ")
-    return {**row_of(r["question"], [], answer, [solution]), "answer": answer.replace(",", "")}
-
-
-def math_row(r: dict) -> dict:
-    """MATH-500, or MATH as first published: "type" for the subject, the answer only in the solution's box."""
-    return {"input": r["problem"], "output": r["solution"], "answer": r.get("answer") or extract_math(r["solution"]),
-            "level": r["level"], "subject": r.get("subject") or r["type"]}
-
-
-def tabmwp_row(r: dict) -> dict:
-    title = f' regarding "{r["table_title"]}"' if r["table_title"] else ""
-    unit = f" (unit: {r['unit']})" if r["unit"] else ""
-    question = f"Read the following table{title} and then answer a question.\n\n{r['table']}\n\n{r['question']}{unit}"
-    return row_of(question, r["choices"], r["answer"], [r["solution"]])
-
-
-SOURCES = {  # what makes one of our rows of a row of the public file
-    "ecqa": ecqa_row, "qasc": ai2_row, "openbookqa": ai2_row, "gsm8k": gsm8k_row, "math": math_row,
-    "tabmwp": tabmwp_row,
-    "strategyqa": lambda r: row_of(r["question"], [], "yes" if r["answer"] else "no", r["facts"]),
-    "mawps": lambda r: {"input": r["sQuestion"], "answer": str(float(r["lSolutions"][0]))} if "sQuestion" in r else
-                       {"input": r["input"], "answer": str(float(r["target"]))},  # as evaluation suites have it
-    "alpaca_eval": lambda r: {"instruction": r["instruction"], "dataset": r["dataset"], "reference": r["output"]},
-    "arena_hard": lambda r: {"uid": r["uid"], "category": r["category"], "prompt": r["prompt"]} if "uid" in r else
-                            {"uid": r["question_id"], "category": r["category"], "prompt": r["turns"][0]["content"]}}
-
-
-def read_source(path: Path) -> list[dict]:
-    """The rows of JSON lines, a CSV file with a header, a JSON list or a JSON object of rows."""
-    if path.suffix == ".jsonl":
-        return [row for _, row in read_jsonl(path)]
-    with path.open(encoding="utf-8-sig", newline="") as f:
-        rows = list(csv.DictReader(f)) if path.suffix == ".csv" else json.load(f)
-    return list(rows.values()) if isinstance(rows, dict) else rows
-
-
-def prepare(name: str, source: Path, out: Path) -> None:
-    """Write the task rows of a public file. Raises UserError for rows of another form, and when `out` is there."""
-    if name not in SOURCES:
-        raise UserError(f"{name}: no task of ours, expected one of {', '.join(SOURCES)}")
-    if out.exists():
-        raise UserError(f"{out}: exists already; nothing was overwritten")
-    rows: list[dict] = []
-    try:
-        rows.extend(map(SOURCES[name], read_source(source)))
-        write_jsonl(out, rows)
-    except OSError as e:
-        raise UserError(f"{e.filename}: {e.strerror}") from None
-    except (LookupError, TypeError, AttributeError, ValueError, csv.Error) as e:
-        raise UserError(f"{source}: row {len(rows) + 1} has not the form of {name}: {type(e).__name__} {e}") from None
-    say(f"{out}: {len(rows)} rows")
-
-
 if __name__ == "__main__":
+    from allo_mini.prepare import prepare
     try:
         if len(sys.argv) != 5 or sys.argv[1] != "prepare":
             raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT")

@@ -14,7 +14,7 @@ from helpers import tiny_model, write_tokenizer, write_folder
 import eval as evaluation
 from allo_mini import tasks
 from allo_mini.checkpoint import save_model
-from allo_mini.tasks import bootstrap
+from eval import bootstrap
 
 TEMPLATE = ("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '|' }}"
             "{% endfor %}")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from allo_mini import UserError, architecture, baselines, checkpoint, demo, model, tasks
+from allo_mini import UserError, architecture, baselines, checkpoint, demo, model, prepare, tasks
 from allo_mini.config import Config, make_parser, parse
 from allo_mini.data import Task
 from allo_mini.mask import kind_of
@@ -52,7 +52,7 @@ def test_every_command_is_one_that_the_program_takes(command):
         module, *rest = argv
         counts = {"pytest": 2, "allo_mini.report": 1, "allo_mini.demo": 2}
         if module == "allo_mini.tasks":
-            assert rest[0] == "prepare" and rest[1] in tasks.SOURCES and len(rest) == 4
+            assert rest[0] == "prepare" and rest[1] in prepare.SOURCES and len(rest) == 4
         elif module == "allo_mini.checkpoint":
             assert rest[0] == "apply" and len(rest) == 4
         else:

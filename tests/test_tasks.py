@@ -16,7 +16,8 @@ from allo_mini.data import Encoder, Task, read_tasks
 from allo_mini.inputs import read_rows
 from allo_mini.logprobs import score
 from allo_mini.report import summary, summary_row, wilson
-from allo_mini.tasks import JUDGED, RULES, extract_answer, gold_answer, is_correct, label, normalize, prepare
+from allo_mini.tasks import JUDGED, RULES, extract_answer, gold_answer, is_correct, label, normalize
+from allo_mini.prepare import prepare
 from helpers import write_tokenizer
 
 

@@ -24,9 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
-from allo_mini.config import Config, resolve_stage  # noqa: E402
+from allo_mini.config import Config  # noqa: E402
 from allo_mini.jsonio import read_json, read_jsonl  # noqa: E402
 from allo_mini.log import say  # noqa: E402
+from allo_mini.loop import resolve_stage  # noqa: E402
 from allo_mini.report import summary, write_report  # noqa: E402
 
 ALLO = ["--method", "allo"]
