@@ -168,6 +168,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with a suggestion for a mistyped flag."""
 
     def error(self, message):
+        """Raises UserError; argparse would print its usage and exit."""
         if unknown := re.match(r"unrecognized arguments: (-[\w-]+)", message):
             near = similar(unknown[1], self._option_string_actions)
             message = f"unknown flag {unknown[1]}{near or '; see --help'}"
@@ -193,10 +194,9 @@ def number(kind):
 def add_knob(group, name: str) -> None:
     """Make a knob's flag. It is absent from the result unless given, and `check` judges its value."""
     f, unit, default = KNOBS[name], KNOBS[name].metadata["unit"], flat(Config())[name]
-    shown = ("off", "on")[default] if f.type is bool else "none" if default in ("", []) else default
-    shown = " ".join(shown) if isinstance(shown, list) else shown
+    shown = " ".join(default) if isinstance(default, list) else ("off", "on")[default] if f.type is bool else default
     source = f.metadata["source"] or ("official" if name.startswith(RELEASED) else "ours")
-    options = {"help": f"{f.metadata['help']} [{shown}; {source}]".replace("%", "%%")}
+    options = {"help": f"{f.metadata['help']} [{shown if shown != '' else 'none'}; {source}]".replace("%", "%%")}
     if f.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
@@ -207,6 +207,7 @@ def add_knob(group, name: str) -> None:
 
 
 def make_parser() -> Parser:
+    """All flags of train.py, grouped as --help shows them."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=(
         "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose own "
         "settings --print-config shows. In brackets: the default and where it comes from."))
@@ -232,8 +233,7 @@ def expected(f: Field, value) -> str:
         good = (type(value) in (int, f.type) and abs(value) < 2**63  # NaN is not below anything
                 and all(LIMITS[limit](value, bound) for limit, bound in limits))
     elif f.type == list[str]:
-        good = isinstance(value, list) and all(isinstance(v, str) and v for v in value)
-        good = good and (isinstance(unit, str) or (len(value) > 0 and set(value) <= set(unit)))
+        good = isinstance(value, list) and all(isinstance(v, str) and v and (isinstance(unit, str) or v in unit) for v in value)
     else:
         good = isinstance(value, f.type) and (isinstance(unit, str) or value in unit)
     return "" if good else words
