@@ -116,7 +116,7 @@ class Study:
         items = [row for _, row in read_jsonl(out / f"eval-{evaluated(cell, out)}.jsonl")]
         bits = "".join("01"[item["correct"]] for item in items)
         row = {"part": part, "cell": cell, "seed": seed, "setting": flags, "n": len(bits), "correct": f"{int('1' + bits, 2):x}",
-               "accuracy": bits.count("1") / len(bits), "seconds": round(time.monotonic() - began), "curve": curve(out),
+               "accuracy": bits.count("1") / len(bits), "seconds": round(time.monotonic() - began), "curve": [] if part == "tune" else curve(out),
                "date": f"{date.today()}", "torch": torch.__version__, "python": platform.python_version(),
                "device": str(read_json(out / "config.json")["machine"])}
         self.done.append(row)
@@ -196,9 +196,9 @@ def tables(study: Study) -> str:
                 spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
                 difference, p = paired(rows, finished["DPO"], bool(study.model))
                 lines.append(f"| {cell} | {' '.join(rows[0]['setting'])} | {statistics.mean(scores):.1f} +- {spread:.1f} | "
-                             + ("- | - |" if cell == "DPO" else f"{100 * difference:+.1f} | {p:.2g} |") + f" {len(rows)} |")
+                             + ("- | - |" if cell == "DPO" else f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'} |") + f" {len(rows)} |")
         if lines:
-            out += [f"### {study.name}: {part}", "", "| | setting | accuracy, mean +- std over seeds | against DPO | p | seeds |",
+            out += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std over seeds | against DPO | p | seeds |",
                     "|---|---|---|---|---|---|", *lines, ""]
     curves = {cell: [row["curve"] for row in study.done if row["part"] != "tune" and row["cell"] == cell]
               for cell in ("DPO", *PARTS["empirical"])}
