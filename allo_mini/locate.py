@@ -14,7 +14,7 @@ from allo_mini.disk import reserve
 from allo_mini.files import load_mask, save_mask
 from allo_mini.log import progress
 from allo_mini.logprobs import by_response, pack, token_logps
-from allo_mini.loop import Objective, sft_objective
+from allo_mini.loop import Objective, or_halve, sft_objective
 from allo_mini.mask import PackedMask, each_selected, pack_mask
 from allo_mini.memory import tensor_groups
 from allo_mini.optim import FlatGradient
@@ -39,21 +39,29 @@ def gradient_importance(run: Run, theta: Path, name: str, examples: list[Example
               for i in range(1 + compare)]  # the gradient of all examples, and of the first half of them
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
-        with progress(total=len(examples), label=f"gradient {number}/{len(groups)}", unit="row") as bar:
-            for half in (0, 1):
-                for micro in run.micro_batches(examples[half::2]):
-                    batch = pack(micro, run.device)
-                    logps, real = by_response(token_logps(model, batch), batch.lengths)
-                    objective.loss(logps, logps.detach(), real, micro)[0].backward()
-                    bar.update(len(micro))
-                if half or compare:
-                    stores[half == 0][at:at + len(flat.grad)] = flat.grad
+
+        def both_halves():
+            with progress(total=len(examples), label=f"gradient {number}/{len(groups)}", unit="row") as bar:
+                for half in (0, 1):
+                    backward(run, model, examples[half::2], objective, bar)
+                    if half or compare:
+                        stores[half == 0][at:at + len(flat.grad)] = flat.grad
+        or_halve(run, both_halves, flat.grad.zero_)
         at += len(flat.grad)
         flat.close()
     sizes = [shape.numel() for shape in run.shapes.values()]
     total, *first = [dict(zip(run.shapes, store.split(sizes))) for store in stores]
     every = [total, *first, *({n: total[n] - half[n] for n in half} for half in first)]
     return [{n: values.view(run.shapes[n]) for n, values in one.items()} for one in every]
+
+
+def backward(run: Run, model, examples: list[Example], objective: Objective, bar) -> None:
+    """Add the gradient of the examples' summed loss to where the model's gradients gather; theta is its own reference."""
+    for micro in run.micro_batches(examples):
+        batch = pack(micro, run.device)
+        logps, real = by_response(token_logps(model, batch), batch.lengths)
+        objective.loss(logps, logps.detach(), real, micro)[0].backward()
+        bar.update(len(micro))
 
 
 def importance_file(run: Run, name: str, i: int) -> Path:

@@ -54,8 +54,8 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay,
                             state_bits=cfg.state_bits, offload=cfg.offload)
     if objective.step0:
-        steps = [with_reference(model, run.micro_batches(group))
-                 for group in progress(steps, label=f"{name}: reference", unit="step")]
+        steps = or_halve(run, lambda: [with_reference(model, run.micro_batches(group))
+                                       for group in progress(steps, label=f"{name}: reference", unit="step")])
     progress_of = run.checkpoint(name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
@@ -64,7 +64,8 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     for step in bar:
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
         group = steps[step]
-        sums = accumulate_or_halve(run, model, optimizer, group, objective)
+        sums = or_halve(run, lambda: accumulate(run, model, group, objective), optimizer.grad.zero_)
+        parallel.sum_over_ranks(optimizer.grad, run.device)
         values = {"learning_rate": optimizer.lr, "epoch": s.epochs * (step + 1) / len(steps), "loss": sums.pop("loss")}
         values |= {key: total / len(group) for key, total in sums.items()}
         values["grad_norm"] = optimizer.clip(cfg.clip)
@@ -120,18 +121,19 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
     return dict(zip(total, sums.tolist()))  # the step's first wait for the device
 
 
-def accumulate_or_halve(run: Run, model, optimizer: MaskedAdamW, group: list[Example],
-                        objective: Objective) -> dict[str, float]:
-    """`accumulate`; when memory runs out, once more with micro-batches of half the size, which then stay so."""
-    for last in (False, True):
-        try:
-            sums = accumulate(run, model, group, objective)
-            parallel.sum_over_ranks(optimizer.grad, run.device)
-            return sums
-        except torch.OutOfMemoryError:
-            if last or not run.halve():
-                raise
-        optimizer.grad.zero_()  # outside of `except`, where the failed step's tensors are gone
+def or_halve(run: Run, work: Callable, undo: Callable = lambda: None):
+    """work(); when memory runs out, once more with micro-batches of half the size, which then stay so.
+
+    `undo` takes back what the failed try left behind. Raises torch.OutOfMemoryError when the second try fails too, or
+    nothing can be halved.
+    """
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        if not run.halve():
+            raise
+    undo()  # outside of `except`, where the failed try's tensors are gone
+    return work()
 
 
 def units_of(group: list[Example], objective: Objective) -> float:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import train
 from allo_mini import UserError
-from allo_mini import linear, loop, optim, run as run_module
+from allo_mini import linear, locate, loop, optim, run as run_module, scoring
 from allo_mini.config import OFFICIAL, STAGES, Stage, parse
 from allo_mini.data import Example, steps_of
 from allo_mini.files import load_mask
@@ -199,6 +199,45 @@ def test_a_step_without_memory_is_redone_in_halves_with_the_same_result(world, t
         torch.testing.assert_close(one[n], two[n], rtol=0, atol=1e-6)
     start_of = weights(run.load(run.base))
     assert max(float((one[n] - start_of[n]).abs().max()) for n in one) > 1e-4
+
+
+@pytest.mark.parametrize("call", [0, 3])
+def test_the_reference_pass_is_redone_in_halves(world, tmp_path, monkeypatch, capsys, call):
+    """All of it, also the steps that were done: where the reference is of other micro-batches no ratio is exactly 0."""
+    run, examples = start(world, tmp_path, "--micro-batch", "4", "--improve-batch", "8", "--max-steps", "3")
+    sizes, real = [], scoring.token_logps
+
+    def fails_once(model, batch):
+        sizes.append(len(batch.lengths) // 2)
+        if len(sizes) == call + 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(model, batch)
+    monkeypatch.setattr(scoring, "token_logps", fails_once)
+    run_stage(run, "improve", run.load(run.base), examples, dpo_objective(0.1))
+    assert set(sizes[:call + 1]) == {4} and max(sizes[call + 1:]) == 2 and sum(sizes[call + 1:]) == 24
+    said = capsys.readouterr().out
+    assert said.count("out of memory: going on") == 1 and "WARNING" not in said
+    assert logged(run, "improve")[0]["rewards/chosen"] == 0
+
+
+@pytest.mark.parametrize("call", [0, 3])
+@pytest.mark.parametrize("groups", ["1", "2"])
+def test_locating_without_memory_is_redone_in_halves_with_the_same_result(world, tmp_path, monkeypatch, capsys, groups, call):
+    run, examples = start(world, tmp_path, "--micro-batch", "4", "--locate-groups", groups)
+    want = importance_of(run, examples[:12])
+    want = [{n: v.clone() for n, v in one.items()} for one in want]
+    real, count = locate.token_logps, iter(range(10**9))
+
+    def fails_once(*args):
+        if next(count) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args)
+    monkeypatch.setattr(locate, "token_logps", fails_once)
+    got = importance_of(run, examples[:12])
+    assert run.halved and capsys.readouterr().out.count("out of memory: going on") == 1
+    for a, b in zip(want, got, strict=True):
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size, halves", [("4", True), ("1", False)])
