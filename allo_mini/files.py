@@ -1,9 +1,12 @@
 """The artefacts stages hand to each other, read back and checked: samples, token weights, masks, importance."""
 
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import open_safetensors
 from allo_mini.data import Negative, messages_of, text_of
-from allo_mini.disk import atomic
+from allo_mini.disk import atomic, writing
 from allo_mini.jsonio import read_jsonl
 from allo_mini.mask import PackedMask, pack_mask
 
@@ -54,6 +57,16 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: file not found")
     with open_safetensors(Path(path)) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+
+
+def scratch(folder: Path, count: int) -> Tensor:
+    """fp32 [count] in a nameless file of the folder, which is gone with the tensor, however the process ends.
+
+    The disk has to hold all of it beforehand: writing into a mapped file that finds no room would end the process.
+    """
+    with writing(folder / "a temporary file", 4 * count), tempfile.TemporaryFile(dir=folder) as f:
+        os.posix_fallocate(f.fileno(), 0, 4 * count) if hasattr(os, "posix_fallocate") else f.truncate(4 * count)
+        return torch.from_numpy(np.memmap(f, np.float32, shape=count))
 
 
 def save_mask(mask: Mapping[str, Tensor], path: Path) -> None:
