@@ -34,8 +34,7 @@ from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
 from allo_mini.files import load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
-from allo_mini.locate import (COMPARE, forget_importance, gradient_importance, importance_mask, located,
-                              random_importance)
+from allo_mini.locate import COMPARE, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask, overlap
@@ -143,7 +142,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
             if target:
                 compare = run.parameters < COMPARE and not by_chance
                 gradient, *halves = [random_importance(run)] if by_chance else gradient_importance(
-                    run, theta, "locate", some, dpo_objective(cfg.beta), compare)
+                    run, theta, some, dpo_objective(cfg.beta), compare)
                 masks = {p: importance_mask(run, movement or gradient, p) for p in paths}
                 p = shares["improve"]
                 other = overlap(masks[p], importance_mask(run, gradient, p)) if movement else None
@@ -155,7 +154,6 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
                 for share, path in paths.items():
                     describe_mask(run, masks[share], share)
                     save_mask(masks[share], path)
-                forget_importance(run, "locate")
     loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 

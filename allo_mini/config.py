@@ -6,7 +6,6 @@ Sources: "paper" arXiv 2406.12606, "official" its released 8-GPU scripts, "ours"
 import argparse
 import difflib
 import json
-import math
 import operator
 import os
 import re

@@ -111,12 +111,6 @@ def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
     return count
 
 
-def reserve(path: Path, size: int) -> None:
-    """Make a file of `size` bytes that the disk really holds: mapped into memory, one without room ends the process."""
-    with writing(path, size), path.open("ab") as f:
-        os.posix_fallocate(f.fileno(), 0, size) if hasattr(os, "posix_fallocate") else f.truncate(size)
-
-
 def lock(folder: Path) -> None:
     """Hold a run folder until this process ends, and clear what a killed one left half written (no lock on Windows).
 

@@ -1,7 +1,12 @@
 """The artefacts stages hand to each other, read back and checked: samples, token weights, masks, importance."""
 
+import json
+import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -9,9 +14,9 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import open_safetensors
 from allo_mini.data import Negative, messages_of, text_of
-from allo_mini.disk import atomic
+from allo_mini.disk import atomic, writing
 from allo_mini.jsonio import read_jsonl
-from allo_mini.mask import PackedMask, mask_metadata, pack_mask, read_mask
+from allo_mini.mask import PackedMask, pack_mask
 
 
 def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
@@ -54,24 +59,36 @@ def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
 
-def save_mask(mask, path: Path) -> None:
-    """1 bit a weight."""
+def scratch(folder: Path, count: int) -> Tensor:
+    """fp32 [count] in a nameless file of the folder, which is gone with the tensor, however the process ends.
+
+    The disk has to hold all of it beforehand: writing into a mapped file that finds no room would end the process.
+    """
+    with writing(folder / "a temporary file", 4 * count), tempfile.TemporaryFile(dir=folder) as f:
+        os.posix_fallocate(f.fileno(), 0, 4 * count) if hasattr(os, "posix_fallocate") else f.truncate(4 * count)
+        return torch.from_numpy(np.memmap(f, np.float32, shape=count))
+
+
+def save_mask(mask: Mapping[str, Tensor], path: Path) -> None:
+    """Write a mask (name -> bool tensor), 1 bit a weight."""
     packed = mask if isinstance(mask, PackedMask) else pack_mask(mask.items())
-    save_tensors(packed.bits, path, mask_metadata(packed))
+    save_tensors(packed.bits, path, {"shapes": json.dumps(packed.shapes)})
 
 
 def load_mask(path: str | Path, shapes: dict[str, torch.Size]) -> PackedMask:
-    """A mask that fits a model with these parameter shapes. Raises UserError naming what does not fit."""
+    """A mask for a model with these parameter shapes. Raises UserError naming what does not fit."""
+    bits, metadata = load_tensors(path)
+    wanted = {name: list(shape) for name, shape in shapes.items()}
     try:
-        mask = read_mask(*load_tensors(path))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: not a mask of ours: {' '.join(str(e).split())}") from None
-    if extra := sorted(set(mask) - set(shapes)):
-        raise UserError(f"{path}: holds a mask of {extra[0]}, which the model does not have")
-    for name, shape in shapes.items():
-        if mask.shapes.get(name) != list(shape):
-            found = mask.shapes.get(name, "missing")
-            raise UserError(f"{path}: mask of {name} is {found}, the model has {list(shape)}")
-    if not any(bool(bits.any()) for bits in mask.bits.values()):
+        held = dict(json.loads(metadata["shapes"]))
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path}: not a mask of ours") from None
+    for name in {**wanted, **held}:
+        if held.get(name) != wanted.get(name):
+            raise UserError(f"{path}: mask of {name} is {held.get(name, 'missing')}, the model has {wanted.get(name)}")
+    sizes = {name: (torch.uint8, -(-shape.numel() // 8)) for name, shape in shapes.items()}
+    if {name: (packed.dtype, packed.numel()) for name, packed in bits.items()} != sizes:
+        raise UserError(f"{path}: a broken mask: its tensors are not the bits of its shapes")
+    if not any(packed.any() for packed in bits.values()):
         raise UserError(f"{path}: the mask selects nothing")
-    return PackedMask(mask.bits, {name: mask.shapes[name] for name in shapes})
+    return PackedMask(bits, wanted)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from allo_mini.data import Example
-from allo_mini.disk import reserve
-from allo_mini.files import load_mask, save_mask
+from allo_mini.files import load_mask, save_mask, scratch
 from allo_mini.log import progress
 from allo_mini.logprobs import by_response, pack, token_logps
 from allo_mini.loop import Objective, or_halve, sft_objective
@@ -23,55 +22,35 @@ from allo_mini.run import Run
 COMPARE = 10**9  # weights; above, the gradients of two halves are not kept apart: they would double the file
 
 
-def gradient_importance(run: Run, theta: Path, name: str, examples: list[Example], objective: Objective,
+def gradient_importance(run: Run, theta: Path, examples: list[Example], objective: Objective,
                         compare: bool = False) -> list[dict[str, Tensor]]:
     """sum_t dL/dtheta_i at theta = theta_ref; for L_DPO that is -(beta/2)(grad log pi(y+) - grad log pi(y-)).
 
     No reference pass is needed: the policy is its own. A group of tensors at a time is accumulated, in as many passes
-    over the examples as that takes; what is done lies in a memory-mapped file. Returns the importance of all weights
-    and, with `compare`, that of each half of the examples, whose masks' overlap says how noisy the location is.
+    over the examples as that takes. Returns [{name: fp32 tensor of the weight's shape}] and, with `compare`, the same
+    of each half of the examples, whose masks' overlap says how noisy the location is.
     """
-    model, at = run.load(theta), 0
+    if compare:
+        first, second = (gradient_importance(run, theta, examples[i::2], objective)[0] for i in (0, 1))
+        return [{name: first[name] + second[name] for name in first}, first, second]
+    model, at, store = run.load(theta), 0, scratch(run.folder, run.parameters)
     named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups())
-    for i in range(1 + compare):
-        reserve(importance_file(run, name, i), 4 * run.parameters)
-    stores = [torch.from_file(str(importance_file(run, name, i)), shared=True, size=run.parameters)
-              for i in range(1 + compare)]  # the gradient of all examples, and of the first half of them
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
-
-        def both_halves():
-            with progress(total=len(examples), label=f"gradient {number}/{len(groups)}", unit="row") as bar:
-                for half in (0, 1):
-                    backward(run, model, examples[half::2], objective, bar)
-                    if half or compare:
-                        stores[half == 0][at:at + len(flat.grad)] = flat.grad
-        or_halve(run, both_halves, flat.grad.zero_)
+        or_halve(run, lambda: backward(run, model, examples, objective, f"gradient {number}/{len(groups)}"), flat.grad.zero_)
+        store[at:at + len(flat.grad)] = flat.grad
         at += len(flat.grad)
         flat.close()
-    sizes = [shape.numel() for shape in run.shapes.values()]
-    total, *first = [dict(zip(run.shapes, store.split(sizes))) for store in stores]
-    every = [total, *first, *({n: total[n] - half[n] for n in half} for half in first)]
-    return [{n: values.view(run.shapes[n]) for n, values in one.items()} for one in every]
+    parts = store.split([shape.numel() for shape in run.shapes.values()])
+    return [{name: part.view(shape) for (name, shape), part in zip(run.shapes.items(), parts)}]
 
 
-def backward(run: Run, model, examples: list[Example], objective: Objective, bar) -> None:
+def backward(run: Run, model, examples: list[Example], objective: Objective, label: str) -> None:
     """Add the gradient of the examples' summed loss to where the model's gradients gather; theta is its own reference."""
-    for micro in run.micro_batches(examples):
+    for micro in progress(run.micro_batches(examples), label=label, unit="batch"):
         batch = pack(micro, run.device)
         logps, real = by_response(token_logps(model, batch), batch.lengths)
         objective.loss(logps, logps.detach(), real, micro)[0].backward()
-        bar.update(len(micro))
-
-
-def importance_file(run: Run, name: str, i: int) -> Path:
-    return run.folder / f".{name}-{i}.tmp"  # the next process clears it away
-
-
-def forget_importance(run: Run, name: str) -> None:
-    """Remove the memory-mapped files; the masks are made."""
-    for i in (0, 1):
-        importance_file(run, name, i).unlink(missing_ok=True)
 
 
 def importance_mask(run: Run, importance: dict[str, Tensor], percent: float) -> PackedMask:
@@ -93,7 +72,6 @@ def located(run: Run, theta: Path, name: str, examples: list[Example]) -> Packed
         return None
     with run.stage(f"{name}-locate", f"mask-{name}.safetensors") as target:
         if target:
-            [gradient] = gradient_importance(run, theta, name, examples[:run.cfg.locate_pairs], sft_objective())
+            [gradient] = gradient_importance(run, theta, examples[:run.cfg.locate_pairs], sft_objective())
             save_mask(importance_mask(run, gradient, run.cfg.p_sft), target)
-            forget_importance(run, name)
     return load_mask(run.folder / f"mask-{name}.safetensors", run.shapes)

@@ -6,7 +6,6 @@ select 21 % (departure a); here the threshold is global and the count is exact.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -32,22 +31,20 @@ def kth_largest(tensors: list[Tensor], k: int, device=None) -> tuple[int, int]:
 
     Two streaming passes with a histogram of 65,536 bins each: the upper 16 bits first, then the lower 16 bits of
     the values in the bin where the k-th falls. Exact, and never more than a chunk of memory beyond the inputs.
+    Raises ValueError for a value that is inf or NaN.
     """
-    def bin_of_kth(histogram: Tensor, k: int) -> tuple[int, int]:
-        above = histogram.flip(0).cumsum(0)  # above[i]: values in the top i+1 bins
-        i = int(torch.searchsorted(above, torch.tensor(k)))
-        return len(histogram) - 1 - i, k - (int(above[i - 1]) if i else 0)
-
-    def histogram(select) -> Tensor:
-        total = torch.zeros(1 << 16, dtype=torch.int64)
+    found = None  # the upper 16 bits of the k-th
+    for _ in ("upper", "lower"):
+        histogram = torch.zeros(1 << 16, dtype=torch.int64)
         for values in tensors:
             for bits in bit_patterns(values, device):
-                total += torch.bincount(select(bits), minlength=1 << 16).cpu()
-        return total
-
-    high, k = bin_of_kth(histogram(lambda bits: bits >> 16), k)
-    low, k = bin_of_kth(histogram(lambda bits: bits[bits >> 16 == high] & 0xFFFF), k)
-    return high << 16 | low, k
+                digits = bits >> 16 if found is None else bits[bits >> 16 == found] & 0xFFFF
+                histogram += torch.bincount(digits, minlength=1 << 16).cpu()
+        above = histogram.flip(0).cumsum(0)  # above[i]: values in the top i+1 bins
+        i = int(torch.searchsorted(above, torch.tensor(k)))
+        k -= int(above[i - 1]) if i else 0
+        found = (found or 0) << 16 | 0xFFFF - i
+    return found, k
 
 
 def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
@@ -62,12 +59,10 @@ def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
     for name, values in importance.items():
         mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
         for bits in bit_patterns(values, device):
-            above, equal = bits > threshold, bits == threshold
-            if (here := int(equal.count_nonzero())) > ties:
-                equal &= equal.cumsum(0) <= ties
-            ties -= min(ties, here)
-            mask[at:at + len(bits)] = above | equal
-            at += len(bits)
+            equal = (bits == threshold).nonzero().squeeze(1)[:ties].cpu()
+            mask[at:at + len(bits)] = bits > threshold
+            mask[at + equal] = True
+            ties, at = ties - len(equal), at + len(bits)
         yield name, mask.view(values.shape)
 
 
@@ -133,28 +128,6 @@ def pack_mask(masks) -> PackedMask:
     bits, shapes = {}, {}
     for name, m in masks:
         bits[name], shapes[name] = torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))), list(m.shape)
-    return PackedMask(bits, shapes)
-
-
-def mask_metadata(mask: PackedMask) -> dict[str, str]:
-    """What stands beside the bits in a mask file (safetensors)."""
-    return {"format": "allo_mini mask", "shapes": json.dumps(mask.shapes)}
-
-
-def read_mask(bits: dict[str, Tensor], metadata: dict[str, str]) -> PackedMask:
-    """The content of a mask file. Raises ValueError when it does not hold a mask or contradicts itself."""
-    if metadata.get("format") != "allo_mini mask":
-        raise ValueError("not an allo_mini mask file")
-    shapes = json.loads(metadata.get("shapes", "null"))
-    if not isinstance(shapes, dict) or not all(isinstance(s, list) and all(type(d) is int and d >= 0 for d in s)
-                                               for s in shapes.values()):
-        raise ValueError("the mask's shapes are missing or broken")
-    if set(shapes) != set(bits):
-        raise ValueError("the mask's names and shapes do not agree")
-    for name, shape in shapes.items():
-        size = (math.prod(shape) + 7) // 8
-        if bits[name].dtype != torch.uint8 or bits[name].numel() != size:
-            raise ValueError(f"{name} has {bits[name].numel()} bytes, expected {size}")
     return PackedMask(bits, shapes)
 
 

@@ -18,7 +18,7 @@ from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.data import Encoder
 from allo_mini.files import load_mask, load_tensors, save_mask
 from allo_mini.logprobs import score
-from allo_mini.mask import kind_of, layer_of, read_mask
+from allo_mini.mask import kind_of, layer_of
 from test_train import arguments, world
 
 EVIL = '</span></div><script>window.evil = 1</script><img src=x onerror="alert(1)"> "a" \'b\' &lt; é 漢 😀'
@@ -149,7 +149,8 @@ def test_the_filter_shown_is_the_filter_of_the_saved_models(whole, world):
 
 @pytest.mark.parametrize("name", ["mask", "mask-forget"])
 def test_the_heat_map_counts_the_mask(whole, name):
-    table, mask = report.density(whole / f"{name}.safetensors"), read_mask(*load_tensors(whole / f"{name}.safetensors"))
+    path, shapes = whole / f"{name}.safetensors", {n: p.shape for n, p in load_model(whole / "improve").named_parameters()}
+    table, mask = report.density(path), load_mask(path, shapes)
     for kind, layer in table["counts"]:
         some = [m for n, m in mask.items() if kind in ("all", kind_of(n)) and layer in ("all", layer_of(n))]
         assert list(table["counts"][kind, layer]) == [sum(int(m.sum()) for m in some), sum(m.numel() for m in some)]

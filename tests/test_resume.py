@@ -271,7 +271,7 @@ def test_a_memory_mapped_file_is_made_only_where_there_is_room(world, tmp_path, 
     command = arguments(world, tmp_path / "run", "--locate", "gradient", "--method", "allo", "--token-weights", "edit")
     assert in_child(lambda: train.main(command), small_files(60_000)) == 2
     errors = capfd.readouterr().err
-    assert ".locate-0.tmp: cannot be written: File too large; 131,712 bytes are needed" in errors, errors
+    assert "run/a temporary file: cannot be written: File too large; 131,712 bytes are needed" in errors, errors
 
 
 def test_missing_bytes_are_told_before_a_stage_begins(world, tmp_path, monkeypatch, capsys):

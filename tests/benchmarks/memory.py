@@ -74,7 +74,7 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
     reset_peak(device)
     with meter:
         if stage == "locate":
-            gradient_importance(run, folder, "x", examples, dpo_objective(0.1))
+            gradient_importance(run, folder, examples, dpo_objective(0.1))
         elif stage == "sample":
             sample(run.load(folder), [prompt[:256]] * 2, cfg.sample_batch, min(8, cfg.max_new_tokens), slots=cfg.sample_batch)
         elif stage == "score":
