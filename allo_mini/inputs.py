@@ -209,10 +209,10 @@ def check_own_files(run: Run) -> None:
         if all(given != wanted for given, wanted in sizes):
             raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
                             f"{sizes[0][0]}, expected {sizes[0][1]} (the closing token included)")
-    for folder in (cfg.reward_base, cfg.reward_model):
-        if folder:
-            config = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta").config
-            config.check_length(cfg.max_length, f"{folder}/config.json")
+    for folder in filter(None, (cfg.reward_base, cfg.reward_model)):  # a given model is what scores
+        other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
+        other.config.check_length(cfg.max_length, f"{folder}/config.json")
+        run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
 def open_run(cfg: Config) -> Run:
@@ -229,10 +229,6 @@ def open_run(cfg: Config) -> Run:
     eos_ids(model, tokenizer)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
-    needs = {}
-    if cfg.memory:
-        cfg, needs = memory.plan(cfg, model.config, shapes, dtype.itemsize)
-        memory.show(cfg, needs, shapes)
     if cfg.compile and not device.startswith("cuda"):
         raise UserError(f"--compile is for CUDA, and this run is on {device}; leave it out")
     if cfg.compile:
@@ -240,9 +236,12 @@ def open_run(cfg: Config) -> Run:
     is_demo = not (cfg.model or cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
     encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
-    run = Run(cfg, folder_of(cfg), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
+    run = Run(cfg, folder_of(cfg), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, config=model.config)
     check_rows(run)
     check_own_files(run)
+    if cfg.memory:
+        run.cfg, run.needs = cfg, _ = memory.plan(cfg, run.config, shapes, dtype.itemsize, run.rewriter)
+        memory.show(cfg, run.needs, shapes)
     if cfg.dry_run:
         return run
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
