@@ -32,9 +32,10 @@ SHARD = 4 << 30  # bytes of one weights file
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def find_folder(path_or_id: str, revision: str | None = None) -> Path:
+def find_folder(path_or_id: str, revision: str | None = None, download: bool = True) -> Path:
     """A local folder as it is; otherwise a hub id (owner/name, or owner/name@revision), downloaded or found in the
-    cache, with only the files we name."""
+    cache, with only the files we name. Raises UserError when there is neither; without `download` only the cache counts.
+    """
     if os.path.isdir(path_or_id):
         if revision:
             raise UserError(f"--revision is {revision}, but {path_or_id} is a local folder, which has no revisions")
@@ -44,7 +45,7 @@ def find_folder(path_or_id: str, revision: str | None = None) -> Path:
         raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
     commit, reasons = commit or revision, []
-    for cached in (False, True):  # no network, no such repository, no access: the cache may still have it
+    for cached in (False, True) if download else (True,):  # no network, no such repository, no access: the cache may still have it
         try:
             folder = Path(snapshot_download(name, revision=commit, allow_patterns=DOWNLOADS, local_files_only=cached))
             if commit != folder.name:
@@ -52,7 +53,8 @@ def find_folder(path_or_id: str, revision: str | None = None) -> Path:
             return folder
         except Exception as e:
             reasons.append(str(e).strip().split("\n")[0][:200] or type(e).__name__)
-    raise UserError(f"{path_or_id}: no such local folder, and the hub did not give it: {reasons[0]}")
+    failed = f"the hub did not give it: {reasons[0]}" if download else "not in the hub's cache on this machine"
+    raise UserError(f"{path_or_id}: no such local folder, and {failed}")
 
 
 def shard_files(folder: Path) -> dict[str, Path]:

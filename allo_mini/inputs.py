@@ -45,7 +45,8 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
 def fingerprints(cfg: Config, base: Path) -> dict[str, str]:
     """Name -> hash of everything the run reads: data files, own artefacts, all that counts in the models' folders."""
     files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs, cfg.samples, cfg.mask, cfg.token_weights_file} - {""}
-    for folder in (base, *(find_folder(name) for name in (cfg.reward_base, cfg.reward_model) if name)):
+    others = filter(None, (cfg.reward_base, cfg.reward_model))
+    for folder in (base, *(find_folder(name, download=not cfg.dry_run) for name in others)):
         names = {"config.json", *TOKENIZER_FILES, *(file.name for file in shard_files(folder).values())}
         files |= {str(folder / name) for name in names if (folder / name).exists()}
     prints = {}
@@ -62,30 +63,50 @@ def folder_of(cfg: Config) -> Path:
     return Path(cfg.out or f"runs/{Path(data).stem}-{cfg.seed}")
 
 
+def names_in(folder: Path) -> list[str]:
+    """What a folder holds, hidden files left out; [] when it is not there. Raises UserError when that cannot be told."""
+    try:
+        return [name for name in os.listdir(folder) if name[0] != "."]
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written: {e.strerror}; choose another --out") from None
+
+
+def check_folder(folder: Path, mine: dict, compare: bool = True) -> None:
+    """Raise UserError when --out holds what is no run, or (with `compare`) a run that differs from `mine`: says where."""
+    there = names_in(folder)
+    theirs = read_json(folder / "config.json") if "config.json" in there else {}
+    if there and not mine.keys() <= theirs.keys():
+        raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
+    olds = {part: theirs[part] if isinstance(theirs[part], dict) else {} for part in theirs if part in mine}
+    differ = [f"another {key} ({old.get(key)!r}, now {mine[part].get(key)!r})" for part, old in olds.items()
+              for key in {**old, **mine[part]} if old.get(key) != mine[part].get(key)]
+    if differ and compare:
+        raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
+
+
 def claim_folder(cfg: Config, base: Path, machine: dict) -> Path:
-    """Make and lock the run folder, or find the same run in it. Raises UserError saying what differs otherwise."""
+    """Make and lock the run folder, or find the same run in it; with --dry-run only look. Raises UserError when
+    something else is there."""
     folder = folder_of(cfg)
+    if cfg.dry_run and not names_in(folder):
+        return folder
     settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
     text = json.dumps({"config": settings, "files": fingerprints(cfg, base), "machine": machine}, indent=2)
     text = text.replace(HOME, '"~/')  # names of people stay out of the file
-    path, mine = folder / "config.json", json.loads(text)
-    with writing(folder):
-        there = [name for name in os.listdir(folder) if name[0] != "."] if folder.is_dir() else [""] * folder.exists()
-    if there and ("config.json" not in there or not mine.keys() <= read_json(path).keys()):
-        raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
+    mine = json.loads(text)
+    check_folder(folder, mine, compare=not cfg.restart)
+    if cfg.dry_run:
+        return folder
     if not parallel.RANK:
         lock(folder)
-        if there and cfg.restart:
+        if cfg.restart and (folder / "config.json").exists():
             say(f"--restart: what was {folder} is now {move_aside(folder)}")
             lock(folder)
-        if not path.exists():
-            write_text(path, text + "\n")
-    theirs = read_json(path)
-    olds = {part: theirs[part] if isinstance(theirs[part], dict) else {} for part in mine}
-    differ = [f"another {key} ({old.get(key)!r}, now {mine[part].get(key)!r})" for part, old in olds.items()
-             for key in {**old, **mine[part]} if old.get(key) != mine[part].get(key)]
-    if differ:
-        raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
+        if not (folder / "config.json").exists():
+            write_text(folder / "config.json", text + "\n")
+    check_folder(folder, mine)  # again, for another process may have begun a run in between
     return folder
 
 
@@ -209,10 +230,10 @@ def check_own_files(run: Run) -> None:
         if all(given != wanted for given, wanted in sizes):
             raise UserError(f"{cfg.token_weights_file}: no row has one score a token; the first usable one has "
                             f"{sizes[0][0]}, expected {sizes[0][1]} (the closing token included)")
-    for folder in (cfg.reward_base, cfg.reward_model):
-        if folder:
-            config = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta").config
-            config.check_length(cfg.max_length, f"{folder}/config.json")
+    for folder in filter(None, (cfg.reward_base, cfg.reward_model)):  # a given model is what scores
+        other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
+        other.config.check_length(cfg.max_length, f"{folder}/config.json")
+        run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
 def open_run(cfg: Config) -> Run:
@@ -222,17 +243,13 @@ def open_run(cfg: Config) -> Run:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product starts
         torch.use_deterministic_algorithms(True)
-    base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None)
+    base = find_folder(cfg.model or str(demo.FOLDER), cfg.revision or None, download=not cfg.dry_run)
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
     tokenizer = load_tokenizer(base, model.config.vocab_size)
     eos_ids(model, tokenizer)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     tasks, pairs, val, test = read_rows(cfg)
-    needs = {}
-    if cfg.memory:
-        cfg, needs = memory.plan(cfg, model.config, shapes, dtype.itemsize)
-        memory.show(cfg, needs, shapes)
     if cfg.compile and not device.startswith("cuda"):
         raise UserError(f"--compile is for CUDA, and this run is on {device}; leave it out")
     if cfg.compile:
@@ -240,16 +257,19 @@ def open_run(cfg: Config) -> Run:
     is_demo = not (cfg.model or cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
     encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
-    run = Run(cfg, folder_of(cfg), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, needs=needs)
+    run = Run(cfg, folder_of(cfg), base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, config=model.config)
     check_rows(run)
     check_own_files(run)
-    if cfg.dry_run:
-        return run
+    if cfg.memory:
+        run.cfg, run.needs = cfg, _ = memory.plan(cfg, run.config, shapes, dtype.itemsize, run.rewriter)
+        memory.show(cfg, run.needs, shapes)
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     for rank in (0, 1):  # rank 0 makes the folder, then the others find it
         if bool(parallel.RANK) == bool(rank):
             run.folder = claim_folder(cfg, base, {"device": device.split(":")[0], "dtype": str(dtype), **threads})
         parallel.wait()
+    if cfg.dry_run:
+        return run
     run.log = Log(run.folder)
     if is_demo and not parallel.RANK and not (run.folder / "test.jsonl").exists():
         write_jsonl(run.folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))

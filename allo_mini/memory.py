@@ -23,12 +23,13 @@ LADDER = ({}, {"state_bits": 8}, {"offload": "state"}, {"offload": "gradient"}, 
           {"int8": True, "offload": "gradient", "head_mb": 64},
           {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0})
 TRAINING = (*STAGES, *SETTINGS)  # the stages that train
+LOCATING = ("locate", "sft-locate", "reward-locate")  # the stages that make the gradient of all weights
 
 
 def percent_of(cfg: Config, stage: str) -> float:
     """How many percent of the weights a stage trains."""
     if stage in ("sft", "reward"):
-        return cfg.p_sft or 100
+        return 100 if stage == "reward" and cfg.reward_base else cfg.p_sft or 100
     if cfg.mask_source == "none" or stage == "warmup" or (cfg.mask_source == "auto" and stage not in ("forget", "improve")):
         return 100
     return (cfg.p_forget if stage == "forget" else cfg.p_improve) or cfg.p
@@ -76,9 +77,9 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         moments = 8 if cfg.state_bits == 32 else 2.04
         terms["optimizer"] = int(n * (4 + moments)) if cfg.offload == "none" else 0
         terms["gradient"] = 4 * n if cfg.offload != "gradient" else 0
-    if stage == "locate":
-        terms["gradient"] = 0 if cfg.offload == "gradient" else max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
-    if stage in TRAINING or stage == "locate":
+    if stage in LOCATING and cfg.offload != "gradient":
+        terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
+    if stage in TRAINING or stage in LOCATING:
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
         terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
                                          + block_bytes(c, size) * (c.num_hidden_layers - blocks))
@@ -110,7 +111,8 @@ def cache_bytes(c: ModelConfig, size: int) -> int:
 
 def stages_of(cfg: Config) -> list[str]:
     """The stages of a run that hold a model on the device, in order."""
-    stages = ["sft"] if cfg.sft or cfg.only_sft else []
+    located = bool(cfg.p_sft) and cfg.p_sft < 100  # what sft and the rewriting model train
+    stages = (["sft-locate"] * located + ["sft"]) if cfg.sft or cfg.only_sft else []
     if not cfg.only_sft:
         stages += ["sample"] if not (cfg.pairs or cfg.samples) else []
         stages += ["more-sft" if method == "sft" else method for method in cfg.method if method != "allo"]
@@ -119,14 +121,18 @@ def stages_of(cfg: Config) -> list[str]:
             stages += (["warmup"] if cfg.locate != "gradient" else []) + ["locate"]
         if "allo" in cfg.method:
             scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
-            stages += (["reward"] if not cfg.reward_model else []) + ["score"] if scored else []
+            if scored and not cfg.reward_model:
+                stages += ["reward-locate"] * (located and not cfg.reward_base) + ["reward"]
+            stages += ["score"] * scored
             stages += ["forget"] * cfg.forget + ["improve"]
     return stages
 
 
-def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Config, dict[str, dict[str, int]]]:
+def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
+         rewriter: tuple[ModelConfig, dict] | None = None) -> tuple[Config, dict[str, dict[str, int]]]:
     """--memory: the settings of the first rung of LADDER with which every stage fits, and {stage: {term: bytes}}.
 
+    c, shapes, size: the policy's config, its parameters' shapes by name, bytes of a weight; rewriter: as in needs_of.
     Raises UserError naming the stage, what it needs and the flag to change when none does.
     """
     room, worst = SPARE * CARDS[cfg.memory] * 2**30, None
@@ -143,28 +149,34 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2) -> tuple[Conf
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
         groups = -(-4 * every // max(1, int(room - beside)))
         tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
-        needs = needs_of(tried, c, shapes, size)
+        needs = needs_of(tried, c, shapes, size, rewriter)
         worst = max(needs, key=lambda s: sum(needs[s].values()))
         if sum(needs[worst].values()) <= room:
-            chosen = spend(tried, c, shapes, size, room)
-            return chosen, needs_of(chosen, c, shapes, size)
+            chosen = spend(tried, c, shapes, size, room, rewriter)
+            return chosen, needs_of(chosen, c, shapes, size, rewriter)
     hint = {"warmup": "use --locate gradient",
             **dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)"),
-            "sft": "lower --p-sft or --max-length", "reward": "lower --p-sft, or use --token-weights edit",
+            "sft": "lower --p-sft or --max-length", "reward": f"{'take a smaller --reward-base' if cfg.reward_base else 'lower --p-sft'}, or use --token-weights edit",
             "sample": "lower --max-length"}.get(worst, "lower --p or --max-length, or take a larger --memory")
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
                     f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: {hint}")
 
 
-def needs_of(cfg: Config, c: ModelConfig, shapes: dict, size: int) -> dict[str, dict[str, int]]:
-    """{stage: {term: bytes}} of all stages of a run with these settings."""
-    return {stage: estimate(stage, cfg, c, shapes, size, cfg.locate_groups) for stage in stages_of(cfg)}
+def needs_of(cfg: Config, c: ModelConfig, shapes: dict, size: int,
+             rewriter: tuple[ModelConfig, dict] | None = None) -> dict[str, dict[str, int]]:
+    """{stage: {term: bytes}} of all stages of a run with these settings.
+
+    rewriter: config and shapes of the rewriting model where that is another than the policy.
+    """
+    others = {"reward": rewriter, "score": rewriter} if rewriter else {}
+    return {stage: estimate(stage, cfg, *others.get(stage, (c, shapes)), size, cfg.locate_groups or 1)
+            for stage in stages_of(cfg)}
 
 
-def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float) -> Config:
+def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float, rewriter) -> Config:
     """Use what is left: larger micro-batches first, then fewer blocks that recompute their activations."""
     def fits(tried):
-        return all(sum(terms.values()) <= room for terms in needs_of(tried, c, shapes, size).values())
+        return all(sum(terms.values()) <= room for terms in needs_of(tried, c, shapes, size, rewriter).values())
 
     for tokens in (16384, 8192, 4096):
         if tokens > cfg.micro_tokens and fits(replace(cfg, micro_tokens=tokens)):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, memory, parallel
+from allo_mini.architecture import ModelConfig
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, save_model
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
@@ -38,6 +39,8 @@ class Run:
     val: list = field(default_factory=list)   # Tasks, or Pairs in a run that starts from pairs
     test: list = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    config: ModelConfig | None = None  # of the policy
+    rewriter: tuple[ModelConfig, dict] | None = None  # config and parameter shapes of --reward-base or --reward-model
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # --memory's estimate: {stage: {term: bytes}}
     halved: bool = False  # memory ran out: micro-batches are half as large
     clock: float = 0.0  # when the current training step began
@@ -55,7 +58,7 @@ class Run:
         model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
         if self.cfg.checkpoint_blocks < 0:
-            trained = sum(int(m.sum()) for m in mask.values()) if mask else self.parameters
+            trained = sum(int(m.sum()) for m in mask.values()) if mask else sum(p.numel() for p in model.parameters())
             model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device)
         return model
 
@@ -196,7 +199,7 @@ class Run:
 
     def same_tokenizer(self, folder: Path | str) -> Path:
         """A reward model's folder, checked to use the policy's vocabulary."""
-        folder = find_folder(str(folder))
+        folder = find_folder(str(folder), download=not self.cfg.dry_run)
         if folder != self.base:
             mine, theirs = self.encoder.tokenizer, load_tokenizer(folder, 10**9)
             if mine.inner.get_vocab() != theirs.inner.get_vocab():

@@ -13,7 +13,7 @@ from allo_mini.config import parse
 from allo_mini.model import CausalLM
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-MODELS = {"llama-2-7b": ("Llama", 32000, 4096, 11008, 32, 32, 32), "llama-3-8b": ("Llama", 128256, 4096, 14336, 32, 32, 8),
+MODELS = {"llama-1b": ("Llama", 32000, 2048, 5632, 16, 32, 32), "llama-2-7b": ("Llama", 32000, 4096, 11008, 32, 32, 32), "llama-3-8b": ("Llama", 128256, 4096, 14336, 32, 32, 8),
           "qwen2.5-7b": ("Qwen2", 152064, 3584, 18944, 28, 28, 4)}
 CHOSEN = {  # p = 5 %: (int8, offload, p_sft), or None where it refuses
     "llama-2-7b": {"24gb": (False, "none", 10), "16gb": (True, "state", 10), "12gb": (True, "gradient", 10), "8gb": None},
@@ -34,7 +34,7 @@ def settings(card, *more):
     return parse(["--model", "x", "--train", "x", "--memory", card, "--sft", "--max-length", "1024", *more])
 
 
-@pytest.mark.parametrize("name, card", [(name, card) for name in MODELS for card in memory.CARDS])
+@pytest.mark.parametrize("name, card", [(name, card) for name in CHOSEN for card in memory.CARDS])
 def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
     config, shapes = shape_of(name)  # README's table says the same
     if CHOSEN[name][card] is None:
@@ -43,7 +43,7 @@ def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
         return
     chosen, needs = memory.plan(settings(card, "--method", "allo"), config, shapes)
     assert (chosen.int8, chosen.offload, chosen.p_sft) == CHOSEN[name][card] and chosen.locate == "gradient"
-    assert list(needs) == ["sft", "sample", "locate", "reward", "score", "forget", "improve"]
+    assert list(needs) == ["sft-locate", "sft", "sample", "locate", "reward-locate", "reward", "score", "forget", "improve"]
     for stage, terms in needs.items():
         assert terms == memory.estimate(stage, chosen, config, shapes, groups=chosen.locate_groups)
         assert sum(terms.values()) <= memory.CARDS[card] * 2**30
@@ -67,6 +67,28 @@ def test_what_cannot_fit_names_its_flag(flags, names):
     config, shapes = shape_of("llama-2-7b")
     with pytest.raises(UserError, match=names):
         memory.plan(settings("16gb", *flags), config, shapes)
+
+
+def test_the_rewriting_model_is_estimated_by_its_own_size():
+    (config, shapes), small = shape_of("llama-2-7b"), shape_of("llama-1b")
+    cfg = settings("24gb", "--method", "allo", "--reward-base", "x", "--p-sft", "5")
+    plain, own = memory.needs_of(cfg, config, shapes, 2), memory.needs_of(cfg, config, shapes, 2, small)
+    changed = {stage for stage in plain if plain[stage] != own[stage]}
+    assert changed == {"reward", "score"} and "reward-locate" not in plain
+    for stage in changed:
+        assert own[stage] == memory.estimate(stage, cfg, *small)
+    n = sum(s.numel() for s in small[1].values())  # all of its weights are trained: --p-sft is for the policy
+    assert own["reward"]["weights"] == 2 * n and own["reward"]["optimizer"] == 12 * n and own["reward"]["gradient"] == 4 * n
+
+
+def test_a_small_rewriting_model_fits_where_one_of_the_policys_size_does_not():
+    (config, shapes), small = shape_of("llama-2-7b"), shape_of("llama-1b")
+    cfg = settings("24gb", "--method", "allo", "--reward-base", "x")
+    with pytest.raises(UserError, match="reward needs .*: take a smaller --reward-base"):
+        memory.plan(cfg, config, shapes)
+    chosen, needs = memory.plan(cfg, config, shapes, rewriter=small)
+    assert max(sum(terms.values()) for terms in needs.values()) <= memory.CARDS["24gb"] * 2**30
+    assert needs == memory.needs_of(chosen, config, shapes, 2, small)
 
 
 def test_what_was_asked_for_stays():

@@ -101,7 +101,8 @@ def main() -> None:
             for card, p in ((card, p) for card in args.card for p in args.p):
                 try:
                     cfg = settings(name, card, p, args.tokens)
-                    jobs += [(name, stage, cfg, "bf16", memory.CARDS[card]) for stage in memory.stages_of(cfg)]
+                    jobs += [(name, stage, cfg, "bf16", memory.CARDS[card]) for stage in memory.stages_of(cfg)
+                             if not stage.endswith("-locate")]  # they are as locate
                 except UserError as e:
                     notes.append(f"{name}, {card}, {p:g} %: refused: {e}")
     else:
