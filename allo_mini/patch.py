@@ -16,10 +16,10 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import find_folder, load_model, open_safetensors, save_model, shard_files
 from allo_mini.files import load_tensors, save_tensors
-from allo_mini.selection import Selection, put, take
 from allo_mini.model import CausalLM
+from allo_mini.selection import Selection, put, take
 
-FORMAT = "allo_mini patch"
+PARTS = ("offsets", "counts", "values")
 
 
 def read(files: dict[str, Path], name: str) -> Tensor:
@@ -28,55 +28,44 @@ def read(files: dict[str, Path], name: str) -> Tensor:
         return f.get_tensor(name)
 
 
+def bytes_of(values: Tensor) -> bytes:
+    """What a digest is made of: exact for every floating-point type up to fp32."""
+    return values.float().numpy().tobytes()
+
+
 def save_patch(base: Path, tuned: Path, path: Path) -> None:
-    """Keep the entries in which two model folders differ; tied to the base by a hash of what stood there."""
+    """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there now."""
     before, after, tensors, digest = shard_files(base), shard_files(tuned), {}, hashlib.sha256()
     for name in after:
         old, new = read(before, name), read(after, name)
         changed = old.to(new.dtype) != new
         if changed.any():
-            selection = Selection(new.shape, changed)
-            tensors |= {f"{name}.offsets": selection.offsets, f"{name}.counts": selection.counts,
-                        f"{name}.values": new[changed]}
-            digest.update(name.encode() + old[changed].float().numpy().tobytes())
+            where = Selection(new.shape, changed)
+            tensors |= {f"{name}.{part}": t for part, t in zip(PARTS, (where.offsets, where.counts, new[changed]))}
+            digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
     names = [key.removesuffix(".values") for key in tensors if key.endswith(".values")]
-    save_tensors(tensors, path, {"format": FORMAT, "names": json.dumps(names), "base": digest.hexdigest()[:16]})
-
-
-def read_patch(path: str | Path, shapes: dict[str, torch.Size]) -> tuple[dict[str, tuple[Selection, Tensor]], str]:
-    """{name: (positions, values)} of a patch that fits parameters of these shapes, and the hash of its base."""
-    tensors, metadata = load_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path}: not a patch file of ours")
-    patch, at = {}, f"{path}: broken, or a patch of another model"
-    try:
-        for name in json.loads(metadata["names"]):
-            offsets, counts, values = (tensors[f"{name}.{part}"] for part in ("offsets", "counts", "values"))
-            size, total = shapes[name].numel(), int(counts.clamp(0, 256).sum())
-            if (offsets.dtype, counts.dtype, len(counts)) != (torch.uint8, torch.int16, -(-size // 256)) or not (
-                    total == int(counts.sum()) == len(offsets) == len(values) and values.is_floating_point()):
-                raise ValueError(name)
-            last = offsets[len(offsets) - int(counts[-1]):]  # of the last block, which may be shorter than 256
-            if len(last) and (len(counts) - 1) * 256 + int(last.max()) >= size:
-                raise ValueError(name)
-            patch[name] = Selection.from_parts(shapes[name], offsets, counts), values
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{at} ({' '.join(str(e).split())[:80]})") from None
-    return patch, metadata.get("base", "")
+    save_tensors(tensors, path, {"patch": json.dumps(names), "digest": digest.hexdigest()})
 
 
 @torch.no_grad()
 def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
-    """Put a patch's values into a freshly loaded model. Raises UserError when it was made for another base."""
-    patch, wanted = read_patch(path, {name: p.shape for name, p in model.named_parameters()})
+    """Put a patch's values into a freshly loaded model. Raises UserError, the model then half changed, when it was made
+    for another base or is broken: the digest tells either."""
+    tensors, metadata = load_tensors(path)
     files, digest = shard_files(model.folder), hashlib.sha256()
-    for name, (selection, values) in patch.items():
-        old, p = read(files, name), model.get_parameter(name)
-        for rows, entries, index in selection.chunks():
-            digest.update((name.encode() if rows.start == 0 else b"") + take(old[rows], index).float().numpy().tobytes())
-            put(p[rows], None if index is None else index.to(p.device), values[entries])
-    if digest.hexdigest()[:16] != wanted:
-        raise UserError(f"{path}: made for another base model than {model.folder}")
+    try:
+        for name in json.loads(metadata["patch"]):
+            old, p = read(files, name), model.get_parameter(name)
+            offsets, counts, values = (tensors[f"{name}.{part}"] for part in PARTS)
+            digest.update(name.encode())
+            for rows, entries, index in Selection.from_parts(p.shape, offsets, counts).chunks():
+                digest.update(bytes_of(take(old[rows], index)))
+                put(p[rows], index.to(p.device), values[entries])
+            digest.update(bytes_of(values))
+        if digest.hexdigest() != metadata["digest"]:
+            raise ValueError("its digest differs")
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: no patch for {model.folder}, or broken ({' '.join(str(e).split())[:80]})") from None
     return model
 
 

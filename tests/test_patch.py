@@ -62,21 +62,22 @@ def test_a_patch_is_small(folders):
 
 def test_another_base_is_refused(folders):
     save_model(changed_copy(load_model(str(folders / "base")), 0.5, seed=9), folders / "other")
-    with pytest.raises(UserError, match="made for another base"):
+    with pytest.raises(UserError, match="no patch for .*digest differs"):
         apply_patch(load_model(str(folders / "other")), folders / "patch.safetensors")
     save_model(tiny_model(vocab_size=300, hidden_size=32), folders / "smaller")
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="no patch for"):
         apply_patch(load_model(str(folders / "smaller")), folders / "patch.safetensors")
 
 
 BROKEN = {
-    "not a patch": lambda t, m: m.update(format="mask"),
-    "names missing": lambda t, m: m.pop("names"),
-    "names no list": lambda t, m: m.update(names="3"),
-    "unknown tensor": lambda t, m: m.update(names=json.dumps(["nobody"])),
+    "not a patch": lambda t, m: m.clear(),
+    "names missing": lambda t, m: m.pop("patch"),
+    "names no list": lambda t, m: m.update(patch="3"),
+    "unknown tensor": lambda t, m: m.update(patch=json.dumps(["nobody"])),
     "too few values": lambda t, m: t.update({k: v[:-1] for k, v in t.items() if k.endswith("norm.weight.values")}),
     "counts below zero": lambda t, m: t.update({k: -v for k, v in t.items() if k.endswith(".counts")}),
-    "counts of another type": lambda t, m: t.update({k: v.int() for k, v in t.items() if k.endswith(".counts")}),
+    "one value changed": lambda t, m: t.update({k: v * 2 for k, v in t.items() if k.endswith("layers.0.mlp.up_proj.weight.values")}),
+    "counts of other blocks": lambda t, m: t.update({k: v.roll(1) for k, v in t.items() if k.endswith("embed_tokens.weight.counts")}),
     "offset past the end": lambda t, m: t.update({k: torch.full_like(v, 255) for k, v in t.items()
                                                   if k.endswith("norm.weight.offsets")}),
     "one offset past the end, not the last": lambda t, m: t.update({
