@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from allo_mini.config import Config  # noqa: E402
 from allo_mini.jsonio import read_json, read_jsonl  # noqa: E402
@@ -112,8 +113,8 @@ class Study:
             more += [word for flag, name in own.items() for word in (flag, str(base / name))]
         began = time.monotonic()
         out = self.out / "-".join([self.name, str(seed), part, *cell.replace("%", "").replace(",", "").split(), *flags[1::2]])
-        call([*self.data(seed, part == "tune"), *more, *flags, "--keep", "1", "--out", str(out)])
-        items = [row for _, row in read_jsonl(out / f"eval-{evaluated(cell, out)}.jsonl")]
+        call([*self.data(seed, part == "tune"), *more, *flags, "--no-eval", "--keep", "1", "--out", str(out)])
+        items = self.graded(cell, out, part == "tune")
         bits = "".join("01"[item["correct"]] for item in items)
         row = {"part": part, "cell": cell, "seed": seed, "setting": flags, "n": len(bits), "correct": f"{int('1' + bits, 2):x}",
                "accuracy": bits.count("1") / len(bits), "seconds": round(time.monotonic() - began), "curve": [] if part == "tune" else curve(out),
@@ -128,6 +129,23 @@ class Study:
         say(f"\n=== {part}, seed {seed}, {cell} {' '.join(flags)}: {100 * row['accuracy']:.1f} %; {self.left} cells left, "
             f"about {each * self.left / 60:.0f} minutes\n")
         return row
+
+    def graded(self, cell: str, out: Path, tuning: bool) -> list[dict]:
+        """The answers of the one model that a cell is about; train.py would grade the one it began with, too."""
+        models = list(read_json(out / "results.json")["models"].values())
+        file = (self.val if tuning else self.test) if self.model else str(out / "test.jsonl")
+        limit = str(self.val_limit if tuning else self.test_limit) if self.model else "0"
+        at = self.more.index("--dtype") if "--dtype" in self.more else len(self.more)
+        style = "auto" if self.model else "chat"
+        if evaluation.main(["--model", models[0 if cell == "start" else -1], "--test", file, "--limit", limit, *self.more[at:at + 2],
+                            "--out", str(out / "graded"), "--prompt", style, *self.lengths(out)]):
+            raise SystemExit(1)
+        return [row for _, row in read_jsonl(out / "graded" / f"{Path(file).stem}.jsonl")]
+
+    def lengths(self, out: Path) -> list[str]:
+        """The run's own limits, which eval.py knows only for models inside the run folder."""
+        config = read_json(out / "config.json")["config"]
+        return [word for key in ("max_length", "max_new_tokens") for word in (f"--{key.replace('_', '-')}", str(config[key]))]
 
     def tuned(self, cell: str) -> list[str]:
         """The best setting of a cell, by mean accuracy on the validation rows of the --tune seeds."""
@@ -149,12 +167,6 @@ class Study:
 def call(argv: list[str]) -> None:
     if train.main(argv):
         raise SystemExit(1)
-
-
-def evaluated(cell: str, out: Path) -> str:
-    """The name in a run's table of the model that a cell is about."""
-    names = list(read_json(out / "results.json")["results"])
-    return names[0] if cell == "start" else names[-1]
 
 
 def curve(out: Path) -> list[dict]:
