@@ -33,8 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_folder(path_or_id: str, revision: str | None = None, download: bool = True) -> Path:
-    """A local folder as it is; otherwise a hub id (owner/name, or owner/name@revision), downloaded or found in the
-    cache, with only the files we name. Raises UserError when there is neither; without `download` only the cache counts.
+    """A local folder as it is; otherwise a hub id (owner/name, or owner/name@revision), of which the files we name are
+    downloaded or, where that is not possible or not wanted, found in the cache. Raises UserError when there is neither.
     """
     if os.path.isdir(path_or_id):
         if revision:
@@ -44,40 +44,40 @@ def find_folder(path_or_id: str, revision: str | None = None, download: bool = T
     if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
-    commit, reasons = commit or revision, []
-    for cached in (False, True) if download else (True,):  # no network, no such repository, no access: the cache may still have it
-        try:
-            folder = Path(snapshot_download(name, revision=commit, allow_patterns=DOWNLOADS, local_files_only=cached))
-            if commit != folder.name:
-                say(f"{name}: this is commit {folder.name}; {name}@{folder.name} pins it")
-            return folder
-        except Exception as e:
-            reasons.append(str(e).strip().split("\n")[0][:200] or type(e).__name__)
-    failed = f"the hub did not give it: {reasons[0]}" if download else "not in the hub's cache on this machine"
-    raise UserError(f"{path_or_id}: no such local folder, and {failed}")
+    commit = commit or revision
+    try:
+        folder = Path(snapshot_download(name, revision=commit, allow_patterns=DOWNLOADS, local_files_only=not download))
+    except Exception as e:  # no network, no such repository, no access, and the cache does not have it
+        reason = str(e).strip().split("\n")[0][:200] or type(e).__name__
+        failed = f"the hub did not give it: {reason}" if download else "not in the hub's cache on this machine"
+        raise UserError(f"{path_or_id}: no such local folder, and {failed}") from None
+    if commit != folder.name:
+        say(f"{name}: this is commit {folder.name}; {name}@{folder.name} pins it")
+    return folder
 
 
 def shard_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the safetensors file that holds it, from one file or from an index of shards."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    """Tensor name -> the safetensors file that holds it, in model.safetensors or in the files that an index names."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         table = read_json(index).get("weight_map")
-        if not isinstance(table, dict):
-            raise UserError(f"{index}: weight_map is missing")
-        for file in table.values():
-            if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
-                raise UserError(f"{index}: {file!r} is not a plain file name (NAME.safetensors)")
-        return {name: folder / file for name, file in table.items()}
-    if not single.exists():
-        raise UserError(f"{folder}: no weights (model.safetensors or model.safetensors.index.json)")
-    with open_safetensors(single) as f:
-        return {name: single for name in f.keys()}
+        names = list(table.values()) if isinstance(table, dict) else ["weight_map"]
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{index}: {name!r} is not a plain file name (NAME.safetensors)")
+    files = {}
+    for path in sorted({folder / name for name in names}):
+        with open_safetensors(path) as f:
+            files |= dict.fromkeys(f.keys(), path)
+    return files
 
 
 def open_safetensors(path: Path):
     """safe_open with a one-line error."""
+    if not path.is_file():
+        raise UserError(f"{path}: file not found")
     try:
-        return safe_open(str(path), framework="pt")
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path}: not a complete safetensors file: {e}") from None
 
@@ -95,27 +95,20 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
     config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = build(config)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    files = shard_files(folder)
-    if missing := sorted(set(wanted) - set(files)):
-        raise UserError(f"{folder}: weight {missing[0]} is missing ({len(missing)} missing in all)")
-    ignored = {name for name in set(files) - set(wanted) if name.endswith("rotary_emb.inv_freq")
-               or (name == "lm_head.weight" and config.tie_word_embeddings)}
-    if extra := sorted(set(files) - set(wanted) - ignored):
-        raise UserError(f"{folder}: weight {extra[0]} does not belong to {config.raw['architectures'][0]}")
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    files = {name: path for name, path in shard_files(folder).items() if not name.endswith("rotary_emb.inv_freq")
+             and not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    for name in sorted(files.keys() ^ wanted.keys()):
+        what = "is missing" if name in wanted else f"does not belong to {config.raw['architectures'][0]}"
+        raise UserError(f"{folder}: weight {name} {what}")
     state, beside = {}, {}
-    for path in sorted(set(files[name] for name in wanted)):
+    for path in sorted(set(files.values())):
         with open_safetensors(path) as f:
-            held = set(f.keys())
             for name in (n for n in wanted if files[n] == path):
-                if name not in held:
-                    raise UserError(f"{path}: weight {name} is missing, though the index names this file")
                 tensor = f.get_tensor(name)
-                if tuple(tensor.shape) != wanted[name]:
-                    raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                                    f"{list(wanted[name])}")
-                if not tensor.is_floating_point():
-                    raise UserError(f"{path}: {name} holds {tensor.dtype}, only floating point is supported")
+                if tensor.shape != wanted[name] or not tensor.is_floating_point():
+                    raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for floating "
+                                    f"point {list(wanted[name])}")
                 if int8 and tensor.dim() == 2 and "embed_tokens" not in name:  # an embedding is read a row at a time
                     state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device)
                 else:
@@ -148,38 +141,28 @@ def dense_weight(model: CausalLM, name: str, files: dict[str, Path]) -> torch.Te
     return dense
 
 
-def write_model(model: CausalLM, folder: Path) -> None:
-    """Write config, weights (in shards of SHARD bytes) and the model's own tokenizer files into an existing empty folder."""
-    dtype, shards, size = model.model.embed_tokens.weight.dtype, [[]], 0
-    for name, p in model.named_parameters():
-        if size + p.numel() * dtype.itemsize > SHARD and shards[-1]:
-            shards, size = [*shards, []], 0
-        shards[-1].append(name)
-        size += p.numel() * dtype.itemsize
-    raw = {k: v for k, v in model.config.raw.items() if k not in NOT_KEPT}
-    (folder / "config.json").write_text(json.dumps({**raw, "dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n")
-    files, table = shard_files(model.folder) if model.folder else {}, {}
-    for i, names in enumerate(shards, 1):  # a shard at a time: host memory never holds the whole model
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file({name: dense_weight(model, name, files) for name in names}, folder / file, metadata={"format": "pt"})
-        table.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        (folder / "model.safetensors.index.json").write_text(json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": table}, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if model.folder and (model.folder / name).is_file():
-            shutil.copyfile(model.folder / name, folder / name)
-
-
 def save_model(model: CausalLM, folder: str | Path) -> None:
-    """Save in Hugging Face format to a new folder, all or nothing. Raises UserError when the folder exists."""
+    """Config, weights (in shards of SHARD bytes) and the model's own tokenizer files in Hugging Face format, in a new
+    folder, all or nothing. Raises UserError when the folder exists or cannot be written."""
+    from huggingface_hub import split_torch_state_dict_into_shards
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; nothing was overwritten")
-    size = sum(p.numel() for p in model.parameters()) * model.model.embed_tokens.weight.itemsize
-    with atomic(folder, size) as temporary:
-        temporary.mkdir()
-        write_model(model, temporary)
+    dtype, source = model.model.embed_tokens.weight.dtype, model.folder
+    raw = {k: v for k, v in model.config.raw.items() if k not in NOT_KEPT} | {"dtype": str(dtype).removeprefix("torch.")}
+    files = shard_files(source) if source else {}
+    sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in model.named_parameters()}
+    shards = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
+    with atomic(folder, shards.metadata["total_size"]) as new:
+        new.mkdir()
+        (new / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        for file, names in shards.filename_to_tensors.items():  # host memory never holds the whole model
+            save_file({name: dense_weight(model, name, files) for name in names}, new / file, metadata={"format": "pt"})
+        if shards.is_sharded:
+            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+            (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for name in TOKENIZER_FILES:
+            if source and (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
 
 
 def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:

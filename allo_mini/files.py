@@ -53,8 +53,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata. Raises UserError when it is missing or broken."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: file not found")
     with open_safetensors(Path(path)) as f:
         return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
 
