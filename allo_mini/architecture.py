@@ -62,27 +62,24 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         if not good:
             raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
 
-    def get(key, kind, default):
-        value = default if raw.get(key) is None else raw[key]
+    def get(values, key, kind, default=None):
+        value = default if values.get(key) is None else values[key]
         if kind is bool:
             need(isinstance(value, bool), key, value, "true or false")
         else:
-            need(type(value) in (int, kind) and 0 < value < 1e9, key, value, f"a positive {kind.__name__} below 1e9")
+            most = 1e9 if kind is int else 1e38
+            need(type(value) in (int, kind) and 0 < value < most, key, value, f"a positive {kind.__name__} below {most:g}")
         return value
-
-    def number(values, key, low):
-        value = values.get(key)
-        need(type(value) in (int, float) and low < value < 1e38, key, value, f"a number above {low} and below 1e38")
-        return float(value)
 
     names, act = raw.get("architectures"), raw.get("hidden_act")
     family = next((family for name, family in FAMILIES.items() if names == [name]), None)
     need(family, "architectures", names, f"one of {', '.join(FAMILIES)}")
     need(act in (None, "silu"), "hidden_act", act, "silu, the only one supported")
     need(not raw.get("quantization_config"), "quantization_config", "set", "an unquantized model")
-    plain = {key: get(key, kind, default) for key, (kind, default) in KEYS.items()}
+    plain = {key: get(raw, key, kind, default) for key, (kind, default) in KEYS.items()}
     heads = plain["num_attention_heads"]
-    kv_heads, head_dim = get("num_key_value_heads", int, heads), get("head_dim", int, plain["hidden_size"] // heads)
+    kv_heads = get(raw, "num_key_value_heads", int, heads)
+    head_dim = get(raw, "head_dim", int, plain["hidden_size"] // heads)
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
                         f"{head_dim} do not fit together")
@@ -90,15 +87,13 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     need(isinstance(rope, dict), "rope_scaling (or rope_parameters)", rope, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
-    for key in ROPE[kind]:
-        number(rope, key, 0)
-    theta = number({"rope_theta": raw.get("rope_theta", 10000.0), **rope}, "rope_theta", 1)
-    window = raw.get("sliding_window") if family == "mistral" or raw.get("use_sliding_window") else None
-    need(window is None or (type(window) is int and window > 0), "sliding_window", window, "a positive int or null")
+    scaling = {"rope_type": kind, **{key: get(rope, key, float) for key in ROPE[kind]}}
+    windowed = raw.get("sliding_window") is not None and (family == "mistral" or raw.get("use_sliding_window"))
     eos, bias = raw.get("eos_token_id"), plain.pop("attention_bias")
     return ModelConfig(
-        **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim,
-        rope_theta=theta, rope_scaling={**rope, "rope_type": kind}, sliding_window=window,
+        **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling,
+        rope_theta=get({**raw, **rope}, "rope_theta", float, 10000.0),
+        sliding_window=get(raw, "sliding_window", int) if windowed else None,
         qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2",
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]), raw=raw)
 
