@@ -7,7 +7,6 @@ the same code, so that the ratio of a model to itself is exactly 1.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +55,26 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
     return Batch(to(ids), to(positions), to(predictors), to(targets), lengths, trees)
 
 
+class TargetLogps(torch.autograd.Function):
+    """log softmax(logits)[target], fp32: logits [S,V], targets [S] -> [S]. Its twin is -F.cross_entropy.
+
+    Backward turns the log-probs in place into the gradient, dy (1[v = target] - p_v): one fp32 [S,V] where torch has three.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        logps = torch.log_softmax(logits, -1, dtype=torch.float32)
+        ctx.dtype = logits.dtype
+        ctx.save_for_backward(logps, targets[:, None])
+        return logps.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx, dy):
+        logps, targets = ctx.saved_tensors  # torch refuses a second backward: they are used up in the first
+        gradient = logps.exp_().mul_(-dy[:, None]).scatter_add_(1, targets, dy[:, None])
+        return gradient.to(ctx.dtype), None
+
+
 def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 << 28) -> Tensor:
     """log softmax(weight @ hidden)[target], fp32.  hidden [S,H], weight [V,H], targets [S] -> [S].
 
@@ -63,13 +82,10 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 <
     keep [S,V] from ever existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
     """
     def one(hidden, targets):
-        return -F.cross_entropy(linear(hidden, weight).float(), targets, reduction="none")
+        return TargetLogps.apply(linear(hidden, weight), targets)
 
-    rows = max(1, limit // (4 * weight.shape[0]))
-    if len(targets) <= rows:
-        return one(hidden, targets)
-    parts = zip(hidden.split(rows), targets.split(rows))
-    if torch.is_grad_enabled():
+    parts = list(zip(*(x.split(max(1, limit // (4 * weight.shape[0]))) for x in (hidden, targets))))
+    if len(parts) > 1 and torch.is_grad_enabled():
         return torch.cat([checkpoint(one, h, t, use_reentrant=False) for h, t in parts])
     return torch.cat([one(h, t) for h, t in parts])
 

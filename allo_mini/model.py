@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini.architecture import ModelConfig, parse_config, rope_angles  # noqa: F401, for who imports them from here
@@ -72,7 +72,7 @@ class TreeAttention:
             for length in others:
                 r = c + length
                 keys, values = torch.cat((k[at:p], k[c:r])), torch.cat((v[at:p], v[c:r]))
-                out.append(sdpa(q[c:r], keys, values, attn_mask=causal_lower_right(length, prompt + length)))
+                out.append(sdpa(q[c:r], keys, values, attn_mask=lower_right(length, prompt, q.device)))
                 c = r
             at = c
         return torch.cat(out)
@@ -97,6 +97,17 @@ class TreeAttention:
                 b - a for a, b in zip(starts, starts[1:])), max(map(len, keys))
         rows, *cuts = self.packed
         return kernel(q, k[rows], v[rows], *cuts)
+
+
+def lower_right(length: int, prompt: int, device):
+    """Mask of `length` responses' tokens over [P | R]: each sees the prompt and what stands before it.
+
+    A GPU's kernels know it by name; a CPU's do not, and there the import costs a second and 70 MB.
+    """
+    if device.type == "cpu":
+        return torch.ones(length, prompt + length, dtype=torch.bool).tril_(prompt)
+    from torch.nn.attention.bias import causal_lower_right
+    return causal_lower_right(length, prompt + length)
 
 
 @lru_cache
@@ -144,12 +155,27 @@ def compile_pointwise() -> None:
         globals()[name] = torch.compile(globals()[name], dynamic=True)
 
 
-def cheap(function, *args) -> Tensor:
-    """function(*args), of which only the arguments are kept for backward: what lies between is computed once more.
+class Again(torch.autograd.Function):
+    """function(*tensors), of which only these are kept for backward: what lies between is computed once more there.
 
-    For rms_norm and swiglu that is a third of a block's memory, for a few operations a value.
+    For rms_norm and swiglu that is a third of a block's memory, for a few operations a value. (torch's checkpoint() does
+    the same, but costs more time than such small functions, and loads the compiler, 70 MB of host memory.)
     """
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else function(*args)
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, dy):
+        needed = ctx.needs_input_grad[1:]
+        tensors = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed)]
+        with torch.enable_grad():
+            y = get_gradient_edge(ctx.function(*tensors))  # its values are not needed
+        grads = iter(torch.autograd.grad([y], [x for x in tensors if x.requires_grad], [dy]))
+        return None, *(next(grads) if n else None for n in needed)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -160,15 +186,21 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return cheap(rms_norm, x, self.weight, self.eps)
+        return Again.apply(partial(rms_norm, eps=self.eps), x, self.weight)
 
 
 class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing: weights are read from a file or made by CausalLM.initialize."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing, as in Linear."""
+
     def forward(self, ids: Tensor) -> Tensor:
         return embedding(ids, self.weight)
 
@@ -202,7 +234,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(cheap(swiglu, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(Again.apply(swiglu, self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):

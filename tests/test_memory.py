@@ -103,8 +103,6 @@ def test_estimates_hold_against_metered_bytes(stage, changes, monkeypatch):
     """No stage needs 5 % more than its estimate, which is not padded by more than a quarter either."""
     import memory as bench  # tests/benchmarks/memory.py
     monkeypatch.setitem(bench.SHAPES, "narrow", bench.shape("LlamaForCausalLM", 2000, 256, 768, 3, 4, 4))
-    monkeypatch.setattr(bench.model_module, "causal_lower_right",
-                        lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q))
     base = parse(["--model", "x", "--train", "x", "--max-length", "512", "--p-sft", "10", "--max-steps", "1"])
     cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 2, "locate_groups": 2, **changes})
     assert 0.75 < bench.one_stage("narrow", stage, cfg, "fp32", "cpu", 384)["ratio"] < 1.05

@@ -3,7 +3,10 @@
 import inspect
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from allo_mini import UserError, checkpoint, logprobs, model as model_module
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
-from allo_mini.logprobs import by_response, head_logps, micro_batches, pack, score, token_logps
-from allo_mini.model import TreeAttention, causal_attention, parse_config
+from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
+from allo_mini.model import Again, TreeAttention, causal_attention, parse_config, rms_norm, swiglu
 from helpers import (EOS, FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
@@ -183,6 +186,43 @@ def test_chunked_head_gives_the_model_the_same_gradients():
     model.head_bytes = 5 * 256 * 4
     token_logps(model, batch).sum().backward()
     assert_close(plain, gradients(model), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_of_targets_are_cross_entropys(dtype):
+    """Values bit for bit, gradients to rounding; what backward has used up is not used twice."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(17, 50, generator=generator)).to(dtype).requires_grad_()
+    targets, dy = torch.randint(0, 50, (17,), generator=generator), torch.randn(17, generator=generator)
+    mine, plain = TargetLogps.apply(logits, targets), -F.cross_entropy(logits.float(), targets, reduction="none")
+    assert torch.equal(mine, plain)
+    torch.testing.assert_close(torch.autograd.grad(mine, logits, dy, retain_graph=True), torch.autograd.grad(plain, logits, dy))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(mine, logits, dy)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_computing_again_keeps_the_arguments_alone_and_changes_no_bit(frozen):
+    x, y = (torch.randn(6, 8, generator=torch.Generator().manual_seed(i)).bfloat16().requires_grad_() for i in (0, 1))
+    y.requires_grad_(not frozen)
+    for function in (swiglu, lambda x, y: rms_norm(x, y[0], 1e-6)):
+        kept, wanted = [], [x] if frozen else [x, y]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+            out = Again.apply(function, x, y)
+        assert kept == [x.data_ptr(), y.data_ptr()] and torch.equal(out, function(x, y))
+        for a, b in zip(*(torch.autograd.grad(o.sum(), wanted) for o in (out, function(x, y))), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_training_on_a_cpu_does_not_load_the_compiler():
+    """torch._dynamo is a second and 70 MB of a process; the model must call nothing of torch that imports it."""
+    code = """
+import sys; from helpers import tiny_model; from allo_mini import loop; from allo_mini.logprobs import pack, token_logps
+from allo_mini.optim import MaskedAdamW
+model = tiny_model(); optimizer = MaskedAdamW(model.named_parameters())
+token_logps(model, pack([([5, 6], [[7, 8], [9]])])).sum().backward(); optimizer.step()
+sys.exit("torch._dynamo" in sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], cwd=FIXTURES.parent, check=True, env={**os.environ, "PYTHONPATH": "..:."})
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -20,7 +20,6 @@ from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guard
 import torch
 
 from allo_mini import UserError, memory
-from allo_mini import model as model_module
 from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.generate import sample
@@ -106,7 +105,6 @@ def main() -> None:
                 except UserError as e:
                     notes.append(f"{name}, {card}, {p:g} %: refused: {e}")
     else:
-        model_module.causal_lower_right = lambda q, k: torch.ones(q, k, dtype=torch.bool).tril(k - q)  # the meter's dislike
         base = parse(["--model", "x", "--train", "x", "--max-length", str(args.tokens), "--p-sft", "10", "--max-steps", "1"])
         for name in args.shape or ("micro-wide", "micro-vocabulary"):
             for rung in RUNGS:
