@@ -105,9 +105,9 @@ def test_a_run_ends_with_a_report_of_every_section(whole, capsys):
 
 @pytest.mark.parametrize("movement", [0.31, None])
 @pytest.mark.parametrize("halves", [0.42, None])
-def test_overlaps_are_told_where_they_were_measured(tmp_path, movement, halves):
+def test_overlaps_are_told_where_they_were_measured(whole, tmp_path, movement, halves):
     """A random mask has none, and those of a large model's two halves are not made."""
-    (tmp_path / "config.json").write_text('{"config": {}}')
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
     save_mask({"model.norm.weight": torch.ones(8, dtype=torch.bool)}, tmp_path / "mask.safetensors")
     (tmp_path / "metrics.jsonl").write_text(json.dumps({
         "stage": "locate", "movement_gradient_overlap": movement, "halves_overlap": halves}) + "\n")
