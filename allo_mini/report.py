@@ -262,7 +262,7 @@ def write_report(folder: Path) -> Path:
     masks = [p for p in (folder / "mask-forget.safetensors", folder / "mask.safetensors", own_mask) if p.is_file()]
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
-        name=folder.resolve().name, config=config, machine=written.get("machine", {}), results=results.get("results"),
+        name=folder.resolve().name, config=config, machine=written.get("machine", {}), results=results.get("results", {}),
         compared=compare(evals), differing=differing(evals), size=CHART, curves=curves(steps), notes=notes,
         costs=costs(notes, steps, results.get("seconds", {})), masks=[density(path) for path in masks],
         tokens_seen=rows("token_examples.jsonl"))

@@ -2,90 +2,215 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import train
-from allo_mini import disk, dry_run
+from allo_mini import dry_run
+from allo_mini.checkpoint import save_model
 from allo_mini.config import parse
 from allo_mini.inputs import open_run
-from allo_mini.memory import TRAINING
-from test_train import arguments, world  # noqa: F401 (fixture)
+from test_train import arguments, random_model, world  # noqa: F401 (fixture)
+
+SAID = re.compile(r"(?m)^(\S+): (\d+) rows, (\d+) steps of (\d+), lr (\S+), ([\d,]+) weights in training$")
+ROOT = Path(__file__).parent.parent
 
 
 def everything(*folders) -> dict:
-    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for folder in folders for p in [folder, *folder.rglob("*")]}
+    """Every file and folder: its time of change, size, and for small ones what is in it."""
+    paths = [p for folder in folders for p in [folder, *folder.rglob("*")]]
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size, p.is_file() and p.read_bytes()) for p in paths}
 
 
 def table_of(text: str) -> dict[str, list[str]]:
-    """stage -> the cells of its line in the plan."""
+    """stage -> the cells of its line in the plan: rows, steps, batch, lr, weights trained, time."""
     lines = text[text.index("\nstage "):].split("\n\n")[0].splitlines()[3:]
     return {line.split()[0]: re.split(r"\s{2,}", line.strip())[1:] for line in lines}
 
 
-@pytest.mark.parametrize("more", [(), ("--method", "npo", "rft", "simpo", "--sft"), ("--mask-source", "random"),
-                                  ("--locate", "gradient", "--token-weights", "uniform", "--no-forget")])
-def test_rows_steps_batches_and_rates_are_those_of_the_run(world, tmp_path, capsys, more):  # noqa: F811
-    argv = arguments(world, tmp_path / "run", *more, "--no-eval", "--sft-epochs", "0.5")
-    before = everything(world, tmp_path)
+def dry(argv, capsys, *folders) -> str:
+    """What a dry run prints; it must leave the folders as they are."""
+    before = everything(*folders)
+    capsys.readouterr()
     assert train.main([*argv, "--dry-run"]) == 0
-    plan = table_of(capsys.readouterr().out)
-    assert everything(world, tmp_path) == before
+    assert everything(*folders) == before
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def small(world):  # noqa: F811
+    """A smaller model with the same tokenizer, for --reward-base."""
+    raw = json.loads((world / "model/config.json").read_text())
+    save_model(random_model({**raw, "num_hidden_layers": 1, "intermediate_size": 16}, world / "demo/model"), world / "small")
+    return world / "small"
+
+
+@pytest.mark.parametrize("more", [
+    [], ["--method", "npo", "rft", "simpo", "--sft"], ["--mask-source", "random", "--max-length", "48"],
+    ["--locate", "gradient", "--token-weights", "uniform", "--no-forget"], ["--p-forget", "2", "--p", "7", "--max-steps", "2"],
+    ["--p-sft", "5", "--sft", "--method", "sft", "allo"], ["--reward-base", "SMALL", "--p-sft", "5"], "pairs"], ids=str)
+def test_rows_steps_batches_rates_and_weights_are_those_of_the_run(world, small, tmp_path, capsys, more):  # noqa: F811
+    argv = arguments(world, tmp_path / "run", *(str(small) if word == "SMALL" else word for word in more if more != "pairs"))
+    if more == "pairs":
+        argv = ["--model", str(world / "model"), "--pairs", str(world / "pairs.jsonl"), "--out", str(tmp_path / "run"),
+                "--max-length", "40", "--prompt", "chat"]
+    argv += ["--no-eval", "--sft-epochs", "0.5"]
+    said = dry(argv, capsys, world, tmp_path)
+    plan = {stage: cells[:5] for stage, cells in table_of(said).items() if cells[3] not in "--"}
+    if "forget" in plan:  # may skip a step; here none does
+        assert ("uniform" in more) != plan["forget"][1].startswith("about ")
+        plan["forget"][1] = plan["forget"][1].removeprefix("about ")
     assert train.main(argv) == 0
-    notes = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    trained = {n["stage"]: [str(n["rows"]), str(n["steps"]), str(n["batch"]), f"{n['lr']:g}"] for n in notes if "steps" in n}
-    assert {stage: cells[:4] for stage, cells in plan.items() if stage in TRAINING} == trained
+    ran = capsys.readouterr().out
+    assert plan == {stage: list(cells) for stage, *cells in SAID.findall(ran)} and len(plan) > 1
+    dropped = re.findall(r"(?m)^.* kept; dropped.*$", said)  # in the same words
+    assert set(dropped) <= set(ran.splitlines()) and bool(dropped) == ("48" in more or more == "pairs")
 
 
 def test_what_is_not_sampled_yet_is_at_most_so_much(world, tmp_path, capsys):  # noqa: F811
     argv = arguments(world, tmp_path / "run", "--n", "3", "--pairs-per-question", "2")
     at = argv.index("--samples")
-    assert train.main([*argv[:at], *argv[at + 2:], "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    plan = table_of(said)
-    assert plan["sample"][0] == "at most 60" and plan["dpo"][0] == "at most 40"  # 24 rows less 4 test rows; 3 each, 2 pairs
-    assert plan["test"][0] == "18" and "nothing is written" in said and re.search(r"(?m)^dpo +0\.00 ", said)
+    said = dry(argv[:at] + argv[at + 2:], capsys, world, tmp_path)
+    plan = table_of(said)  # 24 rows less 4 test rows
+    assert list(plan) == "sample dpo warmup locate reward score forget improve test together".split()
+    assert plan["sample"][0] == "60" and plan["reward"][0] == "at most 60" and plan["dpo"][0] == "at most 40"
+    assert plan["forget"][1].startswith("about ") and plan["dpo"][5].startswith("at most ") and plan["test"][0] == "18"
+    assert "nothing is sampled yet" in said and "Times are estimates" in said and re.search(r"(?m)^dpo +0\.00 ", said)
+    assert re.search(r"disk: about [\d.]+ GB .*, and up to [\d.]+ GB meanwhile .* GB are free", said)
+
+
+def test_the_demo(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = dry([], capsys, tmp_path, ROOT / "allo_mini/demo")
+    assert table_of(said)["sample"][0] == "4000" and "run folder: runs/demo-2023 (new)" in said
 
 
 def test_what_is_there_already_is_skipped(world, tmp_path, capsys):  # noqa: F811
-    argv = arguments(world, tmp_path / "run", "--max-steps", "1", "--method", "dpo", "--no-eval")
+    argv = arguments(world, tmp_path / "run", "--max-steps", "1", "--p-forget", "2", "--no-eval", "--sft", "--p-sft", "5")
     assert train.main(argv) == 0
-    before = everything(tmp_path)
-    capsys.readouterr()
-    assert train.main([*argv, "--dry-run"]) == 0
-    assert table_of(capsys.readouterr().out)["dpo"][-1] == "is there, skipped" and everything(tmp_path) == before
+    run = tmp_path / "run"
+    assert "this run is finished" in dry(argv, capsys, world, tmp_path)
+    (run / "results.json").unlink()
+    shutil.rmtree(run / "reward")
+    shutil.rmtree(run / "improve")
+    (run / "movement.safetensors").unlink()  # not needed again
+    left = {stage for stage, cells in table_of(dry(argv, capsys, world, tmp_path)).items() if "skipped" not in cells[-1]}
+    assert left == {"reward", "improve", "together"}
+    (run / "mask-forget.safetensors").unlink()
+    left = {stage for stage, cells in table_of(dry(argv, capsys, world, tmp_path)).items() if "skipped" not in cells[-1]}
+    assert left == {"warmup", "locate", "reward", "improve", "together"}
+    said = dry([*argv, "--restart"], capsys, world, tmp_path)
+    assert "would be renamed" in said and "skipped" not in said
+
+
+def test_samples_that_are_there_are_counted(world, tmp_path, capsys):  # noqa: F811
+    argv = arguments(world, tmp_path / "run", "--no-eval", "--n", "4")
+    at = argv.index("--samples")
+    argv = argv[:at] + argv[at + 2:]
+    open_run(parse(argv))
+    shutil.copyfile(world / "samples.jsonl", tmp_path / "run/samples.jsonl")
+    plan = table_of(dry(argv, capsys, world, tmp_path))
+    assert plan["sample"][-1] == "is there, skipped" and plan["dpo"][0] == "40"  # one right, two different wrong ones
 
 
 def test_a_run_that_is_going_on_is_not_disturbed(world, tmp_path, capsys):  # noqa: F811
     argv = arguments(world, tmp_path / "run", "--max-steps", "1")
-    open_run(parse(argv))  # holds the folder
-    before = everything(tmp_path)
-    assert train.main([*argv, "--dry-run"]) == 0 and everything(tmp_path) == before
-    disk.HELD.clear()
+    code = f"from allo_mini import inputs, config; inputs.open_run(config.parse({argv!r})); print('held', flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        while other.stdout.readline() not in ("held\n", ""):
+            pass
+        assert "there already" in dry(argv, capsys, world, tmp_path)
+        assert train.main(argv) == 2 and "another process" in capsys.readouterr().err
+    finally:
+        other.communicate("\n")
 
 
-@pytest.mark.parametrize("more, says", [(["--sft-lrr", "1"], "did you mean"), (["--beta", "0"], "--beta is 0"),
-                                        (["--train", "nowhere.jsonl"], "nowhere.jsonl"),
-                                        (["--model", "nobody/nothing"], "nobody/nothing")])
-def test_mistakes_are_found_as_in_a_run(world, tmp_path, capsys, more, says):  # noqa: F811
-    assert train.main([*arguments(world, tmp_path / "run"), *more, "--dry-run"]) == 2
+def test_mistakes_are_found_as_in_a_run(world, tmp_path, capsys):  # noqa: F811
+    argv = arguments(world, tmp_path / "run", "--beta", "0.2")
+    open_run(parse(argv))
+    (tmp_path / "typo.jsonl").write_text('{"input": "1 + 1?", "output": "The answer is 2"}\n{"input": "a" "b"}\n')
+    for more, says in ((["--sft-lrr", "1"], "did you mean"), (["--beta", "0"], "--beta is 0"),
+                       (["--train", "nowhere.jsonl"], "nowhere.jsonl"), (["--beta", "0.3"], "another beta (0.2, now 0.3)"),
+                       (["--train", str(tmp_path / "typo.jsonl")], "typo.jsonl:2"),
+                       (["--out", str(tmp_path)], "no run of ours"), (["--out", str(world / "train.jsonl")], "train.jsonl")):
+        before = everything(world, tmp_path)
+        assert train.main([*argv, *more, "--dry-run"]) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and says in errors and everything(world, tmp_path) == before
+
+
+@pytest.mark.parametrize("flag", ["--model", "--reward-base"])
+def test_nothing_is_downloaded(world, tmp_path, monkeypatch, capsys, flag):  # noqa: F811
+    asked, cached = [], []
+
+    def download(name, local_files_only=False, **_):
+        asked.append(local_files_only)
+        if not cached:
+            raise FileNotFoundError("not cached")
+        return str(cached[0])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    argv = arguments(world, tmp_path / "run", flag, "some/model", "--dry-run")
+    assert train.main(argv) == 2
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and says in errors and not (tmp_path / "run").exists()
+    assert errors == "error: some/model: no such local folder, and not in the hub's cache on this machine\n"
+    cached.append(world / "model")
+    assert train.main(argv) == 0 and asked and all(asked)
 
 
 def test_memory_and_pairs(world, tmp_path, capsys):  # noqa: F811
-    argv = ["--model", str(world / "model"), "--pairs", str(world / "pairs.jsonl"), "--memory", "12gb", "--max-length", "300",
-            "--out", str(tmp_path / "run"), "--dry-run"]
-    assert train.main(argv) == 0
-    said = capsys.readouterr().out
+    said = dry(["--model", str(world / "model"), "--pairs", str(world / "pairs.jsonl"), "--memory", "12gb", "--max-length",
+                "300", "--out", str(tmp_path / "run")], capsys, world, tmp_path)
     assert "sample" not in table_of(said) and said.count("estimate in GB") == 1 and "--memory 12gb:" in said
 
 
-def test_longer_rows_and_more_layers_take_longer(world, tmp_path, monkeypatch):  # noqa: F811
+# ---- the numbers -------------------------------------------------------------------------------------------
+
+def test_the_rewriting_model_counts_with_its_own_size(world, small, tmp_path):  # noqa: F811
+    run = open_run(parse([*arguments(world, tmp_path / "run", "--reward-base", str(small)), "--dry-run"]))
+    rows, speed = dry_run.Rows(100, 50.0), dry_run.Speed(1e-3, 3e-3, 1e-3)
+    n = dry_run.parameters_of(run, "reward")
+    assert n < run.parameters == dry_run.parameters_of(run, "dpo")
+    assert dry_run.line_of(run, "score", rows, speed)[1] == pytest.approx(5.0 * n / run.parameters)
+    assert dry_run.line_of(run, "reward", rows, speed)[1] == pytest.approx(15.0 * n / run.parameters)
+
+
+def test_seconds_of_a_stage(world, tmp_path):  # noqa: F811
+    run = open_run(parse([*arguments(world, tmp_path / "run", "--locate-groups", "3", "--dpo-epochs", "2"), "--dry-run"]))
+    rows, speed = dry_run.Rows(100, 50.0), dry_run.Speed(1e-3, 3e-3, 5e-3)
+    seconds = {stage: dry_run.line_of(run, stage, rows, speed)[1] for stage in ("sample", "score", "locate", "dpo", "rft")}
+    assert seconds == pytest.approx({"sample": 25, "score": 5, "locate": 45, "dpo": 40, "rft": 45})  # rft: sft's 3 epochs
+
+
+def test_layers_that_are_not_measured_take_as_long_as_others(world, tmp_path, monkeypatch):  # noqa: F811
     run = open_run(parse([*arguments(world, tmp_path / "run"), "--dry-run"]))
-    clock = iter([1.0, 4.0, 1.5, 5.5])  # forward and both of one layer, of two
-    monkeypatch.setattr(dry_run, "timed", lambda work: next(clock))
-    assert dry_run.seconds_per_token(run, 100) == pytest.approx((0.015, 0.055))
+    speed = dry_run.speed_of(run)
+    assert 0 < speed.forward < speed.both and speed.decode > 0
+    run.config = replace(run.config, num_hidden_layers=5)
+    run.shapes = {"model.layers.0.x": type(next(iter(run.shapes.values())))((10**8 * 2 // 3,))}  # three make 2e8
+    clock = iter([4.0, 256.0, 512.0, 8.0, 512.0, 1536.0])  # of one layer, of three: 4 samples of 32, 256 tokens
+    monkeypatch.setattr(dry_run, "timed", lambda device, work: next(clock))
+    speed = dry_run.speed_of(run)
+    assert speed == pytest.approx(dry_run.Speed(forward=3.0, both=10.0, decode=12 / 128))
+
+
+def test_what_is_written_is_about_what_was_said(world, tmp_path):  # noqa: F811
+    argv = arguments(world, tmp_path / "run", "--max-steps", "2", "--no-eval", "--sft")
+    stay, meanwhile = dry_run.disk_of(open_run(parse([*argv, "--dry-run"])))
+    assert train.main(argv) == 0
+    found = {"models": sum(p.stat().st_size for p in tmp_path.glob("run/*/model.safetensors")),
+             **{name: (tmp_path / "run" / name).stat().st_size for name in stay if name != "models"}}
+    assert found.keys() == stay.keys() and len(list(tmp_path.glob("run/*/model.safetensors"))) == 5
+    for name in stay:
+        assert found[name] == pytest.approx(stay[name], rel=0.3 if name == "models" else 0.8), name
+    run = open_run(parse([*argv, "--dry-run"]))
+    assert meanwhile == 2 * 16 * run.parameters and dry_run.disk_of(run) == ({}, 0)
 
 
 @pytest.mark.parametrize("seconds, text", [(0.2, "0.2 s"), (42.4, "42 s"), (90, "1.5 min"), (3600, "1 h"), (90000, "25 h")])

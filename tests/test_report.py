@@ -103,6 +103,18 @@ def test_a_run_ends_with_a_report_of_every_section(whole, capsys):
             assert f'{note["stage"]}<td class="n">{note["seconds"]:.1f}' in text
 
 
+@pytest.mark.parametrize("movement", [0.31, None])
+@pytest.mark.parametrize("halves", [0.42, None])
+def test_overlaps_are_told_where_they_were_measured(whole, tmp_path, movement, halves):
+    """A random mask has none, and those of a large model's two halves are not made."""
+    (tmp_path / "config.json").write_text((whole / "config.json").read_text())
+    save_mask({"model.norm.weight": torch.ones(8, dtype=torch.bool)}, tmp_path / "mask.safetensors")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({
+        "stage": "locate", "movement_gradient_overlap": movement, "halves_overlap": halves}) + "\n")
+    text = report.write_report(tmp_path).read_text()
+    assert ("31 % of their weights" in text) == bool(movement) and ("share 42 %" in text) == bool(halves)
+
+
 def test_nothing_from_the_data_becomes_markup(whole):
     page = Page(whole / "report.html")
     assert {tag for tag, _ in page.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "div",
