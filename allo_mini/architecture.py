@@ -98,6 +98,11 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]), raw=raw)
 
 
+def cache_bytes(c: ModelConfig, size: int) -> int:
+    """Keys and values of one token in all layers, `size` bytes a number."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
+
+
 def rope_angles(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """positions [...] -> cos and sin of the rotary angles, each [..., 1, d], fp32 (RoFormer, arXiv 2104.09864).
 

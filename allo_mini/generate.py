@@ -2,63 +2,43 @@
 
     slots     | a1 a2 a3 b1 b2 b3 c1 c2 .. |      one running sample each; the first `len(running)` are in use
 
-A prompt is read once and its keys and values are copied to its n slots. A finished sample leaves at once: the last
-running one moves into its slot, and when enough slots are free the next prompts are admitted. Every sample draws
-from its own random stream, seeded by (seed, row, k), so company in the batch does not change what it says.
+A prompt is read once and its keys and values are copied to its samples' slots. A finished sample leaves at once: the
+last running one moves into its slot, and when enough slots are free the next samples start. Every sample draws from its
+own random stream, seeded by (seed, row, k), so company in the batch does not change what it says.
 """
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from allo_mini.architecture import cache_bytes
 from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
 
 
-class Prefill(TreeAttention):
-    """Attention over a flat stream of prompts that also keeps the keys and values of every layer."""
-
-    def __init__(self, lengths: list[int]):
-        super().__init__([(n, (0,)) for n in lengths])
-        self.kept = []
-
-    def __call__(self, q, k, v, layer):
-        self.kept.append((k, v))
-        return super().__call__(q, k, v, layer)
-
-
 class Cache:
-    """Keys and values of all running samples: per layer [slots, g, room, d]. Attention for one new token each."""
+    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attention for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
-        self.shape = (slots, c.num_key_value_heads, room, c.head_dim)
-        self.layers = [[torch.zeros(self.shape, dtype=like.dtype, device=like.device) for _ in "kv"]
+        shape = (slots, c.num_key_value_heads, room, c.head_dim)
+        self.layers = [[torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv"]
                        for _ in range(c.num_hidden_layers)]
 
-    def grow(self, room: int) -> None:
-        """Make room for longer samples; growing by half at a time keeps copying rare."""
-        if room > self.shape[2]:
-            extra = max(room, self.shape[2] * 3 // 2) - self.shape[2]
-            self.shape = (*self.shape[:2], self.shape[2] + extra, self.shape[3])
-            for pair in self.layers:
-                for i in (0, 1):
-                    pair[i] = F.pad(pair[i], (0, 0, 0, extra))
-
-    def admit(self, kept: list[tuple[Tensor, Tensor]], lengths: list[int], first_slot: int, n: int) -> None:
-        """Copy each prompt's keys and values ([N,g,d] a layer) into n neighbouring slots."""
-        for pair, new in zip(self.layers, kept):
-            for store, values in zip(pair, new):
-                for j, part in enumerate(values.split(lengths)):  # [P,g,d]
-                    at = first_slot + j * n
-                    store[at:at + n, :, :len(part)] = part.transpose(0, 1)
+    def grow(self, needed: int) -> None:
+        """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
+        room = self.layers[0][0].shape[2]
+        for pair in self.layers if needed > room else ():
+            for i in (0, 1):
+                pair[i] = F.pad(pair[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Let the samples in `sources` continue in the slots `targets`."""
-        for pair in self.layers:
+        """Let the samples in the slots `sources` continue in the slots `targets`."""
+        for pair in self.layers if sources else ():
             for store in pair:
                 store[targets] = store[sources]
 
@@ -83,6 +63,23 @@ class Cache:
             q.unflatten(1, (k.shape[1], -1)), keys[:active, :, :self.used], values[:active, :, :self.used],
             attn_mask=self.visible)  # [A,g,h/g,d]
         return out.flatten(1, 2)
+
+
+class Prefill(TreeAttention):
+    """Attention over a flat stream of prompts whose keys and values go into the cache: copies[j] times the j-th prompt's,
+    into neighbouring slots from `slot` on."""
+
+    def __init__(self, cache: Cache, lengths: list[int], copies: list[int], slot: int):
+        super().__init__([(n, (0,)) for n in lengths])
+        self.cache, self.lengths, self.copies, self.slot = cache, lengths, copies, slot
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        for store, stream in zip(self.cache.layers[layer], (k, v)):
+            at = self.slot
+            for part, n in zip(stream.split(self.lengths), self.copies):  # [P,g,d]
+                store[at:at + n, :, :len(part)] = part.transpose(0, 1)
+                at += n
+        return super().__call__(q, k, v, layer)
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
@@ -114,72 +111,37 @@ def uniforms(seed: int, row: int, k: int, count: int) -> Tensor:
     return torch.rand(count, generator=generator)
 
 
-def bytes_per_token(model: CausalLM) -> int:
-    """Cache size of one token of one sample: keys and values of all layers."""
-    c = model.config
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * model.model.embed_tokens.weight.element_size()
-
-
 @dataclass
 class Sample:
-    """One sample: the number of its prompt, cache length, random stream, tokens so far."""
-    prompt: int
-    length: int
-    limit: int  # tokens at most
+    """One sample: its prompt's number and ids, its random stream (as long as the sample may get), its tokens so far."""
+    number: int
+    prompt: list[int]
     u: Tensor
     tokens: list[int] = field(default_factory=list)
 
 
-class Sampler:
-    """Runs samples to their end: `admit` starts those of the next prompts, `step` adds a token to all running ones."""
+def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) -> Tensor:
+    """Fill the slots from `slot` on with the prompts of new samples -> hidden [len(fresh), H] at each prompt's end.
 
-    def __init__(self, model: CausalLM, slots: int, room: int, temperature: float, top_p: float, over, on_done):
-        self.model, self.temperature, self.top_p, self.over, self.on_done = model, temperature, top_p, over, on_done
-        self.cache, self.slots, self.device = Cache(model, slots, room), slots, model.head_weight.device
-        self.running: list[Sample] = []
+    A prompt that neighbours share is read once; all are read in one flat stream.
+    """
+    copies = Counter(s.number for s in fresh)
+    prompts = list({s.number: s.prompt for s in fresh}.values())
+    lengths, n, device = [len(p) for p in prompts], list(copies.values()), model.head_weight.device
+    cache.grow(max(lengths) + 1)
+    ids = torch.tensor([t for p in prompts for t in p], device=device)
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    hidden = model(ids, positions, Prefill(cache, lengths, n, slot))  # [N,H]
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    return hidden[ends.repeat_interleave(torch.tensor(n)).to(device)]
 
-    def admit(self, prompts: list[list[int]], samples: list[list[Sample]]) -> None:
-        """Read prompts once each (one flat stream) and start their samples, n for each prompt."""
-        lengths, n = [len(p) for p in prompts], len(samples[0])
-        self.cache.grow(max(lengths) + 1)
-        ids = torch.tensor([t for p in prompts for t in p], device=self.device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        prefill = Prefill(lengths)
-        hidden = self.model(ids, positions, prefill)  # [N,H]
-        self.cache.admit(prefill.kept, lengths, len(self.running), n)
-        last = torch.tensor(lengths, device=self.device).cumsum(0) - 1
-        fresh = [s for group in samples for s in group]
-        self.running += fresh
-        self.advance(fresh, hidden[last].repeat_interleave(n, 0))
 
-    def step(self) -> None:
-        """One forward pass over the newest token of every running sample."""
-        lengths = [s.length for s in self.running]
-        self.cache.grow(max(lengths) + 1)
-        ids = torch.tensor([s.tokens[-1] for s in self.running], device=self.device)
-        hidden = self.model(ids, torch.tensor(lengths, device=self.device), self.cache.at(lengths))  # [A,H]
-        for s in self.running:
-            s.length += 1
-        self.advance(self.running, hidden)
-
-    def advance(self, samples: list[Sample], hidden: Tensor) -> None:
-        """Give each sample its next token (`hidden` [len(samples), H]), then let the finished ones leave."""
-        u = torch.stack([s.u[len(s.tokens)] for s in samples]).to(self.device)
-        tokens = pick(linear(hidden, self.model.head_weight), self.temperature, self.top_p, u).tolist()
-        for s, token in zip(samples, tokens):
-            s.tokens.append(token)
-        over = [len(s.tokens) >= s.limit or self.over(s.tokens) for s in self.running]
-        for s, ended in zip(self.running, over):
-            if ended:
-                self.on_done(s.prompt, s.tokens)
-        stay = over.count(False)
-        gaps = [i for i in range(stay) if over[i]]
-        movers = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
-        if movers:
-            self.cache.move(movers, gaps)
-        for source, target in zip(movers, gaps):
-            self.running[target] = self.running[source]
-        del self.running[stay:]
+def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
+    """Put the newest token of every running sample into the cache -> hidden [len(running), H]."""
+    lengths, device = [len(s.prompt) + len(s.tokens) - 1 for s in running], model.head_weight.device
+    cache.grow(max(lengths) + 1)
+    ids = torch.tensor([s.tokens[-1] for s in running], device=device)
+    return model(ids, torch.tensor(lengths, device=device), cache.at(lengths))
 
 
 @torch.inference_mode()
@@ -191,38 +153,43 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
 
     prompts: token id lists of any lengths; rows: the numbers that seed each prompt (default 0, 1, ...);
     slots: samples running at once; stopped(tokens) ends a sample on a stop string; on_done(prompt, tokens) is called
-    as each sample ends. A response stops at any of eos_ids, at max_new_tokens, or where prompt and response together
-    have max_length tokens. Raises ValueError for an empty prompt.
+    as each sample ends, with its prompt's number. A response stops at any of eos_ids, at max_new_tokens, or where prompt
+    and response together have max_length tokens. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    rows, eos = rows or range(len(prompts)), set(eos_ids)
-
-    def over(tokens):
-        return tokens[-1] in eos or stopped(tokens)
-
-    def start(i: int, k: int) -> Sample:
-        length = len(prompts[i])
-        limit = max(1, min(max_new_tokens, (max_length or length + max_new_tokens) - length))
-        return Sample(i, length, limit, uniforms(seed, rows[i], k, limit))
-
-    samples = [[start(i, k) for k in range(n)] for i in range(len(prompts))]
+    head, rows, eos, samples = model.head_weight, rows or range(len(prompts)), set(eos_ids), []
+    for i, prompt in enumerate(prompts):
+        most = min(max_new_tokens, max_length - len(prompt)) if max_length else max_new_tokens
+        samples += [Sample(i, prompt, uniforms(seed, rows[i], k, max(1, most))) for k in range(n)]
     longest = max(map(len, prompts), default=0)
-    if model.head_weight.is_cuda:  # the cache may take 60 % of the memory that is free now
-        each = (longest + max_new_tokens) * bytes_per_token(model)
-        slots = max(1, min(slots, int(0.6 * torch.cuda.mem_get_info(model.head_weight.device)[0] / each)))
-    m = max(d for d in range(1, n + 1) if n % d == 0 and d <= max(1, slots))  # of a prompt's n at a time: all if they fit
-    jobs = [(prompt, group[k:k + m]) for prompt, group in zip(prompts, samples) for k in range(0, n, m)]
-    sampler = Sampler(model, min(slots, m * len(jobs)), longest + 64, temperature, top_p, over, on_done)
-    at = 0
-    while at < len(jobs) or sampler.running:
-        free = (sampler.slots - len(sampler.running)) // m  # jobs that could start now
-        if at < len(jobs) and free * m * 8 >= sampler.slots:  # an eighth of the slots: reading is cheap in bulk
-            sampler.admit(*zip(*jobs[at:at + free]))
-            at += free
+    if head.is_cuda:  # the cache may take 60 % of the memory that is free now
+        each = (longest + max_new_tokens) * cache_bytes(model.config, model.model.embed_tokens.weight.itemsize)
+        slots = max(1, min(slots, int(0.6 * torch.cuda.mem_get_info(head.device)[0] / each)))
+    slots = min(slots, len(samples))
+    cache, running, waiting = Cache(model, slots, longest + 64), [], samples
+    while waiting or running:
+        free = slots - len(running)
+        if waiting and free * 8 >= slots:  # an eighth of the slots: reading is cheap in bulk
+            fresh, waiting = waiting[:free], waiting[free:]
+            hidden = read_prompts(model, cache, fresh, len(running))
+            running += fresh
         else:
-            sampler.step()
-    return [[s.tokens for s in group] for group in samples]
+            fresh, hidden = running, read_tokens(model, cache, running)
+        u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(head.device)
+        for s, token in zip(fresh, pick(linear(hidden, head), temperature, top_p, u).tolist()):
+            s.tokens.append(token)
+        over = [len(s.tokens) == len(s.u) or s.tokens[-1] in eos or stopped(s.tokens) for s in running]
+        for s in (s for s, ended in zip(running, over) if ended):
+            on_done(s.number, s.tokens)
+        stay = over.count(False)
+        sources = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
+        targets = [i for i in range(stay) if over[i]]
+        cache.move(sources, targets)
+        for source, target in zip(sources, targets):
+            running[target] = running[source]
+        del running[stay:]
+    return [[s.tokens for s in samples[i * n:(i + 1) * n]] for i in range(len(prompts))]
 
 
 def generate(model: CausalLM, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,

@@ -18,7 +18,8 @@ from allo_mini.data import Example, steps_of
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, pack, size_of, token_logps
 from allo_mini.optim import MaskedAdamW, cosine_lr
-from allo_mini.run import Run
+from allo_mini.resume import StageProgress
+from allo_mini.run import Run, peak_gb
 from allo_mini.scoring import with_reference
 
 LN2 = 0.6931471805599453
@@ -56,14 +57,14 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     if objective.step0:
         steps = or_halve(run, lambda: [with_reference(model, run.micro_batches(group))
                                        for group in progress(steps, label=f"{name}: reference", unit="step")])
-    progress_of = run.checkpoint(name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
+    progress_of = StageProgress(run, name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
     run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
     bar = progress(progress_of.steps(), total=len(steps) - progress_of.step, label=name, unit="step")
     for step in bar:
+        began, group = time.monotonic(), steps[step]
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
-        group = steps[step]
         sums = or_halve(run, lambda: accumulate(run, model, group, objective), optimizer.grad.zero_)
         parallel.sum_over_ranks(optimizer.grad, run.device)
         values = {"learning_rate": optimizer.lr, "epoch": s.epochs * (step + 1) / len(steps), "loss": sums.pop("loss")}
@@ -72,14 +73,13 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         run.check_numbers(name, step, values, examples, group, objective.step0 if step == 0 else None)
         optimizer.step()
         objective.after(values)
-        values |= run.speed(sum(map(size_of, group)))
+        values |= {"tokens/s": sum(map(size_of, group)) / (time.monotonic() - began), "mem/peak_gb": peak_gb(run.device)}
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
             progress_of.keep_if_best(values["eval/score"])
         run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
         bar.set_postfix(loss=f"{values['loss']:.4g}")
         progress_of.save(step + 1)
-        run.clock = time.monotonic()  # validation and saving are not training time
     progress_of.finish()
     return optimizer
 

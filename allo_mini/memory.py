@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from allo_mini import UserError
-from allo_mini.architecture import ModelConfig
+from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK
@@ -102,11 +102,6 @@ def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
         out[-1].append(name)
         held += shape.numel()
     return out
-
-
-def cache_bytes(c: ModelConfig, size: int) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
 
 
 def stages_of(cfg: Config) -> list[str]:

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -18,8 +19,8 @@ from allo_mini.disk import sync
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
+from allo_mini.mask import selected
 from allo_mini.model import CausalLM
-from allo_mini.resume import StageProgress
 from allo_mini.tasks import evaluate
 
 
@@ -43,7 +44,6 @@ class Run:
     rewriter: tuple[ModelConfig, dict] | None = None  # config and parameter shapes of --reward-base or --reward-model
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # --memory's estimate: {stage: {term: bytes}}
     halved: bool = False  # memory ran out: micro-batches are half as large
-    clock: float = 0.0  # when the current training step began
     warned: set[str] = field(default_factory=set)  # stages that have been warned about
 
     @property
@@ -58,7 +58,7 @@ class Run:
         model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
         if self.cfg.checkpoint_blocks < 0:
-            trained = sum(int(m.sum()) for m in mask.values()) if mask else sum(p.numel() for p in model.parameters())
+            trained = selected(mask) if mask else sum(p.numel() for p in model.parameters())
             model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device)
         return model
 
@@ -128,16 +128,6 @@ class Run:
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def checkpoint(self, name: str, total: int, skipped: int, optimizer, examples, mask, state) -> StageProgress:
-        """The stage's progress, read back when an earlier try was cut off; starts the tokens/s clock."""
-        self.clock = time.monotonic()
-        return StageProgress(self, name, total, skipped, optimizer, examples, mask, state)
-
-    def speed(self, tokens: int) -> dict[str, float]:
-        """tokens/s since the last call, and the peak memory so far."""
-        before, self.clock = self.clock, time.monotonic()
-        return {"tokens/s": tokens / max(1e-9, self.clock - before), "mem/peak_gb": peak_gb(self.device)}
-
     def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0) -> None:
         """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number;
         hold the first loss against `step0(group)`, what the mathematics says, if given; warn once when the chosen
@@ -163,11 +153,7 @@ class Run:
         """model -> validation accuracy, or None when --eval-every is off."""
         if not self.cfg.eval_every or not self.val:
             return None
-
-        def validate(model):
-            items = self.evaluate(model, self.val, "validate")
-            return sum(item["correct"] for item in items) / max(1, len(items))
-        return validate
+        return lambda model: fmean(item["correct"] for item in self.evaluate(model, self.val, "validate"))
 
     def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
         """Greedy answers to tasks, log-prob comparison of pairs; one dict a row."""
@@ -191,8 +177,6 @@ class Run:
         """Say what the encoder dropped or trimmed since it was last cleared. Raises UserError when nothing is left."""
         if report := self.encoder.report():
             say(f"{name}: {kept} kept; {report}")
-            counts = {"dropped": dict(self.encoder.dropped), "trimmed": self.encoder.trimmed}
-            self.log.note("data", rows=name, kept=kept, **counts)
         self.encoder.clear()
         if not kept:
             raise UserError(f"none of the {name} can be used; {report or 'there are none'}")

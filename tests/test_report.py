@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import runpy
 import sys
 from fractions import Fraction
@@ -16,7 +15,7 @@ import train
 from allo_mini import UserError, config, inputs, report
 from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.data import Encoder
-from allo_mini.files import load_mask, load_tensors, save_mask
+from allo_mini.files import load_mask, save_mask
 from allo_mini.logprobs import score
 from allo_mini.mask import kind_of, layer_of
 from test_train import arguments, world
