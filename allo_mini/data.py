@@ -10,7 +10,6 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
-from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,8 +204,9 @@ class Encoder:
         """The text that follows the framed prompt; in chat style all that the template writes after it.
 
         Some templates write the last turn of a prompt in another way than a turn before an answer (Mistral's set the
-        system prompt into it); then it is what they write after a short prompt. Raises UserError for a message that
-        cannot follow the prompt: some templates open a thought there which the answers they write do not have.
+        system prompt into it); then it is what they write after a short prompt. Others open or write a thought there
+        and none before an answer that is given: then it is the response itself, as a model samples it. Raises
+        UserError for a message that leaves such a thought open.
         """
         if self.style != "chat":
             return (" " if self.style == "alpaca" else "") + plain(response)
@@ -215,11 +215,11 @@ class Encoder:
             full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
             if full.startswith(framed):
                 return full[len(framed):]
-        if isinstance(response, str):  # what a model says after this prompt, sampled or given as such
-            return response
-        opened = framed[len(commonprefix([framed, full])):]
-        raise UserError(f"{self.tokenizer.folder}: the chat template ends a prompt with {opened!r}, with which it does not "
-                        "begin the answer; take it out of the template, or give prompts and responses as strings")
+        said = framed + plain(response)
+        if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
+            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer does "
+                            "not close it")
+        return plain(response)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; trimmed on the left to leave at least half of max_length for the response."""

@@ -14,6 +14,7 @@ from allo_mini import UserError
 from allo_mini.data import Encoder, read_pairs
 from helpers import tiny_model, write_tokenizer
 from allo_mini.checkpoint import save_model
+from allo_mini.tokenizer import Tokenizer
 from test_data import assistant, bpe, make, user, write  # noqa: F401 (fixtures)
 
 CHATML = ("{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -60,28 +61,46 @@ MISTRAL = """{%- if messages[0]['role'] == 'system' %}
     {%- endif %}
 {%- endfor %}
 """
-QWEN25 = CHATML.replace("SYSTEM", "You are Qwen")
+MISTRAL_02 = MISTRAL.replace("loop.last and", "loop.first and").replace("|trim", "").replace("'[/INST]'", "' [/INST]'")
+MISTRAL_01 = ("{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+              "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{% if m['role'] == 'user' %}"
+              "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}")
 IM = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-FAMILIES = {  # template, settings, prompt of TALK with and without SYSTEM, what the response looks like
+S_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+def chatml(system):
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+
+
+def header(role):
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+ASKS = "<|im_end|>\n<|im_start|>assistant\n"
+TOLD = "<|im_end|>\n<|im_start|>user\n"
+LLAMA_HEAD = "<|begin_of_text|>" + header("system") + "Cutting Knowledge Date: December 2023\n\n"
+LLAMA_TALK = f"{header('user')}a b<|eot_id|>{header('assistant')}ab<|eot_id|>{header('user')}the cat?<|eot_id|>{header('assistant')}"
+FAMILIES = {  # template, settings, what is written of ONE, of TALK and of SYSTEM + TALK, the shape of a response
     "smollm2": (CHATML.replace("SYSTEM", "Be kind"), {**IM, "bos_token": "<|im_start|>"},
-                "<|im_start|>system\nBe kind<|im_end|>\n", "<|im_start|>system\nBe brief.<|im_end|>\n",
-                "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\nab<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
-                "<|im_start|>assistant\n", "{}<|im_end|>"),
-    "qwen2.5": (QWEN25, {**IM, "bos_token": None},
-                "<|im_start|>system\nYou are Qwen<|im_end|>\n", "<|im_start|>system\nBe brief.<|im_end|>\n",
-                "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\nab<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
-                "<|im_start|>assistant\n", "{}<|im_end|>"),
+                chatml("Be kind") + "the cat?" + ASKS, chatml("Be kind") + f"a b{ASKS}ab{TOLD}the cat?{ASKS}",
+                chatml("Be brief.") + f"a b{ASKS}ab{TOLD}the cat?{ASKS}", "{}<|im_end|>"),
+    "qwen2.5": (CHATML.replace("SYSTEM", "You are Qwen"), {**IM, "bos_token": None},
+                chatml("You are Qwen") + "the cat?" + ASKS, chatml("You are Qwen") + f"a b{ASKS}ab{TOLD}the cat?{ASKS}",
+                chatml("Be brief.") + f"a b{ASKS}ab{TOLD}the cat?{ASKS}", "{}<|im_end|>"),
     "llama3": (LLAMA3, {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
-               "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n<|eot_id|>",
-               "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n\n"
-               "Be brief.<|eot_id|>",
-               "<|start_header_id|>user<|end_header_id|>\n\na b<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nab<|eot_id|>"
-               "<|start_header_id|>user<|end_header_id|>\n\nthe cat?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-               "{}<|eot_id|>"),
-    "mistral": (MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"}, "<s>", "<s>",
-                "[INST] a b[/INST] ab</s>[INST] the cat?[/INST]", " {}</s>")}
+               f"{LLAMA_HEAD}<|eot_id|>{header('user')}the cat?<|eot_id|>{header('assistant')}",
+               f"{LLAMA_HEAD}<|eot_id|>{LLAMA_TALK}", f"{LLAMA_HEAD}Be brief.<|eot_id|>{LLAMA_TALK}", "{}<|eot_id|>"),
+    "mistral 0.3": (MISTRAL, S_TOKENS, "<s>[INST] the cat?[/INST]", "<s>[INST] a b[/INST] ab</s>[INST] the cat?[/INST]",
+                    "<s>[INST] a b[/INST] ab</s>[INST] Be brief.\n\nthe cat?[/INST]", " {}</s>"),
+    "mistral 0.2": (MISTRAL_02, S_TOKENS, "<s>[INST] the cat? [/INST]", "<s>[INST] a b [/INST] ab</s>[INST] the cat? [/INST]",
+                    "<s>[INST] Be brief.\n\na b [/INST] ab</s>[INST] the cat? [/INST]", " {}</s>"),
+    "mistral 0.1": (MISTRAL_01, S_TOKENS, "<s>[INST] the cat? [/INST]", "<s>[INST] a b [/INST]ab</s>[INST] the cat? [/INST]",
+                    None, "{}</s>")}
 TALK = [user("a b"), assistant("ab"), user("the cat?")]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
+PROMPTS = {"one turn": TALK[2:], "several turns": TALK, "system prompt": SYSTEM + TALK}
+CASES = [(family, kind) for family in FAMILIES for kind in PROMPTS if (family, kind) != ("mistral 0.1", "system prompt")]
 
 
 def encoder_of(make, family, length=400):
@@ -93,67 +112,136 @@ def text_of(encoder, ids):
     return encoder.tokenizer.inner.decode(ids, skip_special_tokens=False)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("family, kind", CASES)
 @pytest.mark.parametrize("response", ["sat on the mat", "sat.\nThe answer is 4"])
-def test_the_prompt_ends_with_the_generation_prompt_and_the_response_with_its_end_of_turn(make, family, system, response):
-    encoder, (_, _, bare, told, talk, shape) = encoder_of(make, family), FAMILIES[family]
-    head = (told if system else bare) + talk
-    if family == "mistral" and system:  # its system prompt stands in the last user turn
-        head = head.replace("[INST] the cat?", "[INST] Be brief.\n\nthe cat?")
-    prompt = SYSTEM * system + TALK
-    e = encoder.example(prompt, [[assistant(response)], [assistant("no")]])
-    assert text_of(encoder, e.prompt) == head
+def test_the_prompt_ends_with_the_generation_prompt_and_the_response_with_its_end_of_turn(make, family, kind, response):
+    encoder, shape = encoder_of(make, family), FAMILIES[family][-1]
+    text = dict(zip(PROMPTS, FAMILIES[family][2:5]))[kind]
+    e = encoder.example(PROMPTS[kind], [[assistant(response)], [assistant("no")]])
+    assert text_of(encoder, e.prompt) == text == encoder.tokenizer.render(PROMPTS[kind], True)
     assert [text_of(encoder, ids) for ids in e.responses] == [shape.format(response), shape.format("no")]
-    joint = encoder.tokenizer.encode(head + shape.format(response), bos=False)
+    joint = encoder.tokenizer.encode(text + shape.format(response), bos=False)
     assert e.prompt + e.responses[0] == joint  # nothing is cut where the whole text is not, BOS stands where the template put it
-    assert encoder.prompt_ids(prompt) == encoder.tokenizer.encode(head, bos=False)  # what sampling starts from
+    assert encoder.prompt_ids(PROMPTS[kind]) == encoder.tokenizer.encode(text, bos=False)  # what sampling starts from
+    whole = encoder.tokenizer.render([*PROMPTS[kind], assistant(response)], False)
+    if (family, kind) != ("mistral 0.3", "system prompt"):  # which leaves the system prompt out of a finished conversation
+        assert encoder.tokenizer.encode(whole.rstrip("\n"), bos=False) == joint
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_explicit_implicit_and_whole_conversations_are_one_example(make, family, tmp_path):
-    prompt, good, bad = SYSTEM + TALK, [assistant("sat on the mat")], [assistant("sat")]
-    write(tmp_path / "p.jsonl", {"prompt": prompt, "chosen": good, "rejected": bad},
-          {"chosen": prompt + good, "rejected": prompt + bad},
-          {"prompt": prompt, "chosen": prompt + good, "rejected": prompt + bad})
+@pytest.mark.parametrize("family, kind", CASES)
+def test_explicit_implicit_and_whole_conversations_are_one_example(make, family, kind, tmp_path):
+    prompt, good, bad = PROMPTS[kind], [assistant("sat on the mat")], [assistant("sat")]
+    rows = [{"prompt": prompt, "chosen": good, "rejected": bad}, {"chosen": prompt + good, "rejected": prompt + bad},
+            {"prompt": prompt, "chosen": prompt + good, "rejected": prompt + bad},
+            {"prompt": prompt, "chosen": good, "rejected": prompt + bad},
+            {"prompt": "the cat?", "chosen": prompt + good, "rejected": prompt + bad}]  # UltraFeedback's
+    write(tmp_path / "p.jsonl", *rows, *[{"prompt": "the cat?", "chosen": good, "rejected": bad}] * (kind == "one turn"))
     encoder = encoder_of(make, family)
     first, *others = [encoder.example(p.prompt, [p.chosen, p.rejected]) for p in read_pairs(tmp_path / "p.jsonl")]
-    assert first is not None and others == [first, first]
+    assert first is not None and len(others) in (4, 5) and all(other == first for other in others)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_string_and_a_message_are_the_same_response(make, family):
+@pytest.mark.parametrize("family, kind", CASES)
+def test_a_string_and_a_message_are_the_same_response(make, family, kind):
     """Sampled text is trained on as if it had been a message, and what is sampled from is what is trained on."""
     encoder = encoder_of(make, family)
-    said, sampled = (encoder.example(SYSTEM + TALK, [r]) for r in ([assistant("sat")], "sat"))
-    assert said == sampled and said.prompt == encoder.prompt_ids(SYSTEM + TALK)
+    said, sampled = (encoder.example(PROMPTS[kind], [r]) for r in ([assistant("sat")], "sat"))
+    assert said == sampled and said.prompt == encoder.prompt_ids(PROMPTS[kind])
+    assert encoder.response_ids(PROMPTS[kind], "sat") == said.responses[0]
     assert encoder.example("the cat?", ["sat"]) == encoder.example([user("the cat?")], [[assistant("sat")]])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_spaces_around_a_response_follow_the_template(make, family):
-    """Llama 3 and Mistral trim what is said; ChatML keeps it. Either way the end of turn comes once, last."""
+@pytest.mark.parametrize("family, kind", CASES)
+def test_spaces_around_a_response_follow_the_template(make, family, kind):
+    """Llama 3 and Mistral 0.3 trim what is said; the others keep it. Either way the end of turn comes once, last."""
     encoder = encoder_of(make, family)
-    e = encoder.example(TALK, [[assistant("  sat \n")]])
-    kept = family in ("smollm2", "qwen2.5")
+    e = encoder.example(PROMPTS[kind], [[assistant("  sat \n")]])
+    kept = family not in ("llama3", "mistral 0.3")
     assert text_of(encoder, e.responses[0]) == FAMILIES[family][-1].format("  sat \n" if kept else "sat")
     assert e.responses[0].count(encoder.closing) == 1 and e.responses[0][-1] == encoder.closing
 
 
-def test_a_prompt_that_ends_with_the_assistant_is_refused_in_one_line_by_a_strict_template(make):
-    encoder = encoder_of(make, "mistral")
-    with pytest.raises(UserError, match="roles must alternate"):
-        encoder.example([*TALK, user("again")], [[assistant("sat")]])
+@pytest.mark.parametrize("prompt, family, says", [
+    ([*TALK, user("again")], "mistral 0.3", "roles must alternate"), (TALK[:2], "mistral 0.2", "roles must alternate"),
+    (SYSTEM + TALK, "mistral 0.1", "roles must alternate")])
+def test_a_conversation_that_a_strict_template_has_no_form_for_is_refused_in_one_line(make, prompt, family, says):
+    with pytest.raises(UserError, match=f"^[^\n]*the chat template fails: [^\n]*{says}[^\n]*$"):
+        encoder_of(make, family).example(prompt, [[assistant("sat")]])
 
 
-def test_a_template_that_thinks_in_its_generation_prompt(make):
-    """Qwen3 writes an empty thought into the generation prompt; it belongs to the prompt, not to what is learned."""
-    think = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
-    template = CHATML[:CHATML.index("{% if add_generation")] + think
-    encoder = Encoder(make(chat_template=template, **IM), "chat", 400)
+def test_a_pair_that_parts_before_the_last_turn_is_dropped(make, tmp_path):
+    write(tmp_path / "p.jsonl", {"chosen": [*TALK[:2], user("x")], "rejected": [*TALK[:2], user("y")]},
+          {"chosen": [*TALK, assistant("x")], "rejected": [TALK[0], assistant("ba"), TALK[2], assistant("x")]})
+    encoder = encoder_of(make, "smollm2")
+    assert [encoder.example(p.prompt, [p.chosen, p.rejected]) for p in read_pairs(tmp_path / "p.jsonl")] == [None, None]
+    assert encoder.report() == "dropped: 2 response not one message of the assistant"
+
+
+def test_a_response_that_begins_with_a_line_break_is_whole(make):
+    """The generation prompt's last character and it may be one token; then the prompt ends before it."""
+    encoder = encoder_of(make, "smollm2")
+    e = encoder.example(TALK, ["\n\nsat"])
+    assert e.prompt + e.responses[0] == encoder.tokenizer.encode(FAMILIES["smollm2"][3] + "\n\nsat<|im_end|>", bos=False)
+
+
+THINKS = CHATML[:CHATML.index("{% if add_generation")] + (
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' + NOTHING }}{% endif %}")
+
+
+def test_a_template_that_writes_an_empty_thought_into_its_generation_prompt(make):
+    """As Qwen3 does when it is not to think: the thought belongs to the prompt, not to what is learned."""
+    encoder = Encoder(make(chat_template=THINKS.replace("NOTHING", "'\\n</think>\\n\\n'"), **IM), "chat", 400)
     e = encoder.example([user("a b")], [[assistant("sat")]])
     assert text_of(encoder, e.prompt).endswith("<think>\n\n</think>\n\n")
     assert text_of(encoder, e.responses[0]) == "sat<|im_end|>"
+
+
+def test_a_thought_that_the_generation_prompt_opens_must_be_closed(make):
+    """As DeepSeek-R1's: an answer without a thought would be learned as one. Sampled text may break off in a thought."""
+    encoder = Encoder(make(chat_template=THINKS.replace("NOTHING", "''"), **IM), "chat", 400)
+    for response in ("the sum</think>sat", [assistant("the sum</think>sat")]):
+        assert text_of(encoder, encoder.example([user("a b")], [response]).responses[0]) == "the sum</think>sat<|im_end|>"
+    assert encoder.example("a b", ["the sum"])
+    for response in ("sat", "<think>the sum</think>sat"):
+        with pytest.raises(UserError, match="the chat template opens a thought with <think>, and this answer does not close"):
+            encoder.example([user("a b")], [[assistant(response)]])
+
+
+@pytest.mark.parametrize("said, learned", [("sat", "<think>\n\n</think>\n\nsat"), ("<think>\nsum\n</think>\n\nsat", None)])
+def test_a_template_that_keeps_the_last_thought_only(make, said, learned):
+    """As Qwen3's: thoughts of earlier turns are left out, an answer without one gets an empty one."""
+    turns = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+             "{% if not loop.last %}{{ m['content'].split('</think>')[-1].lstrip('\\n') }}{% else %}"
+             "{{ m['content'] if '</think>' in m['content'] else '<think>\\n\\n</think>\\n\\n' + m['content'] }}{% endif %}"
+             "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}")
+    encoder = Encoder(make(chat_template=turns + CHATML[CHATML.index("{% if add_generation"):], **IM), "chat", 400)
+    e = encoder.example([user("a b"), assistant("<think>\nab\n</think>\n\nab"), user("the cat?")], [[assistant(said)]])
+    assert text_of(encoder, e.prompt) == (f"<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\nab{TOLD}the cat?{ASKS}")
+    assert text_of(encoder, e.responses[0]) == (learned or said) + "<|im_end|>"
+
+
+def test_what_published_templates_ask_for(make):
+    """Llama 3.2's date, the tags around what an assistant says, and tojson's arguments, as transformers has them."""
+    template = ("{{ strftime_now('%d %b %Y') }}|{%- for m in messages %}{%- if m['role'] == 'assistant' -%}\n"
+                "{%- generation -%} {{ m['content'] }}\n{% endgeneration %}\n{%- else %}{{ m['content'] | tojson }}{% endif %}"
+                "{% endfor %}|{{ {'b': 1, 'é': 2} | tojson(ensure_ascii=True, indent=1) }}")
+    assert make(chat_template=template).render([user("é"), assistant("generation")], False) == (
+        '26 Jul 2024|"é"generation\n|{\n "b": 1,\n "\\u00e9": 2\n}')
+
+
+def test_a_response_is_encoded_as_it_follows_the_prompt(tmp_path):
+    """A tokenizer that puts a space before every text (Llama 2's) would begin a response of its own with another token."""
+    from tokenizers import Tokenizer as HFTokenizer, models, normalizers
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁a", "▁b", "a", "b", ":", "▁▁"]
+    inner = HFTokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("▁", "b"), ("▁", "▁")]))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.add_special_tokens(pieces[:3])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(S_TOKENS))
+    encoder = Encoder(Tokenizer(tmp_path), "none", 100)
+    for prompt, response in (("a:", "b a"), ("a:", " b a")):
+        assert encoder.response_ids(prompt, response) == encoder.example(prompt, [response]).responses[0]
+    assert [pieces[i] for i in encoder.response_ids("a:", "b a")] == ["b", "▁a", "</s>"]
 
 
 # ---- whole runs --------------------------------------------------------------------------------------------
