@@ -217,8 +217,8 @@ class Encoder:
                 return full[len(framed):]
         said = framed + plain(response)
         if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
-            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer does "
-                            "not close it")
+            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer "
+                            "does not close it")
         return plain(response)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
