@@ -142,13 +142,15 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     pairs = []
     for where, row in islice(read_jsonl(path), limit or None):
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
-        prompt = messages_of(row, "prompt", where) if "prompt" in row else chosen
-        if len({type(text) for text in (prompt, chosen, rejected)}) > 1:
+        prompt = messages_of(row, "prompt", where) if "prompt" in row else None
+        if isinstance(prompt, str) and isinstance(chosen, list):  # as UltraFeedback has it: the first turn once more
+            prompt = messages(prompt, "user") if len(chosen) == 1 else None
+        if len({type(text) for text in (prompt, chosen, rejected) if text is not None}) > 1:
             raise UserError(f"{where}: 'prompt', 'chosen' and 'rejected' must all be strings or all message lists")
-        if "prompt" not in row:
+        if prompt is None:
             prompt, chosen, rejected = split_implicit(chosen, rejected, where)
-        elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt:  # the whole conversation was given
-            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+        elif isinstance(prompt, list):  # take it off where a whole conversation was given
+            chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
         task = row.get("task") if isinstance(row.get("task"), int) else None
         pairs.append(Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True)))
     return pairs
@@ -199,19 +201,25 @@ class Encoder:
         return ALPACA.format(plain(prompt)) if self.style == "alpaca" else plain(prompt)
 
     def answer(self, prompt: Text, response: Text) -> str:
-        """The text that follows the framed prompt; in chat style all that the template writes after it."""
+        """The text that follows the framed prompt; in chat style all that the template writes after it.
+
+        Some templates write the last turn of a prompt in another way than a turn before an answer (Mistral's set the
+        system prompt into it); then it is what they write after a short prompt. Others open or write a thought there
+        and none before an answer that is given: then it is the response itself, as a model samples it. Raises
+        UserError for a message that leaves such a thought open.
+        """
         if self.style != "chat":
             return (" " if self.style == "alpaca" else "") + plain(response)
-        framed, talk = self.frame(prompt), messages(prompt, "user")
-        full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
-        if full.startswith(framed):
-            return full[len(framed):]
-        # The template writes the last turn of a prompt in another way than a turn before an answer: Mistral's sets the
-        # system prompt into it, others drop thoughts. What stands between that turn and an answer is the same.
-        _, _, ending = framed.rpartition(talk[-1]["content"].strip())
-        probe = self.tokenizer.render([*talk, {"role": "assistant", "content": "\0"}], False)
-        _, _, between = probe.partition("\0")[0].rpartition(talk[-1]["content"].strip())
-        return (between.removeprefix(ending) if between.startswith(ending) else "") + plain(response)
+        for talk in (messages(prompt, "user"), messages("x", "user")):
+            framed = self.frame(talk)
+            full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
+            if full.startswith(framed):
+                return full[len(framed):]
+        said = framed + plain(response)
+        if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
+            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer "
+                            "does not close it")
+        return plain(response)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; trimmed on the left to leave at least half of max_length for the response."""
@@ -232,11 +240,9 @@ class Encoder:
             return self.drop("empty response")
         if len({plain(r) for r in responses}) < len(responses):
             return self.drop("identical pair")
-        if any(isinstance(r, list) and len(r) > 1 for r in responses):
-            return self.drop("response of several messages")
-        framed = self.frame(prompt)
-        ids, answers = self.tokenizer.split(framed, [self.answer(prompt, r) for r in responses], self.style != "chat")
-        answers = [self.close(a) for a in answers]
+        if any(isinstance(r, list) and [m["role"] for m in r] != ["assistant"] for r in responses):
+            return self.drop("response not one message of the assistant")
+        ids, answers = self.split(prompt, responses)
         if not ids:
             return self.drop("empty prompt")
         room = self.max_length - max(map(len, answers))
@@ -245,9 +251,15 @@ class Encoder:
         self.trimmed += len(ids) > room
         return Example(self.trim(ids, room), answers)
 
+    def split(self, prompt: Text, responses: list[Text]) -> tuple[list[int], list[list[int]]]:
+        """(ids of the prompt, ids of each response up to its closing token), encoded together and never trimmed."""
+        texts = [self.answer(prompt, r) for r in responses]
+        ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.style != "chat")
+        return ids, [self.close(a) for a in answers]
+
     def response_ids(self, prompt: Text, response: Text) -> list[int]:
-        """Ids of a response on its own, closing token included."""
-        return self.close(self.tokenizer.encode(self.answer(prompt, response), bos=False))
+        """Ids of a response as they follow the prompt, closing token included."""
+        return self.split(prompt, [response])[1][0]
 
     def close(self, ids: list[int]) -> list[int]:
         """The response up to its closing token; added when the text did not bring it."""

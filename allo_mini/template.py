@@ -5,14 +5,17 @@ nothing; without the process it could still loop for years or fill the memory.
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import threading
+from datetime import date
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEMORY, BYTES = 10, 1 << 30, 1 << 24  # for one rendering
+TODAY = date(2024, 7, 26)  # for all templates, Llama 3's own choice: what a run learns must not depend on its day
 WORKERS = []  # the process, once it was needed
 
 
@@ -48,9 +51,11 @@ def compiled(template: str):
     """A template in the sandbox: it can neither import nor change anything."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: "")
-    return environment.from_string(template)
+    environment.filters["tojson"] = lambda x, ensure_ascii=False, **kw: json.dumps(x, ensure_ascii=ensure_ascii, **kw)
+    environment.globals.update(raise_exception=refuse, strftime_now=TODAY.strftime)
+    # {% generation %} marks what an assistant says, for libraries that ask for it; here it is a condition that holds
+    return environment.from_string(re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})",
+                                          lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template))
 
 
 def serve() -> None:

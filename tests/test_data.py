@@ -317,7 +317,7 @@ def test_dropped_rows_are_counted(make):
     assert [e is not None for e in kept] == [False] * 6 + [True]
     assert dict(encoder.dropped) == {
         "empty response": 2, "identical pair": 1, "empty prompt": 1, "response longer than max_length": 1,
-        "response of several messages": 1}
+        "response not one message of the assistant": 1}
 
 
 # ---- a run's rows ------------------------------------------------------------------------------------------
