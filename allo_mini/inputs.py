@@ -13,7 +13,7 @@ from allo_mini.checkpoint import (DTYPES, TOKENIZER_FILES, eos_ids, find_folder,
                                   shard_files)
 from allo_mini.config import HOME, Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
-from allo_mini.disk import lock, move_aside, write_jsonl, write_text, writing
+from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.jsonio import open_bytes, read_json
 from allo_mini.log import Log, say

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from allo_mini.selection import Selection, put, take
 from allo_mini.quant import dequantize_rows, quantize_rows
@@ -114,3 +115,26 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     if getattr(weight, "slot", None) is None:
         return F.embedding(ids, weight)
     return MaskedEmbedding.apply(ids.flatten(), weight).unflatten(0, ids.shape)
+
+
+class Again(torch.autograd.Function):
+    """function(*tensors), of which only these are kept for backward: what lies between is computed once more there.
+
+    For rms_norm and swiglu that is a third of a block's memory, for a few operations a value. (torch's checkpoint() does
+    the same, but costs more time than such small functions, and loads the compiler, 70 MB of host memory.)
+    """
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, dy):
+        needed = ctx.needs_input_grad[1:]
+        tensors = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed)]
+        with torch.enable_grad():
+            y = get_gradient_edge(ctx.function(*tensors))  # its values are not needed
+        grads = iter(torch.autograd.grad([y], [x for x in tensors if x.requires_grad], [dy]))
+        return None, *(next(grads) if n else None for n in needed)

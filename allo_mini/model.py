@@ -20,11 +20,10 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini.architecture import ModelConfig, parse_config, rope_angles  # noqa: F401, for who imports them from here
-from allo_mini.linear import embedding, linear
+from allo_mini.linear import Again, embedding, linear
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -153,29 +152,6 @@ def compile_pointwise() -> None:
     """Let torch.compile fuse the pieces that only read and write memory (--compile); they compute the same."""
     for name in ("rotate", "rms_norm", "swiglu"):
         globals()[name] = torch.compile(globals()[name], dynamic=True)
-
-
-class Again(torch.autograd.Function):
-    """function(*tensors), of which only these are kept for backward: what lies between is computed once more there.
-
-    For rms_norm and swiglu that is a third of a block's memory, for a few operations a value. (torch's checkpoint() does
-    the same, but costs more time than such small functions, and loads the compiler, 70 MB of host memory.)
-    """
-
-    @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        return function(*tensors)
-
-    @staticmethod
-    def backward(ctx, dy):
-        needed = ctx.needs_input_grad[1:]
-        tensors = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed)]
-        with torch.enable_grad():
-            y = get_gradient_edge(ctx.function(*tensors))  # its values are not needed
-        grads = iter(torch.autograd.grad([y], [x for x in tensors if x.requires_grad], [dy]))
-        return None, *(next(grads) if n else None for n in needed)
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
