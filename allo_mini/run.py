@@ -183,7 +183,7 @@ class Run:
 
     def same_tokenizer(self, folder: Path | str) -> Path:
         """A reward model's folder, checked to use the policy's vocabulary."""
-        folder = find_folder(str(folder), download=not self.cfg.dry_run)
+        folder = find_folder(str(folder))
         if folder != self.base:
             mine, theirs = self.encoder.tokenizer, load_tokenizer(folder, 10**9)
             if mine.inner.get_vocab() != theirs.inner.get_vocab():

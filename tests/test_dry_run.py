@@ -162,6 +162,9 @@ def test_nothing_is_downloaded(world, tmp_path, monkeypatch, capsys, flag):  # n
     assert errors == "error: some/model: no such local folder, and not in the hub's cache on this machine\n"
     cached.append(world / "model")
     assert train.main(argv) == 0 and asked and all(asked)
+    open_run(parse(argv[:-1]))  # a folder of the same run, whose files are compared
+    asked.clear()
+    assert train.main(argv) == 0 and asked and all(asked)
 
 
 def test_memory_and_pairs(world, tmp_path, capsys):  # noqa: F811

@@ -13,7 +13,7 @@ from test_stages import equal, start, weights
 from test_train import arguments, world
 
 import train
-from allo_mini import UserError, disk, files, run as run_module
+from allo_mini import UserError, disk, files, inputs, run as run_module
 from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.inputs import open_run
@@ -221,6 +221,17 @@ def test_restart_touches_no_folder_that_is_not_a_run(world, tmp_path, capsys):
     assert train.main(arguments(world, tmp_path / "run", "--restart")) == 2
     assert "no run of ours" in capsys.readouterr().err
     assert difference(before, results_of(tmp_path)) == []
+
+
+def test_a_run_that_another_process_begins_and_ends_before_we_hold_the_folder(world, tmp_path, monkeypatch, capsys):
+    real = inputs.lock
+
+    def other(folder):
+        monkeypatch.setattr(inputs, "lock", real)
+        open_run(parse(arguments(world, tmp_path / "run", "--beta", "0.5")))
+    monkeypatch.setattr(inputs, "lock", other)
+    assert train.main(arguments(world, tmp_path / "run")) == 2
+    assert "another beta (0.5, now 0.1)" in capsys.readouterr().err
 
 
 def test_a_second_process_is_kept_out_until_the_first_is_gone(world, tmp_path):
