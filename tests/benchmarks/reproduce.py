@@ -203,7 +203,7 @@ def tables(study: Study) -> str:
                     for cell in ({} if part == "methods" else {"DPO": 0} | ({"ALLO": 0} if part == "ablations" else {})) | cells}
         lines = []
         for cell, rows in finished.items():
-            if rows:
+            if rows and any(finished[own] for own in cells):
                 scores = [100 * row["accuracy"] for row in rows]
                 spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
                 difference, p = paired(rows, finished["DPO"], bool(study.model))
