@@ -62,7 +62,7 @@ def fingerprints(cfg: Config, folders: list[Path]) -> dict[str, str]:
 
 def check_folder(folder: Path, mine: dict[str, dict], compare: bool) -> None:
     """Raise UserError when --out holds what is no run, or (with `compare`) a run that differs from `mine`: says where."""
-    there = [name for name in os.listdir(folder) if name[0] != "."] if os.path.isdir(folder) else [""] * folder.exists()
+    there = [name for name in os.listdir(folder) if name[0] != "."] if os.path.isdir(folder) else [""] * os.path.lexists(folder)
     theirs = read_json(folder / "config.json") if "config.json" in there else {}
     if there and not all(isinstance(theirs.get(part), dict) for part in mine):
         raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")

@@ -121,7 +121,8 @@ def test_samples_that_are_there_are_counted(world, tmp_path, capsys):  # noqa: F
 
 def test_a_run_that_is_going_on_is_not_disturbed(world, tmp_path, capsys):  # noqa: F811
     argv = arguments(world, tmp_path / "run", "--max-steps", "1")
-    code = f"from allo_mini import inputs, config; inputs.open_run(config.parse({argv!r})); print('held', flush=True); input()"
+    code = "import torch; torch.set_num_threads(1)\n"
+    code += f"from allo_mini import inputs, config; inputs.open_run(config.parse({argv!r})); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         while other.stdout.readline() not in ("held\n", ""):
