@@ -16,7 +16,7 @@ from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.jsonio import open_bytes, read_json
 from allo_mini.log import Log, say
-from allo_mini.model import compile_pointwise
+from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 

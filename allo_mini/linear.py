@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
-from allo_mini.selection import Selection, put, take
+from allo_mini.selection import Selection, chunk_of, put, take
 from allo_mini.quant import dequantize_rows, quantize_rows
 
 
@@ -60,9 +59,8 @@ class MaskedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, handle):
         ctx.weight, ctx.dtype = weight, torch.float32 if slow_bf16(x) else x.dtype
         ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None)  # dx alone does not need x
-        kind, x = x.dtype, x.to(ctx.dtype)
-        parts = [x @ dense.T for _, dense in dense_rows(weight, ctx.dtype)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(kind)
+        parts = [x.to(ctx.dtype) @ dense.T for _, dense in dense_rows(weight, ctx.dtype)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
@@ -91,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class MaskedEmbedding(torch.autograd.Function):
-    """Rows of W [V,H] for ids [N] -> [N,H]. Nearly all rows hold no selected entry: their gradients are never added up."""
+    """Rows of W [V,H] for ids [N] -> [N,H]. Of the gradient only the selected entries of the ids' own rows are looked at."""
 
     @staticmethod
     def forward(ctx, ids, weight):
@@ -102,11 +100,16 @@ class MaskedEmbedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (ids,), slot = ctx.saved_tensors, ctx.weight.slot
-        row_of, within = slot.compact()  # [V] place of a row among those with selected entries, the last place if none
-        dense = dy.new_zeros(within.shape[0] + 1, within.width, dtype=torch.float32)
-        dense.index_add_(0, row_of[ids], dy.float())
-        for rows, entries, index in within.chunks():
-            slot.add(entries, take(dense[rows], index))
+        if slot.selection.all:
+            slot.add_rows(ids, dy)
+            return None, None
+        ends, columns, most = slot.by_row()
+        reach = torch.arange(most, device=ids.device)
+        for ids, dy in zip(*(x.split(max(1, chunk_of(ids.device) // most)) for x in (ids, dy))):
+            entries = ends[ids, None] + reach  # [n,most]: the row's own, and then some of later rows, which count as 0
+            real = entries < ends[ids + 1, None]
+            entries = torch.where(real, entries, 0)
+            slot.add_at(entries, torch.where(real, dy.gather(1, columns[entries].long()).float(), 0.0))
         return None, None
 
 
@@ -115,26 +118,3 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     if getattr(weight, "slot", None) is None:
         return F.embedding(ids, weight)
     return MaskedEmbedding.apply(ids.flatten(), weight).unflatten(0, ids.shape)
-
-
-class Again(torch.autograd.Function):
-    """function(*tensors), of which only these are kept for backward: what lies between is computed once more there.
-
-    For rms_norm and swiglu that is a third of a block's memory, for a few operations a value. (torch's checkpoint() does
-    the same, but costs more time than such small functions, and loads the compiler, 70 MB of host memory.)
-    """
-
-    @staticmethod
-    def forward(ctx, function, *tensors):
-        ctx.function = function
-        ctx.save_for_backward(*tensors)
-        return function(*tensors)
-
-    @staticmethod
-    def backward(ctx, dy):
-        needed = ctx.needs_input_grad[1:]
-        tensors = [x.detach().requires_grad_(n) for x, n in zip(ctx.saved_tensors, needed)]
-        with torch.enable_grad():
-            y = get_gradient_edge(ctx.function(*tensors))  # its values are not needed
-        grads = iter(torch.autograd.grad([y], [x for x in tensors if x.requires_grad], [dy]))
-        return None, *(next(grads) if n else None for n in needed)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
+from allo_mini.selection import chunk_of
 
 
 @dataclass
@@ -58,21 +59,23 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
 class TargetLogps(torch.autograd.Function):
     """log softmax(logits)[target], fp32: logits [S,V], targets [S] -> [S]. Its twin is -F.cross_entropy.
 
-    Backward turns the log-probs in place into the gradient, dy (1[v = target] - p_v): one fp32 [S,V] where torch has three.
+    Backward is dy (1[v = target] - p_v). Both ways a few rows at a time are made fp32, as many as a chunk holds.
     """
 
     @staticmethod
     def forward(ctx, logits, targets):
-        logps = torch.log_softmax(logits, -1, dtype=torch.float32)
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(logps, targets[:, None])
-        return logps.gather(1, targets[:, None])[:, 0]
+        ctx.rows = max(1, chunk_of(logits.device) // logits.shape[1])
+        norms = torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(ctx.rows)])  # [S,1]
+        ctx.save_for_backward(logits, norms, targets[:, None])
+        return (logits.gather(1, targets[:, None]).float() - norms)[:, 0]
 
     @staticmethod
     def backward(ctx, dy):
-        logps, targets = ctx.saved_tensors  # torch refuses a second backward: they are used up in the first
-        gradient = logps.exp_().mul_(-dy[:, None]).scatter_add_(1, targets, dy[:, None])
-        return gradient.to(ctx.dtype), None
+        logits, norms, targets = ctx.saved_tensors
+        gradient, dy = torch.empty_like(logits), dy[:, None]
+        for out, part, norm, target, d in zip(*(x.split(ctx.rows) for x in (gradient, logits, norms, targets, dy))):
+            out.copy_((part.float() - norm).exp_().mul_(-d).scatter_add_(1, target, d))
+        return gradient, None
 
 
 def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 << 28) -> Tensor:

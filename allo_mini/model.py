@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini.architecture import ModelConfig, parse_config, rope_angles  # noqa: F401, for who imports them from here
-from allo_mini.linear import Again, embedding, linear
+from allo_mini.linear import embedding, linear
+from allo_mini import pointwise
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -37,9 +38,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
 
 
 def sdpa_4d(q, k, v, **kind):
-    """[B, heads, T, d]. A CPU's backward in bf16 takes two to three times as long as in fp32: it computes in fp32."""
-    exact = (x.float() if q.device.type == "cpu" else x for x in (q, k, v))
-    return F.scaled_dot_product_attention(*exact, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -60,24 +59,39 @@ class TreeAttention:
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.trees, self.packed = trees, None
+        self.trees, self.packed, self.masks = trees, None, {}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
         if q.is_cuda and q.dtype != torch.float32 and varlen_kernel():
             return self.in_one_call(q, k, v, varlen_kernel())
-        out, at = [], 0
-        for prompt, (first, *others) in self.trees:
-            p, c = at + prompt, at + prompt + first
-            out.append(sdpa(q[at:c], k[at:c], v[at:c], is_causal=True))
-            for length in others:
-                r = c + length
-                keys, values = torch.cat((k[at:p], k[c:r])), torch.cat((v[at:p], v[c:r]))
-                out.append(sdpa(q[c:r], keys, values, attn_mask=lower_right(length, prompt, q.device)))
-                c = r
-            at = c
-        return torch.cat(out)
+        kind, out, sizes = q.dtype, [], [prompt + sum(responses) for prompt, responses in self.trees]
+        if q.device.type == "cpu" and kind == torch.bfloat16:  # whose backward takes two to three times as long
+            q, k, v = q.float(), k.float(), v.float()
+        # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
+        for (prompt, (first, *others)), q, k, v in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
+            c = prompt + first
+            queries = q.split([c, *others])
+            out.append(sdpa(queries[0], k[:c], v[:c], is_causal=True))
+            for length, own in zip(others, queries[1:]):
+                keys, values = (torch.cat((x[:prompt], x[c:c + length])) for x in (k, v))
+                out.append(sdpa(own, keys, values, attn_mask=self.lower_right(length, prompt, q)))
+                c += length
+        return torch.cat(out).to(kind)
 
+    def lower_right(self, length: int, prompt: int, q: Tensor):
+        """Mask of `length` responses' tokens over [P | R]: each sees the prompt and what stands before it.
+
+        A GPU's kernels know it by name; a CPU's do not, and there the import costs a second and 70 MB.
+        """
+        if (length, prompt) not in self.masks:
+            if q.is_cuda:
+                from torch.nn.attention.bias import causal_lower_right
+                self.masks[length, prompt] = causal_lower_right(length, prompt + length)
+            else:
+                hidden = torch.ones(length, prompt + length, dtype=torch.bool, device=q.device).triu_(prompt + 1)
+                self.masks[length, prompt] = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        return self.masks[length, prompt]
 
     def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
         """The same: queries are the stream as it stands, cut into [P C], [R], ...; every [R] gets its keys [P R] copied."""
@@ -98,17 +112,6 @@ class TreeAttention:
                 b - a for a, b in zip(starts, starts[1:])), max(map(len, keys))
         rows, *cuts = self.packed
         return kernel(q, k[rows], v[rows], *cuts)
-
-
-def lower_right(length: int, prompt: int, device):
-    """Mask of `length` responses' tokens over [P | R]: each sees the prompt and what stands before it.
-
-    A GPU's kernels know it by name; a CPU's do not, and there the import costs a second and 70 MB.
-    """
-    if device.type == "cpu":
-        return torch.ones(length, prompt + length, dtype=torch.bool).tril_(prompt)
-    from torch.nn.attention.bias import causal_lower_right
-    return causal_lower_right(length, prompt + length)
 
 
 @lru_cache
@@ -132,30 +135,6 @@ def varlen_kernel():
     return kernel
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle; x [..., heads, d]."""
-    left, right = x.chunk(2, -1)
-    return x * cos.to(x.dtype) + torch.cat((-right, left), -1) * sin.to(x.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps), the mean square in fp32 as every reference implementation does."""
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
-    return F.silu(gate) * up
-
-
-def compile_pointwise() -> None:
-    """Let torch.compile fuse the pieces that only read and write memory (--compile); they compute the same."""
-    for name in ("rotate", "rms_norm", "swiglu"):
-        globals()[name] = torch.compile(globals()[name], dynamic=True)
-
-
 # ---- layers ------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
@@ -164,7 +143,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return Again.apply(partial(rms_norm, eps=self.eps), x, self.weight)
+        return pointwise.RMSNormFunction.apply(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -200,7 +179,7 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(rotate(q, *rope), rotate(k, *rope), v, self.layer)
+        out = attend(pointwise.rotate(q, *rope), pointwise.rotate(k, *rope), v, self.layer)
         return self.o_proj(out.flatten(-2))  # [..., H]
 
 
@@ -212,7 +191,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(Again.apply(swiglu, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(pointwise.SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -259,7 +238,7 @@ class CausalLM(nn.Module):
         if positions is None:
             positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
         x = self.model.embed_tokens(input_ids)  # [..., H]
-        rope = rope_angles(positions, self.config)
+        rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]  # cos and sin, [..., 1, d]
         for i, block in enumerate(self.model.layers):
             if i < self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, attend, use_reentrant=False)

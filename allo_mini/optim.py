@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
@@ -40,16 +41,25 @@ class Slot:
         """Accumulate gradient values of some selected entries."""
         self.grad[entries] += values.to(self.grad.device)
 
-    def compact(self) -> tuple[Tensor, Selection]:
-        """For a matrix [V,H]: where each row stands among the rows with selected entries, and the selection within those."""
-        if self.rows is None and self.selection.all:
-            self.rows = torch.arange(len(self.p), device=self.p.device), self.selection
-        elif self.rows is None:
-            mask = torch.zeros(self.selection.shape, dtype=torch.bool, device=self.p.device)
+    def add_at(self, entries: Tensor, values: Tensor) -> None:
+        """Accumulate gradient values of selected entries by their numbers; a number may occur often."""
+        device = self.grad.device
+        self.grad.index_add_(0, entries.flatten().to(device), values.flatten().to(device))
+
+    def add_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Accumulate rows [N,H] of the gradient of a matrix [V,H] all of whose entries are selected."""
+        device = self.grad.device
+        self.grad.view(self.p.shape).index_add_(0, rows.to(device), values.float().to(device))
+
+    def by_row(self) -> tuple[Tensor, Tensor, int]:
+        """Of a masked matrix [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
+        if self.rows is None:
+            width, columns, counts = self.selection.width, [], []
             for rows, _, index in self.selection.chunks():
-                mask[rows].view(-1)[index] = True
-            used = mask.any(1)
-            self.rows = torch.where(used, used.cumsum(0) - 1, used.sum()), Selection(mask[used].shape, mask[used], self.p.device)
+                columns.append((index % width).to(torch.int16 if width < 1 << 15 else torch.int32))
+                counts.append(torch.bincount(index // width, minlength=rows.stop - rows.start))
+            ends = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+            self.rows = ends, torch.cat(columns), int(ends.diff().max())
         return self.rows
 
 

@@ -77,4 +77,4 @@ def take(dense: Tensor, index: Tensor | None) -> Tensor:
 def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
     """Write the selected entries of a (contiguous) dense chunk in place."""
     flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=True)
-    flat.copy_(values) if index is None else flat.index_copy_(0, index.long(), values)
+    flat.copy_(values) if index is None else flat.put_(index.long(), values)

@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from allo_mini import UserError, checkpoint, logprobs, model as model_module
+from allo_mini import UserError, checkpoint, logprobs, model as model_module, selection
+from allo_mini import selection
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
-from allo_mini.model import Again, TreeAttention, causal_attention, parse_config, rms_norm, swiglu
+from allo_mini.model import TreeAttention, causal_attention, parse_config
+from allo_mini.pointwise import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from helpers import (EOS, FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
@@ -189,29 +191,35 @@ def test_chunked_head_gives_the_model_the_same_gradients():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probs_of_targets_are_cross_entropys(dtype):
-    """Values bit for bit, gradients to rounding; what backward has used up is not used twice."""
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
+def test_log_probs_of_targets_are_cross_entropys(dtype, chunk, monkeypatch):
+    """With several rows at a time and with one; twice, for nothing is used up."""
+    monkeypatch.setattr(selection, "CHUNK", 16 * chunk)  # of which a CPU takes a sixteenth
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(17, 50, generator=generator)).to(dtype).requires_grad_()
     targets, dy = torch.randint(0, 50, (17,), generator=generator), torch.randn(17, generator=generator)
     mine, plain = TargetLogps.apply(logits, targets), -F.cross_entropy(logits.float(), targets, reduction="none")
-    assert torch.equal(mine, plain)
-    torch.testing.assert_close(torch.autograd.grad(mine, logits, dy, retain_graph=True), torch.autograd.grad(plain, logits, dy))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(mine, logits, dy)
+    torch.testing.assert_close(mine, plain)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(mine, logits, dy, retain_graph=True),
+                                   torch.autograd.grad(plain, logits, dy, retain_graph=True))
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_computing_again_keeps_the_arguments_alone_and_changes_no_bit(frozen):
-    x, y = (torch.randn(6, 8, generator=torch.Generator().manual_seed(i)).bfloat16().requires_grad_() for i in (0, 1))
-    y.requires_grad_(not frozen)
-    for function in (swiglu, lambda x, y: rms_norm(x, y[0], 1e-6)):
-        kept, wanted = [], [x] if frozen else [x, y]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pointwise_gradients_are_autograds_and_only_the_arguments_are_kept(dtype, frozen):
+    generator = torch.Generator().manual_seed(0)
+    x, y, dy = (torch.randn(3, 6, 8, generator=generator).to(dtype) for _ in "xyd")
+    pairs = ((SwiGLUFunction.apply, swiglu, y),
+             (lambda x, w: RMSNormFunction.apply(x, w, 1e-6), lambda x, w: rms_norm(x, w, 1e-6), y[0, 0].clone()))
+    for mine, plain, second in pairs:
+        wanted = [x.requires_grad_(), second.requires_grad_(not frozen)][:2 - frozen]
+        kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-            out = Again.apply(function, x, y)
-        assert kept == [x.data_ptr(), y.data_ptr()] and torch.equal(out, function(x, y))
-        for a, b in zip(*(torch.autograd.grad(o.sum(), wanted) for o in (out, function(x, y))), strict=True):
-            assert torch.equal(a, b)
+            out = mine(x, second)
+        assert kept == [x.data_ptr(), second.data_ptr()] and torch.equal(out, plain(x, second))
+        for a, b in zip(*(torch.autograd.grad(f(x, second), wanted, dy) for f in (mine, plain)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_training_on_a_cpu_does_not_load_the_compiler():

@@ -27,7 +27,7 @@ from allo_mini.generate import sample
 from allo_mini.log import Log
 from allo_mini.logprobs import size_of
 from allo_mini.loop import accumulate, dpo_objective
-from allo_mini.model import compile_pointwise
+from allo_mini.pointwise import compile_pointwise
 from allo_mini.optim import MaskedAdamW
 from allo_mini.run import Run
 from allo_mini.scoring import with_reference
