@@ -74,7 +74,7 @@ class TargetLogps(torch.autograd.Function):
         logits, norms, targets = ctx.saved_tensors
         gradient, dy = torch.empty_like(logits), dy[:, None]
         for out, part, norm, target, d in zip(*(x.split(ctx.rows) for x in (gradient, logits, norms, targets, dy))):
-            out.copy_((part.float() - norm).exp_().mul_(-d).scatter_add_(1, target, d))
+            out.copy_((part - norm).exp_().mul_(-d).scatter_add_(1, target, d))
         return gradient, None
 
 
