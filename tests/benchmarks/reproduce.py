@@ -266,17 +266,18 @@ def main():
     parser.add_argument("--table", action="store_true", help="print the tables of what is finished, and stop")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further train.py flags for every run")
     study = Study(parser.parse_args())
-    todo = [(part, cell) for part in study.parts for cell in PARTS[part] if not study.cells or cell in study.cells]
+    todo = [(part, cell, seed) for seed in study.seeds  # a whole seed after the other: what is finished can be compared
+            for part in study.parts for cell in PARTS[part] if not study.cells or cell in study.cells
+            if not (study.share and cell == "start" and seed != study.seeds[0])]  # it depends on no seed there
     if not study.table:
-        tuned_cells = {"ALLO" if cell.startswith("ALLO") else cell for _, cell in todo} - {"start"}
+        tuned_cells = {"ALLO" if cell.startswith("ALLO") else cell for _, cell, _ in todo} - {"start"}
         made = sum(row["part"] == "tune" and row["cell"] in tuned_cells for row in study.done)
         study.left = max(0, len(tuned_cells) * len(study.factors) * len(study.tune) - made) + sum(
-            not study.find(part, cell, seed) for part, cell in todo for seed in study.seeds)
+            not study.find(*one) for one in todo)
         settings = {}
-        for seed in study.seeds:  # a whole seed after the other: what is finished can be compared
-            for part, cell in todo:
-                settings[cell] = settings.get(cell) or study.tuned(cell)
-                study.cell(part, cell, seed, settings[cell])
+        for part, cell, seed in todo:
+            settings[cell] = settings.get(cell) or study.tuned(cell)
+            study.cell(part, cell, seed, settings[cell])
         say(f"report: {page(study)}")
     text = tables(study)
     study.file.with_suffix(".md").write_text(text)
