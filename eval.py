@@ -35,19 +35,18 @@ PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
 def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
-    parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
-                    "accuracy and margin on preference rows, with 95 % intervals.")
+    parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
-    parser.add_argument("--patch", default="", metavar="FILE", help="patch.safetensors of a run, put into the model")
+    parser.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
-    parser.add_argument("--task", default="", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} "
-                        "(default: what each one's name says, generic if that is none of the ten tasks)")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the "
-                        "judges' files, in which its name is the model's (default: eval/<model folder's name>)")
-    parser.add_argument("--against", default="", metavar="FOLDER", help="--out of another model on the same files: "
-                        "shows the difference with a 95 %% interval and p, by paired bootstrap")
+    parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: what "
+                        "each one's name says, generic if that is none of the ten tasks)")
+    parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' files, "
+                        "in which its name is the model's (default: eval/<model folder's name>)")
+    parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
+                        "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
         add_knob(parser, name)
@@ -130,24 +129,26 @@ def compare(path: Path, other: Path) -> list[str]:
 
 
 def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
-    """AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and as in 2024
-    (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside the
+    """AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and as in
+    2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside the
     per-item file. Files that are there already stay."""
-    both, name, tstamp = [(row, item) for (_, row), item in zip(read_jsonl(file), items)], folder.parent.name, time.time()
+    name, tstamp, both = folder.parent.name, time.time(), [(row, item) for (_, row), item in zip(read_jsonl(file), items)]
     if task == "alpaca_eval":
         files = {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
                                          "output": i["response"], "generator": name} for r, i in both]}
     else:
-        files = {f"model_answer/{name}.jsonl": [
-            {"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
-                {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
-            for r, i in both], f"model_answer_2024/{name}.jsonl": [
-            {"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp, "choices": [
-                {"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]} for r, i in both]}
-    for path, rows in ((folder / path, rows) for path, rows in files.items()):
-        if not path.exists():
-            write_text(path, rows_text(rows) if path.suffix == ".jsonl" else json.dumps(rows, indent=1) + "\n")
-        say(f"{file}: for its judge: {path}")
+        now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
+            {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
+            for r, i in both]
+        old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp,
+                "choices": [{"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]}
+               for r, i in both]
+        files = {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
+    for path, rows in files.items():
+        if not (folder / path).exists():
+            text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+            write_text(folder / path, rows_text(rows) if path.endswith(".jsonl") else text)
+        say(f"{file}: for its judge: {folder / path}")
 
 
 def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:

@@ -142,9 +142,9 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
             chosen = spend(tried, c, shapes, size, room, rewriter)
             return chosen, needs_of(chosen, c, shapes, size, rewriter)
     smaller = "take a smaller --reward-base" if cfg.reward_base else "lower --p-sft"
-    hints = {**dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)"),
-             "warmup": "use --locate gradient", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
-             "reward": f"{smaller}, or use --token-weights edit"}
+    hints = dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)") | {
+        "warmup": "use --locate gradient", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
+        "reward": f"{smaller}, or use --token-weights edit"}
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
                     f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: "
                     + hints.get(worst, "lower --p or --max-length, or take a larger --memory"))

@@ -157,7 +157,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
 def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
     """Rows right only in the first, only in the second, and the exact two-sided p of McNemar's paired test (1947)."""
     a, b = (sum(x > y for x, y in zip(*sides)) for sides in ((first, second), (second, first)))
-    ways = itertools.accumulate(range(min(a, b)), lambda c, i: c * (a + b - i) // (i + 1), initial=1)  # a + b over i
+    ways = itertools.accumulate(range(min(a, b)), lambda c, i: c * (a + b - i) // (i + 1), initial=1)  # binomials
     return a, b, min(1.0, 2 * sum(ways) / 2**(a + b))
 
 
@@ -181,8 +181,9 @@ def curves(steps: list[dict]) -> dict[str, list[dict]]:
     """Stage -> its charts, in the order the stages ran."""
     charts = {row["stage"]: [] for row in steps}
     for stage, (title, keys, bounds) in itertools.product(charts, CURVES):
+        own = [row for row in steps if row["stage"] == stage]
         lines = {key: points for key in keys if (points := [
-            (row["step"], row[key]) for row in steps if row["stage"] == stage and isinstance(row.get(key), float | int)])}
+            (row["step"], row[key]) for row in own if isinstance(row.get(key), float | int)])}
         if lines:
             charts[stage].append(chart(title, lines, bounds))
     return charts
