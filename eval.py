@@ -37,7 +37,9 @@ def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
-    parser.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model")
+    alone = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
+    alone.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
+                       "not with --int8: apply it first, python -m allo_mini.checkpoint apply")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
@@ -49,7 +51,7 @@ def make_parser() -> Parser:
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
-        add_knob(parser, name)
+        add_knob(alone if name == "int8" else parser, name)
     return parser
 
 
@@ -203,8 +205,6 @@ def run(args) -> None:
     folder = find_folder(args.model, settings.revision or None)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
-        if settings.int8:
-            raise UserError("--patch and --int8 are both given; apply the patch first: python -m allo_mini.checkpoint apply")
         apply_patch(model, args.patch)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))
