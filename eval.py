@@ -43,10 +43,10 @@ def make_parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
-    parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: what "
-                        "each one's name says, generic if that is none of the ten tasks)")
-    parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' files, "
-                        "in which its name is the model's (default: eval/<model folder's name>)")
+    parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: "
+                        "what each one's name says, generic if that is none of the ten tasks)")
+    parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' "
+                        "files, in which its name is the model's (default: eval/<model folder's name>)")
     parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
@@ -132,9 +132,10 @@ def compare(path: Path, other: Path) -> list[str]:
 
 def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
     """AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and as in
-    2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside the
-    per-item file. Files that are there already stay."""
-    name, tstamp, both = folder.parent.name, time.time(), [(row, item) for (_, row), item in zip(read_jsonl(file), items)]
+    2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside
+    the per-item file. Files that are there already stay."""
+    both = [(row, item) for (_, row), item in zip(read_jsonl(file), items)]
+    name, tstamp = folder.parent.name, time.time()
     if task == "alpaca_eval":
         files = {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
                                          "output": i["response"], "generator": name} for r, i in both]}
@@ -176,14 +177,12 @@ def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
 def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int], target: Path) -> list[dict]:
     """The lines of a per-item file: read back if it is there, else made, going on where an earlier try was cut off."""
     part = target.with_suffix(PART)
-    if target.exists():
-        return [row for _, row in read_jsonl(target)]
-    items = evaluate(model, encoder, rows, settings, eos, target.stem, part)
-    if report := encoder.report():
-        say(f"{target.stem}: {report}")
-    write_jsonl(target, items)
+    if not target.exists():
+        write_jsonl(target, evaluate(model, encoder, rows, settings, eos, target.stem, part))
+        if report := encoder.report():
+            say(f"{target.stem}: {report}")
     part.unlink(missing_ok=True)
-    return items
+    return [row for _, row in read_jsonl(target)]
 
 
 def run(args) -> None:

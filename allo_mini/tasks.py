@@ -244,8 +244,8 @@ def label(tasks: list[Task], samples: dict[str, list[str]], per_question: int, s
         every = list(itertools.product(good, bad))
         random.Random(f"{seed}/{task.id}/pairs").shuffle(every)
         pairs += [Pair(task.input, g, b, task.id) for g, b in every[:per_question]]
-    report = (f"{len(tasks)} questions, {graded.count(True)} different correct and {graded.count(False)} wrong responses "
-              f"-> {len(pairs)} pairs, {len(negatives)} negatives")
+    report = (f"{len(tasks)} questions, {graded.count(True)} different correct and {graded.count(False)} wrong "
+              f"responses -> {len(pairs)} pairs, {len(negatives)} negatives")
     return pairs, negatives, report
 
 
