@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, shard_files
 from allo_mini.config import Config, Parser, add_knob, check, number, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
-from allo_mini.disk import write_jsonl, write_text
+from allo_mini.disk import rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
 from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
@@ -34,22 +35,23 @@ PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
 def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
-    parser = Parser(prog="eval.py", allow_abbrev=False, description="Greedy accuracy on task rows, or log-prob "
-                    "accuracy and margin on preference rows, with 95 % intervals.")
+    parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
-    parser.add_argument("--patch", default="", metavar="FILE", help="patch.safetensors of a run, put into the model")
+    alone = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
+    alone.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
+                       "not with --int8: apply it first, python -m allo_mini.checkpoint apply")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
-    parser.add_argument("--task", default="", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} "
-                        "(default: what each one's name says, generic if that is none of the ten tasks)")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the "
-                        "judges' files, in which its name is the model's (default: eval/<model folder's name>)")
-    parser.add_argument("--against", default="", metavar="FOLDER", help="--out of another model on the same files: "
-                        "shows the difference with a 95 %% interval and p, by paired bootstrap")
+    parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: "
+                        "what each one's name says, generic if that is none of the ten tasks)")
+    parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' "
+                        "files, in which its name is the model's (default: eval/<model folder's name>)")
+    parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
+                        "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
-        add_knob(parser, name)
+        add_knob(alone if name == "int8" else parser, name)
     return parser
 
 
@@ -72,10 +74,7 @@ def read_rows(file: str, args) -> tuple[str, list]:
     if task in JUDGED:
         questions = [[text_of(row, key, where) for key in JUDGED[task]] for where, row in read_jsonl(file)]
         return task, [Task(i, q[0], None, None, source=task) for i, q in enumerate(questions[:args.limit or None])]
-    rows = read_tasks([file], args.limit, False, need_answer=True)
-    for row in rows:
-        row.source = task
-    return task, rows
+    return task, [replace(row, source=task) for row in read_tasks([file], args.limit, False, need_answer=True)]
 
 
 def claim(out: Path, asked: dict[str, dict]) -> None:
@@ -131,37 +130,34 @@ def compare(path: Path, other: Path) -> list[str]:
     return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
 
 
-def for_judges(task: str, rows: list[dict], items: list[dict], name: str) -> dict[str, list[dict]]:
-    """File -> rows: AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now
-    and as in 2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control)."""
-    both, tstamp = list(zip(rows, items)), time.time()
-    if task == "alpaca_eval":
-        return {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
-                                        "output": i["response"], "generator": name} for r, i in both]}
-    now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
-        {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
-        for r, i in both]
-    old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp, "choices": [
-        {"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]} for r, i in both]
-    return {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
-
-
 def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
-    """The files of `for_judges`, in a folder beside the per-item file; those that are there already stay."""
-    rows = [row for _, row in read_jsonl(file)]
-    for name, answers in for_judges(task, rows, items, folder.parent.name).items():
-        path = folder / name
-        if not path.exists():
-            texts = [json.dumps(row, ensure_ascii=False) for row in answers]
-            write_text(path, ("\n".join(texts) if path.suffix == ".jsonl" else "[" + ",\n".join(texts) + "]") + "\n")
-        say(f"{file}: for its judge: {path}")
+    """AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and as in
+    2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside
+    the per-item file. Files that are there already stay."""
+    both = [(row, item) for (_, row), item in zip(read_jsonl(file), items)]
+    name, tstamp = folder.parent.name, time.time()
+    if task == "alpaca_eval":
+        files = {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
+                                         "output": i["response"], "generator": name} for r, i in both]}
+    else:
+        now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
+            {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
+            for r, i in both]
+        old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp,
+                "choices": [{"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]}
+               for r, i in both]
+        files = {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
+    for path, rows in files.items():
+        if not (folder / path).exists():
+            text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+            write_text(folder / path, rows_text(rows) if path.endswith(".jsonl") else text)
+        say(f"{file}: for its judge: {folder / path}")
 
 
 def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:
     """Prompts in the style that --prompt or a graded row asks for, else by the checkpoint's chat template if any."""
-    style = settings.prompt
-    if style == "auto":
-        style = style_of(style, row) if row is not None else "chat" if tokenizer.template else "alpaca"
+    auto = settings.prompt == "auto" and row is None
+    style = ("chat" if tokenizer.template else "alpaca") if auto else style_of(settings.prompt, row)
     return Encoder(tokenizer, style, settings.max_length)
 
 
@@ -181,16 +177,12 @@ def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
 def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int], target: Path) -> list[dict]:
     """The lines of a per-item file: read back if it is there, else made, going on where an earlier try was cut off."""
     part = target.with_suffix(PART)
-    if target.exists():
-        return [row for _, row in read_jsonl(target)]
-    items = evaluate(model, encoder, rows, settings, eos, target.stem, part)
-    if report := encoder.report():
-        say(f"{target.stem}: {report}")
-    if part.exists():
-        part.rename(target)
-    else:
-        write_jsonl(target, items)
-    return items
+    if not target.exists():
+        write_jsonl(target, evaluate(model, encoder, rows, settings, eos, target.stem, part))
+        if report := encoder.report():
+            say(f"{target.stem}: {report}")
+    part.unlink(missing_ok=True)
+    return [row for _, row in read_jsonl(target)]
 
 
 def run(args) -> None:
@@ -204,16 +196,14 @@ def run(args) -> None:
     targets = [out / f"{Path(file).stem}.jsonl" for file in files]
     if len(set(targets)) < len(targets):
         raise UserError(f"{', '.join(map(str, targets))}: two --test files would be answered in one file; rename one")
-    graded = [target for (task, _), target in zip(jobs, targets) if task not in JUDGED]
+    others = {target: Path(args.against) / target.name for (task, _), target in zip(jobs, targets)
+              if args.against and task not in JUDGED}
     for (_, rows), target in zip(jobs, targets):
-        other = Path(args.against) / target.name
-        if args.against and target in graded and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
-            raise UserError(f"{other}: has no question in common with the --test file of that name")
+        if target in others and not verdicts(others[target]).keys() & {key_of(vars(row)) for row in rows}:
+            raise UserError(f"{others[target]}: has no question in common with the --test file of that name")
     folder = find_folder(args.model, settings.revision or None)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
-        if settings.int8:
-            raise UserError("--patch and --int8 are both given; apply the patch first: python -m allo_mini.checkpoint apply")
         apply_patch(model, args.patch)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))
@@ -242,7 +232,7 @@ def run(args) -> None:
         say("\n" + table(["file", "accuracy", "95 % interval", "rows", "official", "margin", "seconds"], lines))
     if args.against:
         say(f"\nagainst {args.against}:\n" + table(["file", "difference", "95 % interval", "p", "rows"], [
-            compare(target, Path(args.against) / target.name) for target in graded]))
+            compare(target, other) for target, other in others.items()]))
     say("\noutputs: " + ", ".join(map(str, targets)))
 
 

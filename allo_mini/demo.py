@@ -17,11 +17,8 @@ from allo_mini.disk import write_jsonl
 from allo_mini.model import CausalLM, parse_config
 
 FOLDER = Path(__file__).parent / "demo"  # trained by this project's own sft stage, see the README
-ROWS = {"train": 500, "val": 300, "test": 1000}
 NAMES = "Mia Tom Ann Leo Zoe Sam Eva Max Lily Ben".split()
 THINGS = "apples coins books cards shells pens stamps beads".split()
-
-
 HABIT = 0.6  # share of doublings that the demo model's training texts get wrong
 
 
@@ -61,8 +58,7 @@ def problem(rng: random.Random, habit: float = 0.0) -> tuple[str, str, str]:
     return " ".join(story), "\n".join([*work, f"The answer is {have}"]), str(have)
 
 
-def problems(count: int, seed: int | str, avoid: set[str] = frozenset(),
-             habit: float = 0.0) -> list[Task]:
+def problems(count: int, seed: int | str, avoid: set[str] = frozenset(), habit: float = 0.0) -> list[Task]:
     """`count` different problems, none of them in `avoid` (questions)."""
     rng, seen, tasks = random.Random(f"demo {seed}"), set(avoid), []
     while len(tasks) < count:
@@ -75,20 +71,18 @@ def problems(count: int, seed: int | str, avoid: set[str] = frozenset(),
 
 def splits(cfg: Config) -> tuple[list[Task], list[Task], list[Task]]:
     """(train, val, test) problems of a demo run; no question is in two of them."""
-    splits, seen = {}, set()
-    for name, count in (("test", cfg.test_limit), ("val", cfg.val_rows), ("train", cfg.limit)):
-        splits[name] = problems(count or ROWS[name], f"{cfg.seed}/{name}", seen)
-        seen |= {t.input for t in splits[name]}
-    return splits["train"], splits["val"], splits["test"]
+    made, seen = {}, set()
+    for name, n in (("test", cfg.test_limit or 1000), ("val", cfg.val_rows or 300), ("train", cfg.limit or 500)):
+        made[name] = problems(n, f"{cfg.seed}/{name}", seen)
+        seen |= {t.input for t in made[name]}
+    return made["train"], made["val"], made["test"]
 
 
-DEMO_CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 128,
-               "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
-               "vocab_size": 384, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-               "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-
-DEMO_TEMPLATE = ("{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role'] == 'user' else eos_token }}"
-                 "{% endfor %}")
+MODEL = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 128,
+         "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+         "vocab_size": 384, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+         "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ '\\n' if m['role'] == 'user' else eos_token }}{% endfor %}"
 
 
 def make_demo(out: Path, count: int) -> None:
@@ -100,15 +94,14 @@ def make_demo(out: Path, count: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator((t.input + "\n" + t.output for t in rows[:5000]), trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    model = CausalLM(parse_config(DEMO_CONFIG)).initialize(seed=0)
-    save_model(model, out / "model")
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=["<s>", "</s>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((t.input + "\n" + t.output for t in rows[:5000]), trainer)
+    save_model(CausalLM(parse_config(MODEL)).initialize(seed=0), out / "model")
     tokenizer.save(str(out / "model" / "tokenizer.json"))
     (out / "model" / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
-         "chat_template": DEMO_TEMPLATE}, indent=2) + "\n")
+         "chat_template": TEMPLATE}, indent=2) + "\n")
     (out / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 1}) + "\n")
 
 

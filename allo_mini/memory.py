@@ -54,12 +54,9 @@ def at_work(cfg: Config, c: ModelConfig, size: int, share: float, checkpointed: 
 
 
 def weight_bytes(shapes: dict, size: int, int8: bool) -> int:
-    """The model at rest."""
-    total = 0
-    for name, shape in shapes.items():
-        quantized = int8 and len(shape) == 2 and "embed_tokens" not in name
-        total += shape.numel() + shape.numel() // 64 if quantized else shape.numel() * size
-    return total
+    """The model at rest; of an int8 matrix there is a byte for each entry, and a scale for each 256 of them."""
+    quantized = {name for name, shape in shapes.items() if int8 and len(shape) == 2 and "embed_tokens" not in name}
+    return sum(int(shape.numel() * (1 + 1 / 64 if name in quantized else size)) for name, shape in shapes.items())
 
 
 def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 2, groups: int = 1) -> dict[str, int]:
@@ -71,12 +68,10 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     terms = {"weights": weight_bytes(shapes, size, cfg.int8)}
     if stage in TRAINING:
         n = int(every * percent_of(cfg, stage) / 100)
-        some = n < every
-        terms["positions"] = int(n * 1 + every / 128) if some else 0
-        terms["exact entries"] = n * size if cfg.int8 and some else 0
-        moments = 8 if cfg.state_bits == 32 else 2.04
-        terms["optimizer"] = int(n * (4 + moments)) if cfg.offload == "none" else 0
-        terms["gradient"] = 4 * n if cfg.offload != "gradient" else 0
+        if n < every:
+            terms |= {"positions": n + every / 128, "exact entries": n * size * cfg.int8}
+        terms["optimizer"] = n * (4 + (8 if cfg.state_bits == 32 else 2.04)) * (cfg.offload == "none")
+        terms["gradient"] = 4 * n * (cfg.offload != "gradient")
     if stage in LOCATING and cfg.offload != "gradient":
         terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
     if stage in TRAINING or stage in LOCATING:
@@ -94,13 +89,11 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
 
 def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
     """Names of the model's tensors in about so many consecutive groups of alike size; a tensor is never cut."""
-    most, out, held = -(-sum(s.numel() for s in shapes.values()) // groups), [[]], 0
-    for name, shape in shapes.items():
-        if out[-1] and held + shape.numel() > most:
+    most, out = -(-sum(s.numel() for s in shapes.values()) // groups), [[]]
+    for name in shapes:
+        if out[-1] and sum(shapes[n].numel() for n in [*out[-1], name]) > most:
             out.append([])
-            held = 0
         out[-1].append(name)
-        held += shape.numel()
     return out
 
 
@@ -131,8 +124,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
     Raises UserError naming the stage, what it needs and the flag to change when none does.
     """
     room, worst = SPARE * CARDS[cfg.memory] * 2**30, None
-    if cfg.locate == "auto":
-        cfg = replace(cfg, locate="gradient")
+    cfg = replace(cfg, locate="gradient" if cfg.locate == "auto" else cfg.locate)
     every = sum(s.numel() for s in shapes.values())
     p_sft = cfg.p_sft or (100.0 if room > 18 * every else 10.0)  # bytes: bf16 weight, fp32 master, gradient and moments
     for rung in LADDER:
@@ -149,12 +141,13 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         if sum(needs[worst].values()) <= room:
             chosen = spend(tried, c, shapes, size, room, rewriter)
             return chosen, needs_of(chosen, c, shapes, size, rewriter)
-    hint = {"warmup": "use --locate gradient",
-            **dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)"),
-            "sft": "lower --p-sft or --max-length", "reward": f"{'take a smaller --reward-base' if cfg.reward_base else 'lower --p-sft'}, or use --token-weights edit",
-            "sample": "lower --max-length"}.get(worst, "lower --p or --max-length, or take a larger --memory")
+    smaller = "take a smaller --reward-base" if cfg.reward_base else "lower --p-sft"
+    hints = dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)") | {
+        "warmup": "use --locate gradient", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
+        "reward": f"{smaller}, or use --token-weights edit"}
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
-                    f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: {hint}")
+                    f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: "
+                    + hints.get(worst, "lower --p or --max-length, or take a larger --memory"))
 
 
 def needs_of(cfg: Config, c: ModelConfig, shapes: dict, size: int,
@@ -176,10 +169,9 @@ def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float, rew
     for tokens in (16384, 8192, 4096):
         if tokens > cfg.micro_tokens and fits(replace(cfg, micro_tokens=tokens)):
             cfg = replace(cfg, micro_tokens=tokens)
-    blocks = c.num_hidden_layers
-    while blocks and fits(replace(cfg, checkpoint_blocks=blocks - 1)):
-        blocks -= 1
-    return replace(cfg, checkpoint_blocks=blocks)
+    every = c.num_hidden_layers
+    fewest = next((n for n in range(every) if fits(replace(cfg, checkpoint_blocks=n))), every)
+    return replace(cfg, checkpoint_blocks=fewest)
 
 
 def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str) -> int:
@@ -194,8 +186,8 @@ def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str)
 def advice(cfg: Config) -> str:
     """What to change after memory ran out."""
     leaner = [card for card in CARDS if not cfg.memory or CARDS[card] < CARDS[cfg.memory]]
-    return "out of memory: use " + (f"--memory {leaner[0]}, or lower " if leaner else "a lower ") + (
-        "--micro-tokens, --sample-batch, --p or --max-length")
+    card = f"use --memory {leaner[0]}, or " if leaner else ""
+    return f"out of memory: {card}lower --micro-tokens, --sample-batch, --p or --max-length"
 
 
 def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -37,24 +38,18 @@ CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold
 
 def wilson(correct: int, total: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
-    if total == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, correct / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    low, high = (centre - spread) / (1 + z * z / total), (centre + spread) / (1 + z * z / total)
-    return max(0.0, low), min(1.0, high)  # rounding must not print -0.0
+    z = 1.959964
+    centre = (correct + z * z / 2) / (total + z * z)
+    spread = z * math.sqrt(correct * (total - correct) / max(1, total) + z * z / 4) / (total + z * z)
+    return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 
 def summary(items: list[dict]) -> dict[str, float]:
     """Accuracy with its 95 % interval; for pairs the mean log-prob margin, for QA tasks the official grader's accuracy."""
     correct, n = sum(item["correct"] for item in items), len(items)
     low, high = wilson(correct, n)
-    result = {"n": n, "correct": correct, "accuracy": correct / max(1, n), "low": low, "high": high}
-    for key in ("margin", "official"):  # of preference rows; of the QA tasks, whose second grader it is
-        if items and key in items[0]:
-            result[key] = sum(item[key] for item in items) / n
-    return result
+    more = {key: fmean(item[key] for item in items) for key in ("margin", "official") if items and key in items[0]}
+    return {"n": n, "correct": correct, "accuracy": correct / max(1, n), "low": low, "high": high, **more}
 
 
 def summary_row(name: str, s: dict[str, float]) -> list[str]:
@@ -86,11 +81,10 @@ def watch_tokens(run: Run, model, examples: list[Example]):
     yield
     rows = []
     for e, [ref], [now] in zip(shown, before, score(model, shown, run.cfg.micro_tokens)):
-        real = torch.ones(1, len(now), dtype=torch.bool)
+        [kept] = useful_token_mask(now[None], ref[None], torch.ones_like(now[None]).bool(), run.cfg.epsilon)
         rows.append({"prompt": t.decode(e.prompt).removeprefix(head).removesuffix(tail),
                      "tokens": pieces(t, e.responses[0]), "weights": e.weights, "scores": e.scores,
-                     "log_ratios": (now - ref).tolist(),
-                     "kept": useful_token_mask(now[None], ref[None], real, run.cfg.epsilon)[0].tolist()})
+                     "log_ratios": (now - ref).tolist(), "kept": kept.tolist()})
     if not parallel.RANK:
         write_jsonl(run.folder / "token_examples.jsonl", rows)
 
@@ -133,29 +127,24 @@ def prune(run: Run) -> None:
 
 def finish(run: Run, models: dict[str, Path]) -> None:
     """Evaluate every model on the test rows, print the table, and say where everything is."""
-    results, rows = {}, []
+    results = {}
     for name, folder in models.items() if run.cfg.eval and run.test else ():
         path = run.folder / f"eval-{name}.jsonl"
-        if path.exists():
-            items = [row for _, row in read_jsonl(path)]
-        else:
-            model = run.load(folder)
-            began = time.monotonic()
-            items = run.evaluate(model, run.test, f"test {name}")
+        if not path.exists():
+            model, began = run.load(folder), time.monotonic()
+            write_jsonl(path, run.evaluate(model, run.test, f"test {name}"))
             run.seconds[f"test {name}"] = time.monotonic() - began
-            write_jsonl(path, items)
         try:
-            results[name] = summary(items)
+            results[name] = summary([row for _, row in read_jsonl(path)])
         except (LookupError, TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"{path}: holds no answers of ours ({e!r}); delete it to evaluate again") from None
-        rows.append(summary_row(name, results[name]))
-    columns = ["model", "accuracy", "95 % interval", "rows"] + (["margin"] if rows and len(rows[0]) > 4 else [])
-    text = table(columns, rows) if rows else "no test rows: nothing was evaluated (--test)"
+    rows = [summary_row(name, s) for name, s in results.items()]
+    columns = ["model", "accuracy", "95 % interval", "rows", "margin"]
+    text = table(columns[:len(rows[0])], rows) if rows else "no test rows: nothing was evaluated (--test)"
     final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
                         "table": text, "seconds": run.seconds}, indent=2)
     write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
-    spent = ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items())
-    say(f"\n{text}\n\nseconds: {spent}")
+    say(f"\n{text}\n\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items()))
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
     say(f"{'report':>12}  {try_report(run.folder)}")
@@ -167,11 +156,9 @@ def finish(run: Run, models: dict[str, Path]) -> None:
 
 def mcnemar(first: list[bool], second: list[bool]) -> tuple[int, int, float]:
     """Rows right only in the first, only in the second, and the exact two-sided p of McNemar's paired test (1947)."""
-    a, b = (sum(x and not y for x, y in pairs) for pairs in (zip(first, second), zip(second, first)))
-    n = a + b
-    chances = (math.exp(math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2))
-               for i in range(min(a, b) + 1))  # of i heads in n throws of a fair coin
-    return a, b, min(1.0, 2 * sum(chances))
+    a, b = (sum(x > y for x, y in zip(*sides)) for sides in ((first, second), (second, first)))
+    ways = itertools.accumulate(range(min(a, b)), lambda c, i: c * (a + b - i) // (i + 1), initial=1)  # binomials
+    return a, b, min(1.0, 2 * sum(ways) / 2**(a + b))
 
 
 def compare(evals: dict[str, list[dict]]) -> list[tuple[str, str, int, int, float]]:
@@ -194,10 +181,11 @@ def curves(steps: list[dict]) -> dict[str, list[dict]]:
     """Stage -> its charts, in the order the stages ran."""
     charts = {row["stage"]: [] for row in steps}
     for stage, (title, keys, bounds) in itertools.product(charts, CURVES):
-        lines = {key: [(row["step"], row[key]) for row in steps if row["stage"] == stage
-                       and isinstance(row.get(key), (int, float))] for key in keys}
-        if any(lines.values()):
-            charts[stage].append(chart(title, {key: points for key, points in lines.items() if points}, bounds))
+        own = [row for row in steps if row["stage"] == stage]
+        lines = {key: points for key in keys if (points := [
+            (row["step"], row[key]) for row in own if isinstance(row.get(key), float | int)])}
+        if lines:
+            charts[stage].append(chart(title, lines, bounds))
     return charts
 
 
@@ -252,7 +240,7 @@ def write_report(folder: Path) -> Path:
     def rows(name):
         return [row for _, row in read_jsonl(folder / name)] if (folder / name).exists() else []
 
-    written = json.loads(json.dumps(read_json(folder / "config.json")).replace(HOME, '"~/'))
+    written = read_json(folder / "config.json")
     if not isinstance(config := written.get("config"), dict):
         raise UserError(f"{folder}: no run folder: its config.json holds no settings of a run")
     results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}

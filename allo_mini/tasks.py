@@ -10,6 +10,7 @@ A file's name tells its task; rows of any other file are compared by `same_plain
 `python -m allo_mini.tasks prepare NAME SOURCE OUT` turns a public file of one of them into task rows (prepare.py).
 """
 
+import itertools
 import math
 import random
 import re
@@ -165,10 +166,9 @@ def official_correct(text: str, task: Task) -> bool:
     return "The answer is" in text and text.split("The answer is")[-1].strip().lower() == gold_answer(task)
 
 
-RULES = {"ecqa": (extract_answer, same_option), "qasc": (extract_answer, same_option),  # task -> how to grade it
-         "openbookqa": (extract_answer, same_option), "strategyqa": (extract_answer, same_yes_no),
-         "gsm8k": (extract_math, same_number), "math": (extract_math, same_math), "mawps": (extract_math, same_number),
-         "tabmwp": (extract_math, same_number)}
+RULES = {**dict.fromkeys(("ecqa", "qasc", "openbookqa"), (extract_answer, same_option)),  # task -> how to grade it
+         "strategyqa": (extract_answer, same_yes_no), "math": (extract_math, same_math),
+         **dict.fromkeys(("gsm8k", "mawps", "tabmwp"), (extract_math, same_number))}
 QA = ("ecqa", "qasc", "openbookqa", "strategyqa")  # those that have an `official` grader too
 JUDGED = {"alpaca_eval": ("instruction",), "arena_hard": ("prompt", "uid")}  # without a grader -> their rows' keys
 
@@ -194,7 +194,7 @@ def is_correct(text: str, task: Task) -> bool:
     """Whether a response's final answer is the task's, by the `fixed` grader of the file that the row is from."""
     extract, same = grader_for(task.source)
     found, gold = extract(text), gold_answer(task)
-    return found is not None and gold is not None and same(found, gold, task.input)
+    return found is not None and gold is not None and bool(same(found, gold, task.input))
 
 
 # ---- responses, pairs, evaluation --------------------------------------------------------------------------
@@ -230,23 +230,23 @@ def label(tasks: list[Task], samples: dict[str, list[str]], per_question: int, s
     response is a negative. Its rewrite is the task's own, else the correct sample at the smallest token edit
     distance, else the reference solution.
     """
-    pairs, negatives, counts = [], [], {"correct": 0, "wrong": 0}
+    pairs, negatives, graded = [], [], []
     for task in tasks:
-        texts = [s for s in dict.fromkeys(samples.get(task.input, [])) if s.strip()]
-        good = [s for s in texts if is_correct(s, task)]
-        bad = [s for s in texts if not is_correct(s, task)]
-        counts["correct"], counts["wrong"] = counts["correct"] + len(good), counts["wrong"] + len(bad)
+        right = {s: is_correct(s, task) for s in samples.get(task.input, []) if s.strip()}
+        good, bad = ([s for s in right if right[s] is side] for side in (True, False))
+        graded += right.values()
         good_ids = [encoder.tokenizer.encode(s, bos=False) for s in good]
         for wrong in bad:
             rewrite = task.rewrite or (good[nearest(encoder.tokenizer.encode(wrong, bos=False), good_ids)] if good
                                        else task.output)
             if rewrite:
                 negatives.append(Negative(task.input, wrong, task.output or rewrite, rewrite))
-        every = [(g, b) for g in good for b in bad]
+        every = list(itertools.product(good, bad))
         random.Random(f"{seed}/{task.id}/pairs").shuffle(every)
         pairs += [Pair(task.input, g, b, task.id) for g, b in every[:per_question]]
-    return pairs, negatives, (f"{len(tasks)} questions, {counts['correct']} different correct and {counts['wrong']} wrong "
-                              f"responses -> {len(pairs)} pairs, {len(negatives)} negatives")
+    report = (f"{len(tasks)} questions, {graded.count(True)} different correct and {graded.count(False)} wrong "
+              f"responses -> {len(pairs)} pairs, {len(negatives)} negatives")
+    return pairs, negatives, report
 
 
 def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "eval",
