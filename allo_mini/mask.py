@@ -86,15 +86,6 @@ def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return both / max(1, min(selected(a), selected(b)))
 
 
-def density_by(mask: dict[str, Tensor], key) -> dict[str, float]:
-    """Selected share per group; `key(name)` names the group (a layer, a kind of matrix)."""
-    hits, sizes = {}, {}
-    for name, m in mask.items():
-        hits[key(name)] = hits.get(key(name), 0) + int(m.sum())
-        sizes[key(name)] = sizes.get(key(name), 0) + m.numel()
-    return {group: hits[group] / sizes[group] for group in sizes}
-
-
 def layer_of(name: str) -> str:
     """"model.layers.3.mlp.up_proj.weight" -> "3"; anything outside the layers -> its module name ("embed_tokens")."""
     parts = name.split(".")

@@ -17,15 +17,15 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from allo_mini import UserError, parallel
-from allo_mini.checkpoint import open_safetensors
 from allo_mini.config import HOME, SETTINGS
 from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
+from allo_mini.files import load_tensors
 from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
-from allo_mini.mask import density_by, kind_of, layer_of, mask_hash, selected
+from allo_mini.mask import PackedMask, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
 
 BIG = ("sft", *SETTINGS, "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model
@@ -58,10 +58,12 @@ def summary_row(name: str, s: dict[str, float]) -> list[str]:
             *([f"{s['margin']:.2f}"] if "margin" in s else [])]
 
 
-def describe_mask(run: Run, mask, percent: float) -> None:
+def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
     """Print the achieved density: in total, per kind of matrix and per layer."""
-    total = selected(mask) / sum(m.numel() for m in mask.values())
-    kinds, layers = density_by(mask, kind_of), density_by(mask, layer_of)
+    shares = density(mask)["shares"]
+    total = shares.pop(("all", "all"))
+    kinds = {kind: share for (kind, layer), share in shares.items() if layer == "all"}
+    layers = {layer: share for (kind, layer), share in shares.items() if kind == "all"}
     run.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
     say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
     for label, groups in (("by kind ", kinds), ("by layer", layers)):
@@ -207,19 +209,24 @@ def chart(title: str, lines: dict[str, list[tuple[int, float]]], bounds: tuple[f
     return {"title": title, "low": low, "high": high, "steps": last, "lines": polylines}
 
 
-def density(path: Path) -> dict:
-    """Share of selected weights per matrix kind and layer ("all": together), counted on a mask file's packed bits."""
+def density(mask: PackedMask) -> dict:
+    """Share of selected weights per (matrix kind, layer), either of which may be "all": together."""
     counts = {}
-    with open_safetensors(path) as f:
-        for name, shape in json.loads(f.metadata()["shapes"]).items():
-            ones = int(np.bitwise_count(f.get_tensor(name).numpy()).sum())  # the last byte's padding is zeros
-            for key in itertools.product({kind_of(name), "all"}, {layer_of(name), "all"}):
-                counts[key] = np.add(counts.get(key, 0), (ones, math.prod(shape)))
+    for name, shape in mask.shapes.items():
+        ones = int(np.bitwise_count(mask.bits[name].numpy()).sum())  # the last byte's padding is zeros
+        for key in itertools.product((kind_of(name), "all"), (layer_of(name), "all")):
+            counts[key] = np.add(counts.get(key, 0), (ones, math.prod(shape)))
     shares = {key: hits / size for key, (hits, size) in counts.items()}
     shades = {key: 0.5 + 0.5 * math.log10(max(share, 1e-9) / shares["all", "all"]) for key, share in shares.items()}
     layers = sorted({layer for _, layer in counts if layer.isdigit()}, key=int)
     kinds = sorted({kind for kind, _ in counts} - {"all"}, key=[kind for kind, _ in counts].index)
-    return {"name": path.name, "counts": counts, "shares": shares, "shades": shades, "layers": layers, "kinds": kinds}
+    return {"counts": counts, "shares": shares, "shades": shades, "layers": layers, "kinds": kinds}
+
+
+def read_density(path: Path) -> dict:
+    """density() of a mask file, and the file's name."""
+    bits, metadata = load_tensors(path)
+    return {"name": path.name, **density(PackedMask(bits, json.loads(metadata["shapes"])))}
 
 
 def costs(notes: list[dict], steps: list[dict], seconds: dict[str, float]) -> dict[str, dict]:
@@ -252,7 +259,7 @@ def write_report(folder: Path) -> Path:
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         name=folder.resolve().name, config=config, machine=written.get("machine", {}), results=results.get("results", {}),
         compared=compare(evals), differing=differing(evals), size=CHART, curves=curves(steps), notes=notes,
-        costs=costs(notes, steps, results.get("seconds", {})), masks=[density(path) for path in masks],
+        costs=costs(notes, steps, results.get("seconds", {})), masks=[read_density(path) for path in masks],
         tokens_seen=rows("token_examples.jsonl"))
     write_text(folder / "report.html", page)
     return folder / "report.html"

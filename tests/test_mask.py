@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError, selection as selection_module
 from allo_mini.files import load_mask, save_mask
-from allo_mini.mask import (PackedMask, density_by, each_selected, kind_of, layer_of, mask_hash, overlap,
+from allo_mini.mask import (PackedMask, each_selected, mask_hash, overlap,
                             pack_mask, select_neurons, selected)
 from allo_mini.selection import Selection, put, take
 
@@ -230,15 +230,6 @@ def test_overlap_counts_the_share_of_the_smaller_mask():
     assert overlap(a, {n: ~m for n, m in a.items()}) == 0
 
 
-def test_densities_by_layer_and_by_kind():
-    chosen = {n: torch.zeros(s, dtype=torch.bool) for n, s in SHAPES.items()}
-    chosen["model.layers.0.mlp.up_proj.weight"][:3] = True  # 24 of 104
-    chosen["model.layers.1.mlp.up_proj.weight"][:1] = True  # 8 of 104
-    chosen["model.norm.weight"][:2] = True
-    assert density_by(chosen, layer_of) == {"embed_tokens": 0, "0": 24 / 168, "1": 8 / 104, "norm": 2 / 8}
-    assert density_by(chosen, kind_of) == {"embed_tokens": 0, "q_proj": 0, "up_proj": 32 / 208, "norm": 2 / 8}
-
-
 # ---- mask files --------------------------------------------------------------------------------------------
 
 def test_pack_and_unpack_are_inverses_at_one_bit_a_weight(tmp_path):
@@ -258,7 +249,7 @@ def test_a_packed_mask_is_a_mapping_that_unpacks_what_is_asked_for():
     assert isinstance(packed, PackedMask) and list(packed) == list(chosen) and len(packed) == len(chosen)
     assert "odd" in packed and "even" not in packed and packed["odd"].shape == (3, 7)
     assert selected(packed) == selected(chosen) and mask_hash(packed) == mask_hash(chosen)
-    assert overlap(packed, chosen) == 1 and density_by(packed, len) == density_by(chosen, len)
+    assert overlap(packed, chosen) == 1
     packed["odd"][:] = False  # a copy: the bits stay
     assert torch.equal(packed["odd"], chosen["odd"])
     with pytest.raises(KeyError):

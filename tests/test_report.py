@@ -17,7 +17,7 @@ from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.data import Encoder
 from allo_mini.files import load_mask, save_mask
 from allo_mini.logprobs import score
-from allo_mini.mask import kind_of, layer_of
+from allo_mini.mask import kind_of, layer_of, pack_mask
 from test_train import arguments, world
 
 EVIL = '</span></div><script>window.evil = 1</script><img src=x onerror="alert(1)"> "a" \'b\' &lt; é 漢 😀'
@@ -161,7 +161,7 @@ def test_the_filter_shown_is_the_filter_of_the_saved_models(whole, world):
 @pytest.mark.parametrize("name", ["mask", "mask-forget"])
 def test_the_heat_map_counts_the_mask(whole, name):
     path, shapes = whole / f"{name}.safetensors", {n: p.shape for n, p in load_model(whole / "improve").named_parameters()}
-    table, mask = report.density(path), load_mask(path, shapes)
+    table, mask = report.read_density(path), load_mask(path, shapes)
     for kind, layer in table["counts"]:
         some = [m for n, m in mask.items() if kind in ("all", kind_of(n)) and layer in ("all", layer_of(n))]
         assert list(table["counts"][kind, layer]) == [sum(int(m.sum()) for m in some), sum(m.numel() for m in some)]
@@ -173,10 +173,24 @@ def test_density_of_sizes_that_are_no_whole_bytes(tmp_path):
     g = torch.Generator().manual_seed(0)
     mask = {f"model.layers.{i}.mlp.up_proj.weight": torch.rand(3, 2 * i + 1, generator=g) < 0.5 for i in range(12)}
     save_mask(mask, tmp_path / "mask.safetensors")
-    table = report.density(tmp_path / "mask.safetensors")
+    table = report.read_density(tmp_path / "mask.safetensors")
     assert table["layers"] == [str(i) for i in range(12)]
     assert [table["counts"]["up_proj", str(i)][0] for i in range(12)] == [int(m.sum()) for m in mask.values()]
     assert table["shades"]["all", "all"] == 0.5 and all(math.isfinite(x) for x in table["shades"].values())
+
+
+def test_densities_by_layer_and_by_kind():
+    shapes = {"model.embed_tokens.weight": (16, 8), "model.layers.0.mlp.up_proj.weight": (13, 8),
+              "model.layers.0.self_attn.q_proj.weight": (8, 8), "model.layers.1.mlp.up_proj.weight": (13, 8), "model.norm.weight": (8,)}
+    mask = {name: torch.zeros(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    mask["model.layers.0.mlp.up_proj.weight"][:3] = True
+    mask["model.layers.1.mlp.up_proj.weight"][:1] = True
+    mask["model.norm.weight"][:2] = True
+    shares = report.density(pack_mask(mask.items()))["shares"]
+    by_layer = {layer: share for (kind, layer), share in shares.items() if kind == "all"}
+    assert by_layer == {"embed_tokens": 0, "0": 24 / 168, "1": 8 / 104, "norm": 2 / 8, "all": 34 / 408}
+    by_kind = {kind: share for (kind, layer), share in shares.items() if layer == "all"}
+    assert by_kind == {"embed_tokens": 0, "q_proj": 0, "up_proj": 32 / 208, "norm": 2 / 8, "all": 34 / 408}
 
 
 def test_pieces_put_together_are_the_text(world):
