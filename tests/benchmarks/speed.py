@@ -10,7 +10,7 @@ prompt once a pair. *Logical* ones count it for each response, as trainers do th
     6 x weights in matrix products x physical tokens/s  over  the device's bf16 FLOP/s by its data sheet
 
 (recomputed activations do not count); beside it the share of a large matrix product's rate, measured in the same run, and
-on a CPU only that. --generate: new tokens/s of sampling, prompts read included, with plain and with int8 weights.
+on a CPU only that. --generate: new tokens/s of sampling, prompts read included, with plain and with int8 weights (--int8: with these alone).
 """
 
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, gemm_rate, guarded, make_parser, matmul_parameters,
-                    median, peak_flops, peak_memory, random_model, random_pairs, reset_peak, shapes_of, start, timed)
+                    median, number, peak_flops, peak_memory, random_model, random_pairs, reset_peak, shapes_of, start, timed)
 
 from allo_mini import UserError
 from allo_mini.config import parse
@@ -135,9 +135,9 @@ def main() -> None:
     if min(args.length, args.prompt_tokens) < 4:
         raise UserError(f"--length is {args.length} and --prompt-tokens {args.prompt_tokens}, expected at least 4")
     if args.generate:
-        both = [fresh_process(generation, args, int8) for int8 in (False, True)]
-        rows = [[name, *([f"{one['tokens_per_s']:.0f}", gb(one["peak_bytes"])] if one else ["out of memory", ""])]
-                for name, one in zip((args.dtype, "int8"), both)]
+        both = [None if args.int8 and not int8 else fresh_process(generation, args, int8) for int8 in (False, True)]
+        rows = [[name, *([number(one["tokens_per_s"]), gb(one["peak_bytes"])] if one else ["out of memory", ""])]
+                for name, one in zip((args.dtype, "int8"), both) if one or not args.int8]
         finish(args, [f"sampling {args.prompts} x {args.n} responses, {args.shape}", "new tokens/s", "peak GB"], rows,
                generate=[one for one in both if one])
         return
