@@ -17,7 +17,7 @@ import torch
 
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import Config, Parser, add_knob, check, number, similar
+from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.disk import write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
@@ -27,7 +27,7 @@ from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
-SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
+SHARED = ("prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
@@ -47,7 +47,7 @@ def make_parser() -> Parser:
                         "judges' files, in which its name is the model's (default: eval/<model folder's name>)")
     parser.add_argument("--against", default="", metavar="FOLDER", help="--out of another model on the same files: "
                         "shows the difference with a 95 %% interval and p, by paired bootstrap")
-    parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
+    parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
         add_knob(parser, name)
     return parser
@@ -209,7 +209,7 @@ def run(args) -> None:
         other = Path(args.against) / target.name
         if args.against and target in graded and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
             raise UserError(f"{other}: has no question in common with the --test file of that name")
-    folder = find_folder(args.model, settings.revision or None)
+    folder = find_folder(args.model)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
         if settings.int8:

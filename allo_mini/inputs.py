@@ -10,7 +10,7 @@ import torch
 
 from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import DTYPES, TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import HOME, Config, flat
+from allo_mini.config import Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -20,7 +20,7 @@ from allo_mini.model import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
-NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
+NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep")  # settings that change no result
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -82,7 +82,6 @@ def claim_folder(cfg: Config, folder: Path, models: list[Path], machine: dict[st
         return
     settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
     text = json.dumps({"config": settings, "files": fingerprints(cfg, models), "machine": machine}, indent=2)
-    text = text.replace(HOME, '"~/')  # names of people stay out of the file
     check_folder(folder, json.loads(text), compare=not cfg.restart)
     if not parallel.RANK and not cfg.dry_run:
         lock(folder)
@@ -254,8 +253,8 @@ def open_run(cfg: Config) -> Run:
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product starts
         torch.use_deterministic_algorithms(True)
-    base, *others = [find_folder(name, revision or None, download=not cfg.dry_run) for name, revision in (
-        (cfg.model or str(demo.FOLDER), cfg.revision), (cfg.reward_base, ""), (cfg.reward_model, "")) if name]
+    base, *others = [find_folder(name, download=not cfg.dry_run)
+                     for name in (cfg.model or str(demo.FOLDER), cfg.reward_base, cfg.reward_model) if name]
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
     tokenizer = load_tokenizer(base, model.config.vocab_size)
