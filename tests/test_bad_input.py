@@ -525,11 +525,6 @@ def test_damaged_rows(content, command, name, place, capsys):
     refused(command, name, place, capsys)
 
 
-def test_a_line_of_50_megabytes(place, capsys):
-    write(place, {"t.jsonl": GOOD_ROW + b'{"input": "' + b"x" * 50_000_000 + b'", "output": "y"}\n'})
-    refused(T, ["t.jsonl:2", "line is longer than"], place, capsys)
-
-
 @pytest.mark.parametrize("change", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"),
                                     lambda b: b"\n\n" + b.rstrip(b"\n"),
                                     lambda b: b.replace(b"}\n", b' , "more": [1, null]}\n')],
