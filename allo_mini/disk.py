@@ -28,7 +28,8 @@ def writing(path: Path, size: int = 0):
     before anything is written."""
     free = 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
             raise OSError(errno.ENOSPC, NO_ROOM[0])

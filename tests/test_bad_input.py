@@ -157,7 +157,7 @@ RANGES = """
 --pairs-per-question 0, --locate-pairs 0, --micro-tokens 0, --max-length 7, --limit -1, --test-limit -1,
 --val-rows -1, --max-steps -1, --seed -1, --micro-batch -1, --eval-every -1, --weight-decay -1,
 --save-minutes -1, --beta 0, --clip 0, --threshold 1.5, --checkpoint-blocks -2, --sft-lr -1,
---improve-lr nan, --forget-batch -1, --dpo-epochs 0, --warmup-warmup 2, --p 1e-07"""
+--improve-lr nan, --forget-batch -1, --dpo-epochs 0, --warmup-warmup 2"""
 RANGES = " ".join(RANGES.split()).split(", ")
 FLAGS = [
     ("train --mdel model", {}, ["--mdel", "did you mean --model?"]),
@@ -200,8 +200,8 @@ FLAGS = [
      ["q.jsonl", "'answer'"]),
     (T + " --test p.jsonl", {}, ["p.jsonl", "preference rows"]),
     (T + " --val p.jsonl", {}, ["p.jsonl", "preference rows"]),
-    (P + " --test p.jsonl test.jsonl", {}, ["--test", "mixes"]),
-    (P + " --val p.jsonl t.jsonl", {}, ["--val mixes", "p.jsonl, t.jsonl"]),
+    (P + " --test p.jsonl test.jsonl", {}, ["--test holds preference rows", "p.jsonl, test.jsonl"]),
+    (P + " --val p.jsonl t.jsonl", {}, ["--val holds preference rows", "p.jsonl, t.jsonl"]),
     (T + " --out t.jsonl", {}, ["t.jsonl", "choose another --out"]),
     (T + " --out t.jsonl/run", {}, ["t.jsonl/run", "cannot be written"]),
     (T + " --out foreign", {"foreign/thesis.tex": "years"}, ["foreign", "no run of ours"]),
@@ -227,8 +227,8 @@ FLAGS = [
         (lines({"input": "2 + 1?", "output": "a", "reward": [0.5, True]}), [":1", "'reward'"]),
         (lines({"input": "2 + 1?", "reward": [0.5]}), [":1", "missing key 'output'"]),
         (lines({"input": [5], "output": "a", "reward": [0.5]}), [":1", "'input'"]),
-        (lines({"input": "else", "output": "a", "reward": [0.5, 0.5]}), ["none of its 'input'"]),
-        (lines({"input": "2 + 1?", "output": "abc", "reward": [0.5]}), ["no row has one score a token"]),
+        (lines({"input": "else", "output": "a", "reward": [0.5, 0.5]}), ["has a training question as 'input'"]),
+        (lines({"input": "2 + 1?", "output": "abc", "reward": [0.5]}), ["one score for each token of 'output'"]),
         (lines({"input": "2 + 1?", "output": "", "reward": [0.5]}), ["empty response"])]],
     (T + " --mask nowhere.safetensors", {}, "nowhere.safetensors: file not found"),
     (T + " --mask m", {"m": "no tensors"}, ["m: not a complete safetensors file"]),
@@ -476,8 +476,8 @@ def started(place):
 
 
 OTHERS = [(T + OUT + " --n 4", {}, "another n"), (T + OUT + " --sft-lr 1e-3", {}, "another sft_lr"),
-          (T + OUT, {"t.jsonl": lines(task("7 + 7?", "14"))}, "another t.jsonl"),
-          (T + OUT, {"model/tokenizer.json": None}, "another tokenizer.json"), (P + OUT, {}, "another"),
+          (T + OUT, {"t.jsonl": lines(task("7 + 7?", "14"))}, "another t.jsonl ("),
+          (T + OUT, {"model/tokenizer.json": None}, "another model/tokenizer.json ("), (P + OUT, {}, "another"),
           (T + OUT + " --test test.jsonl", {}, "another test")]
 
 
