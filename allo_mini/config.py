@@ -113,8 +113,7 @@ class Config:
     locate_pairs: int = knob(512, "locate", "PAIRS", "for the gradient and its overlap with movement", at_least=1)
 
     token_weights: str = knob("threshold", "reward", ("threshold", "soft", "released", "edit", "uniform"),
-                              "threshold: 1 where score < --threshold; soft: 1 - score; released: the score, as in the "
-                              "official code; edit: 1 outside the edit alignment; uniform: 1", "paper")
+                              "1 if score < --threshold, 1 - score, score, 1 off the edit alignment, 1", "paper")
     threshold: float = knob(0.5, "reward", "SCORE", "under which a token is unaligned", "paper", at_least=0, at_most=1)
     reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
     epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)

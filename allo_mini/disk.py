@@ -36,7 +36,7 @@ def writing(path: Path, size: int = 0):
         yield
     except (OSError, SafetensorError) as e:  # safetensors tells the system's words, but no errno
         why = next((f"{words}; {size:,} bytes are needed, {free:,} are free, {max(0, size - free):,} are missing"
-                    for words in NO_ROOM if words in str(e)), getattr(e, "strerror", e))
+                    for words in NO_ROOM if words in str(e)), getattr(e, "strerror", None) or e)
         raise UserError(f"{path}: cannot be written: {why}; what was saved before stays as it is") from None
 
 

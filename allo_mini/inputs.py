@@ -213,12 +213,7 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     for folder in others:
         other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
         other.config.check_length(cfg.max_length, f"{folder}/config.json")
-        run.rewriter = other.config, shapes_of(other)
-
-
-def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter by its name."""
-    return {name: p.shape for name, p in model.named_parameters()}
+        run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
 def open_run(cfg: Config) -> Run:
@@ -240,10 +235,12 @@ def open_run(cfg: Config) -> Run:
     tokenizer = load_tokenizer(base, model.config.vocab_size)
     eos_ids(model, tokenizer)
     tasks, pairs, val, test = read_rows(cfg)
-    encoder = Encoder(tokenizer, style_of(cfg.prompt, [*tasks, *pairs][0]), cfg.max_length)
+    is_demo = not (cfg.train or cfg.pairs)
+    prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
+    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
-    run = Run(cfg, folder, base, device, dtype, shapes_of(model), encoder, Log(None), tasks, pairs, val, test,
-              config=model.config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, config=model.config)
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:
@@ -254,6 +251,6 @@ def open_run(cfg: Config) -> Run:
     claim_folder(run.cfg, folder, [base, *others], machine)
     if not cfg.dry_run:
         run.log = Log(folder)
-        if not (cfg.train or cfg.pairs or parallel.RANK):  # the demo
+        if is_demo and not parallel.RANK:
             write_jsonl(folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run

@@ -19,10 +19,9 @@ def progress(items=None, total: int | None = None, label: str = "", unit: str = 
 
 def say(*parts) -> None:
     """Print a line (rank 0 alone) without tearing a progress bar."""
-    if parallel.RANK:
-        return
-    tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
-    sys.stdout.flush()
+    if not parallel.RANK:
+        tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Log:

@@ -68,10 +68,11 @@ class Run:
 
         `mine` picks this rank's; only then are they halved, since the other ranks' memory may have been enough.
         """
-        cfg, ranks = self.cfg, parallel.WORLD
-        tokens = cfg.micro_tokens if ranks == 1 else min(cfg.micro_tokens, -(-sum(map(size_of, group)) // ranks))
-        micros = mine(micro_batches(group, cfg.micro_batch, tokens))
-        return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half] if self.halved else micros
+        share = -(-sum(map(size_of, group)) // parallel.WORLD)
+        micros = mine(micro_batches(group, self.cfg.micro_batch, min(self.cfg.micro_tokens, share)))
+        if not self.halved:
+            return micros
+        return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half]
 
     def halve(self) -> bool:
         """After memory ran out: micro-batches of half the size from now on. False when that was tried already."""
