@@ -240,7 +240,8 @@ def open_run(cfg: Config) -> Run:
     encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test, config=model.config)
+    run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,
+              config=model.config)
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:

@@ -36,7 +36,8 @@ class Log:
     def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """Record all `values`; print those named in `shown` as one aligned line."""
         if self.path:
-            append_rows(self.path, [{"stage": stage, "step": step, "time": round(time.time() - self.began, 2), **values}])
+            spent = round(time.time() - self.began, 2)
+            append_rows(self.path, [{"stage": stage, "step": step, "time": spent, **values}])
         columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
         say(f"{stage:>8} {step:>{len(str(total))}}/{total}  {columns}")
 

@@ -31,7 +31,7 @@ class StageProgress:
         rows = hashlib.sha256()
         for example in examples:
             rows.update(repr(example).encode())
-        self.belongs = {"rows": rows.hexdigest(), "number of steps": total, "mask": mask_hash(mask) if mask else None}
+        self.belongs = {"rows": rows.hexdigest(), "number of steps": total, "mask": mask and mask_hash(mask)}
         if self.path.exists():
             self._load()
             say(f"{stage}: goes on after step {self.step} of {total}")

@@ -182,7 +182,7 @@ class Run:
         """A reward model's folder, checked to use the policy's vocabulary."""
         folder = find_folder(str(folder))
         if Tokenizer(folder).inner.get_vocab() != self.encoder.tokenizer.inner.get_vocab():
-            raise UserError(f"{folder}: its tokenizer is not the policy's; a rewriting model must share the vocabulary")
+            raise UserError(f"{folder}: not the policy's tokenizer; a rewriting model must share the vocabulary")
         return folder
 
 
