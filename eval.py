@@ -18,7 +18,7 @@ import torch
 
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import Config, Parser, add_knob, check, number, similar
+from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.disk import rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
@@ -28,7 +28,7 @@ from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
-SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
+SHARED = ("prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
@@ -49,7 +49,7 @@ def make_parser() -> Parser:
                         "files, in which its name is the model's (default: eval/<model folder's name>)")
     parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
                         "difference with a 95 %% interval and p, by paired bootstrap")
-    parser.add_argument("--limit", type=number(int), default=0, metavar="ROWS", help="of each file at most (0: all)")
+    parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
         add_knob(alone if name == "int8" else parser, name)
     return parser
@@ -201,7 +201,7 @@ def run(args) -> None:
     for (_, rows), target in zip(jobs, targets):
         if target in others and not verdicts(others[target]).keys() & {key_of(vars(row)) for row in rows}:
             raise UserError(f"{others[target]}: has no question in common with the --test file of that name")
-    folder = find_folder(args.model, settings.revision or None)
+    folder = find_folder(args.model)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
         apply_patch(model, args.patch)

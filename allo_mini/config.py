@@ -7,21 +7,23 @@ import argparse
 import difflib
 import json
 import operator
-import os
 import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 
 from allo_mini import UserError
 from allo_mini.jsonio import read_json
 
-HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
 METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
 SETTINGS = {"more-sft": "sft", "rft": "sft", **dict.fromkeys(("rdpo", "ipo", "bco", "simpo", "npo"), "dpo")}  # whose flags
 GROUPS = ("input", "own files", "stages", "sft", "sample", "warmup", "locate", "reward", "forget", "improve", "dpo",
           "training", "memory", "watching")  # --help shows the flags so, in the order of the stages
-WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string",
-         list[str]: "a list of strings that are not empty"}
+KINDS = {bool: ("true or false", lambda v: type(v) is bool),  # type -> its name, whether a value is of it
+         int: ("a whole number", lambda v: type(v) is int and abs(v) < 2**63),
+         float: ("a finite number", lambda v: type(v) in (int, float) and abs(v) < 2**63),  # so NaN is none
+         str: ("a string", lambda v: type(v) is str),
+         list[str]: ("a list of strings that are not empty",
+                     lambda v: type(v) is list and all(type(text) is str and text for text in v))}
 LIMITS = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le}
 
 
@@ -31,7 +33,9 @@ def knob(default, group: str, unit: str | tuple, help: str, source: str = "ours"
     group: one of GROUPS; unit: what --help shows as the flag's value, or a tuple of the values it may have;
     limits: bounds by the names in LIMITS, as in `above=0, at_most=1`; without any, a number is 0 or more.
     """
-    about = {"group": group, "unit": unit, "help": help, "source": source, "limits": limits or {"at_least": 0}}
+    if type(default) in (int, float) and isinstance(unit, str):
+        limits = limits or {"at_least": 0}
+    about = {"group": group, "unit": unit, "help": help, "source": source, "limits": limits}
     return field(metadata=about, **{"default_factory": default.copy} if isinstance(default, list) else {"default": default})
 
 
@@ -61,21 +65,19 @@ DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
 @dataclass
 class Config:
     """A run's settings; saved as config.json in the run folder."""
-    model: str = knob("", "input", "FOLDER", "the policy: a folder or hub id (none: the demo model)")
-    revision: str = knob("", "input", "NAME", "hub revision: branch, tag or commit")
+    model: str = knob("", "input", "FOLDER", "or hub id of the policy, OWNER/NAME[@REVISION] (none: the demo)")
     train: list[str] = knob([], "input", "FILE", "task rows, JSONL, one or more files")
     val: list[str] = knob([], "input", "FILE", "validation rows for --eval-every (none: see --val-rows)")
     test: list[str] = knob([], "input", "FILE", "test rows: task rows, or preference rows in a --pairs run")
     limit: int = knob(0, "input", "ROWS", "training rows at most (0: all)")
     test_limit: int = knob(0, "input", "ROWS", "test rows at most (0: all)")
     val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
-    prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
-                       "alpaca for task rows, none for strings, chat template for message lists)")
+    prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "(auto: alpaca for task "
+                       "rows, none for strings, chat for message lists)")
     max_length: int = knob(1200, "input", "TOKENS", "prompt and response together at most", "official", at_least=8)
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
     restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
-    keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "
-                     "movement.safetensors, reward, forget, improve (0: all)")
+    keep: int = knob(0, "input", "COUNT", "of a finished run's model-sized outputs, the last ones, stay (0: all)")
     seed: int = knob(2023, "input", "NUMBER", "of data order, sampling and splits", "official")
 
     samples: str = knob("", "own files", "FILE", "{input, samples}, JSONL: replaces the sample stage")
@@ -86,11 +88,10 @@ class Config:
 
     sft: bool = knob(False, "stages", "", "supervised fine-tuning first (makes the paper's 'SFT LLM')", "paper")
     only_sft: bool = knob(False, "stages", "", "stop after supervised fine-tuning")
-    method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "trained from the same model on the same samples, and "
-                             "compared; all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
-    mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "which --p percent of "
-                           "the weights every --method trains: of highest or lowest importance, random ones, or all of "
-                           "them (auto: top in allo, else none)", "paper")
+    method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "compared, each from the same model and samples; "
+                             "all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
+    mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "the --p percent that "
+                           "every --method trains; none: all weights (auto: top in allo, else none)", "paper")
     forget: bool = knob(True, "stages", "", "allo's first phase (off: improving alone)", "paper")
     dry_run: bool = knob(False, "stages", "", "print what would run, its memory, disk and time; write nothing")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
@@ -112,8 +113,7 @@ class Config:
     locate_pairs: int = knob(512, "locate", "PAIRS", "for the gradient and its overlap with movement", at_least=1)
 
     token_weights: str = knob("threshold", "reward", ("threshold", "soft", "released", "edit", "uniform"),
-                              "threshold: 1 where score < --threshold; soft: 1 - score; released: the score, as in the "
-                              "official code; edit: 1 outside the edit alignment; uniform: 1", "paper")
+                              "1 if score < --threshold, 1 - score, score, 1 off the edit alignment, 1", "paper")
     threshold: float = knob(0.5, "reward", "SCORE", "under which a token is unaligned", "paper", at_least=0, at_most=1)
     reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
     epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)
@@ -128,27 +128,21 @@ class Config:
     micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
     micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
     dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
-    deterministic: bool = knob(False, "training", "", "on CUDA too, where attention and embedding otherwise sum gradients "
-                               "in any order, so that the last bits of two runs differ; slower")
+    deterministic: bool = knob(False, "training", "", "equal runs bit for bit on CUDA too, if slower")
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
-                       "the flags of this group, --micro-tokens and --sample-batch (none: as they are)")
+                       "this group's flags, --micro-tokens and --sample-batch")
     int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
-    state_bits: int = knob(32, "memory", "BITS", "of an optimizer moment: 32, or 8 blockwise", at_least=8, at_most=32)
-    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's state, or its "
-                        "gradient buffer too")
-    p_sft: float = knob(0.0, "memory", "PERCENT", "of the weights that sft and the rewriting model train, located by the "
-                        "gradient of their own loss (0: all)", at_least=0, at_most=100)
-    locate_groups: int = knob(0, "memory", "PASSES", "over the pairs when locating by gradient, each over a group of "
-                              "tensors (0: as many as the memory needs)")
-    checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "that recompute activations in backward, the first ones "
-                                  "(-1: on CUDA as many as the memory needs, on CPU none)", at_least=-1)
+    state_bits: int = knob(32, "memory", (8, 32), "of an optimizer moment; 8 are blockwise")
+    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to the host; gradient: state as well")
+    p_sft: float = knob(0.0, "memory", "PERCENT", "that sft and reward train (0: all)", at_least=0, at_most=100)
+    locate_groups: int = knob(0, "memory", "PASSES", "that locating by gradient takes (0: as memory needs)")
+    checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "recomputed in backward (-1: as needed)", at_least=-1)
     head_mb: int = knob(256, "memory", "MB", "of fp32 logits made at a time", at_least=1)
     compile: bool = knob(False, "memory", "", "torch.compile for the pointwise pieces (CUDA)")
 
-    eval_every: int = knob(0, "watching", "STEPS", "between validations in sft, forget, improve and dpo; the best "
-                           "weights are kept (0: off)")
+    eval_every: int = knob(0, "watching", "STEPS", "between validations; the best weights are kept (0: off)")
     save_minutes: float = knob(10.0, "watching", "MINUTES", "between checkpoints inside a stage")
     stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
                                                               for name in STAGES})
@@ -160,7 +154,8 @@ KNOBS = {f.name: f for f in fields(Config) if f.metadata} | {f"{s}_{f.name}": f 
 def flat(config: Config) -> dict:
     """All settings by their names in KNOBS: a stage's lr is "improve_lr"."""
     values = asdict(config)
-    return {f"{s}_{k}": v for s, own in values.pop("stages").items() for k, v in own.items()} | values
+    stages = values.pop("stages")
+    return values | {f"{s}_{k}": v for s, own in stages.items() for k, v in own.items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,16 +175,6 @@ def similar(word: str, words) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def number(kind):
-    """int or float for argparse; what is no such number stays a string, which `check` refuses."""
-    def read(text):
-        try:
-            return kind(text)
-        except ValueError:
-            return text
-    return read
-
-
 def add_knob(group, name: str) -> None:
     """Make a knob's flag. It is absent from the result unless given, and `check` judges its value."""
     f, unit, default = KNOBS[name], KNOBS[name].metadata["unit"], flat(Config())[name]
@@ -199,8 +184,8 @@ def add_knob(group, name: str) -> None:
     if f.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = unit if isinstance(unit, str) else "{" + ",".join(unit) + "}"
-        options["type"] = number(f.type) if f.type in (int, float) else str
+        options["metavar"] = unit if isinstance(unit, str) else "{" + ",".join(map(str, unit)) + "}"
+        options["type"] = f.type if f.type in (int, float) else str
         options["nargs"] = "+" if f.type == list[str] else None
     group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options)
 
@@ -222,20 +207,14 @@ def make_parser() -> Parser:
 
 def expected(f: Field, value) -> str:
     """What the knob `f` wants, in words, when `value` is not that; else ''."""
-    unit, limits = f.metadata["unit"], f.metadata["limits"].items()
-    words = WORDS[f.type]
-    if isinstance(unit, tuple):
-        odd = next((v for v in value if v not in unit), "") if isinstance(value, list) else value
-        words = "one of " + ", ".join(unit) + similar(str(odd), unit)
-    if f.type in (int, float):
-        words += " " + " and ".join(f"{limit.replace('_', ' ')} {bound}" for limit, bound in limits)
-        good = (type(value) in (int, f.type) and abs(value) < 2**63  # NaN is not below anything
-                and all(LIMITS[limit](value, bound) for limit, bound in limits))
-    elif f.type == list[str]:
-        good = isinstance(value, list) and all(isinstance(v, str) and v and (isinstance(unit, str) or v in unit) for v in value)
-    else:
-        good = isinstance(value, f.type) and (isinstance(unit, str) or value in unit)
-    return "" if good else words
+    (words, is_kind), unit, limits = KINDS[f.type], f.metadata["unit"], f.metadata["limits"].items()
+    values = value if isinstance(value, list) else [value]
+    odd = [v for v in values if v not in unit] if isinstance(unit, tuple) else []
+    if odd:
+        return "one of " + ", ".join(map(str, unit)) + similar(str(odd[0]), map(str, unit))
+    if is_kind(value) and all(LIMITS[limit](value, bound) for limit, bound in limits):
+        return ""
+    return words + " and".join(f" {limit.replace('_', ' ')} {bound}" for limit, bound in limits)
 
 
 def check(values: dict, file: str = "") -> None:
@@ -252,14 +231,10 @@ def check(values: dict, file: str = "") -> None:
 
 
 def from_file(path: str) -> dict:
-    """Flat, checked settings of a --config file, `config.json` of another run included."""
-    values = json.loads(json.dumps(read_json(path)).replace('"~/', HOME))
-    try:
-        values = dict(values.get("config", values))
-        for stage, own in values.pop("stages", {}).items():
-            values |= {f"{stage}_{name}": value for name, value in own.items()}
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path}: expected a JSON object of settings, its 'stages' an object of objects") from None
+    """Checked settings of a --config file: as --print-config shows them, or another run's config.json."""
+    values = read_json(path)
+    if isinstance(values.get("config"), dict):
+        values = values["config"]
     check(values, path)
     return values
 
@@ -276,7 +251,7 @@ def parse(argv: list[str]) -> Config:
     config = Config(**values, stages=stages)
     check_together(config)
     if show:
-        print(json.dumps(asdict(config), indent=2))
+        print(json.dumps(flat(config), indent=2))
         raise SystemExit(0)
     return config
 
@@ -290,8 +265,6 @@ def check_together(c: Config) -> None:
                         "expected threshold, soft or released")
     if c.mask and c.mask_source not in ("auto", "top"):
         raise UserError(f"--mask-source is {c.mask_source}, which makes a mask of its own or none; leave out --mask")
-    if c.state_bits not in (8, 32):
-        raise UserError(f"--state-bits is {c.state_bits}, expected 8 or 32")
     if c.samples and c.pairs:
         raise UserError("--samples and --pairs are both given; pairs replace the samples, expected one of them")
     if (c.model or c.test or c.val) and not (c.train or c.pairs):

@@ -7,9 +7,10 @@ links are followed for reading (the hub's cache consists of them); writing repla
 
 import contextlib
 import errno
+import fcntl
+import itertools
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from allo_mini import UserError
 
 HELD = {}  # run folder -> its open lock file; the system lets go of it when the process ends, however it ends
+NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 
 @contextlib.contextmanager
@@ -30,15 +32,12 @@ def writing(path: Path, size: int = 0):
             path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise OSError(errno.ENOSPC, "")
+            raise OSError(errno.ENOSPC, NO_ROOM[0])
         yield
-    except (OSError, SafetensorError) as e:
-        told = re.search(r"os error (\d+)", str(e))  # safetensors' own way to give the number
-        number = int(told[1]) if told else getattr(e, "errno", None)
-        full = (f"; {size:,} bytes are needed, {free:,} are free, {max(0, size - free):,} are missing"
-                if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "")
-        raise UserError(f"{path}: cannot be written: {os.strerror(number) if number else e}{full}; what was saved "
-                        "before stays as it is") from None
+    except (OSError, SafetensorError) as e:  # safetensors tells the system's words, but no errno
+        why = next((f"{words}; {size:,} bytes are needed, {free:,} are free, {max(0, size - free):,} are missing"
+                    for words in NO_ROOM if words in str(e)), getattr(e, "strerror", None) or e)
+        raise UserError(f"{path}: cannot be written: {why}; what was saved before stays as it is") from None
 
 
 @contextlib.contextmanager
@@ -68,10 +67,9 @@ def remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on the disk."""
-    if os.name != "nt" or path.is_file():  # Windows opens no folders
-        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,29 +110,25 @@ def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
 
 
 def lock(folder: Path) -> None:
-    """Hold a run folder until this process ends, and clear what a killed one left half written (no lock on Windows).
+    """Hold a run folder until this process ends, and clear what a killed one left half written.
 
     Raises UserError when another process holds it.
     """
     HELD.pop(folder, None)  # and with it this process's own lock
     with writing(folder / ".lock"):
         HELD[folder] = (folder / ".lock").open("a+")
-    with contextlib.suppress(ImportError):
-        import fcntl
-        try:
-            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-                raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
+    try:
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+            raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
     for half in folder.glob(".*.tmp"):
         remove(half)
 
 
 def move_aside(folder: Path) -> Path:
     """Rename a run folder to the first free FOLDER.1, FOLDER.2, ..."""
-    number = 1
-    while os.path.lexists(aside := folder.with_name(f"{folder.name}.{number}")):
-        number += 1
-    HELD.pop(folder).close()  # Windows renames no folder with an open file in it
+    names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
     with writing(aside):
         return folder.rename(aside)

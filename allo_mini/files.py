@@ -26,8 +26,7 @@ def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
         texts = row.get("samples")
         if not isinstance(texts, list):
             raise UserError(f"{where}: 'samples' is {type(texts).__name__}, expected a list of strings")
-        for text in texts:
-            text_of({"samples": text}, "samples", where)
+        texts = [text_of({"samples": text}, "samples", where) for text in texts]
         samples.setdefault(text_of(row, "input", where), []).extend(texts)
         unfinished += row["unfinished"] if isinstance(row.get("unfinished"), int) else 0
     return samples, unfinished

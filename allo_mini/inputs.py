@@ -10,7 +10,7 @@ import torch
 
 from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import DTYPES, TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import HOME, Config, flat
+from allo_mini.config import Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -20,7 +20,7 @@ from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
-NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
+NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep")  # settings that change no result
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -38,39 +38,35 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     device = there[0] if device == "auto" else device
     if device not in there:
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
-    bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
-    if dtype == "bf16" and device.startswith("cuda") and not bf16:
-        raise UserError("--dtype is bf16, which this card cannot compute; use --dtype fp32")
-    return device, DTYPES[("bf16" if bf16 else "fp32") if dtype == "auto" else dtype]
+    best = "bf16" if device.startswith("cuda") else "fp32"
+    return device, DTYPES[best if dtype == "auto" else dtype]
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------
 
 def fingerprints(cfg: Config, folders: list[Path]) -> dict[str, str]:
-    """Name -> hash of everything the run reads: data files, own artefacts, all that counts in the models' folders."""
+    """Path -> hash of all that the run reads: data, own artefacts, what counts in the models' folders."""
     files = {*cfg.train, *cfg.val, *cfg.test, *cfg.pairs, cfg.samples, cfg.mask, cfg.token_weights_file} - {""}
     for folder in folders:
-        weights = (path.name for path in shard_files(folder).values())
-        files |= {str(folder / name) for name in ("config.json", *TOKENIZER_FILES, *weights) if (folder / name).exists()}
+        named = (folder / name for name in ("config.json", *TOKENIZER_FILES))
+        files |= {str(path) for path in (*named, *shard_files(folder).values()) if path.exists()}
     prints = {}
     for file in sorted(files):
         with open_bytes(file) as f:
-            name = f"{Path(file).name}@{hashlib.sha256(file.encode()).hexdigest()[:6]}"
-            prints[name] = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+            prints[file] = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     return prints
 
 
-def check_folder(folder: Path, mine: dict[str, dict], compare: bool) -> None:
+def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> None:
     """Raise UserError when --out holds what is no run, or (with `compare`) a run that differs from `mine`: says where."""
-    there = [name for name in os.listdir(folder) if name[0] != "."] if os.path.isdir(folder) else [""] * os.path.lexists(folder)
-    theirs = read_json(folder / "config.json") if "config.json" in there else {}
-    if there and not all(isinstance(theirs.get(part), dict) for part in mine):
-        raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
-    differ = [f"another {key} ({old!r}, now {new!r})" for part in (mine if there and compare else ())
-              for key in {**theirs[part], **mine[part]}
-              if (old := theirs[part].get(key)) != (new := mine[part].get(key))]
-    if differ:
-        raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
+    if os.path.lexists(folder) and not (folder.is_dir() and all(name[0] == "." for name in os.listdir(folder))):
+        theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+        if not all(isinstance(theirs.get(part), dict) for part in mine):
+            raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
+        differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part in mine
+                  for key in {**theirs[part], **mine[part]} if theirs[part].get(key) != mine[part].get(key)]
+        if differ and compare:
+            raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
 
 
 def claim_folder(cfg: Config, folder: Path, models: list[Path], machine: dict[str, str | int]) -> None:
@@ -81,18 +77,19 @@ def claim_folder(cfg: Config, folder: Path, models: list[Path], machine: dict[st
     if cfg.dry_run and not os.path.lexists(folder):
         return
     settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
-    text = json.dumps({"config": settings, "files": fingerprints(cfg, models), "machine": machine}, indent=2)
-    text = text.replace(HOME, '"~/')  # names of people stay out of the file
-    check_folder(folder, json.loads(text), compare=not cfg.restart)
-    if not parallel.RANK and not cfg.dry_run:
+    mine = {"config": settings, "files": fingerprints(cfg, models), "machine": machine}
+    if not parallel.RANK:
+        check_folder(folder, mine, compare=not cfg.restart)
+    if not (parallel.RANK or cfg.dry_run):
         lock(folder)
-        path = folder / "config.json"
-        if cfg.restart and path.exists():
+        if cfg.restart and (folder / "config.json").exists():
             say(f"--restart: what was {folder} is now {move_aside(folder)}")
             lock(folder)
-        if not path.exists():
-            write_text(path, text + "\n")
-        check_folder(folder, json.loads(text), compare=True)  # another process may have begun a run in between
+        if not (folder / "config.json").exists():
+            write_text(folder / "config.json", json.dumps(mine, indent=2) + "\n")
+    parallel.wait()  # the other ranks find what rank 0 has made
+    if not cfg.dry_run:
+        check_folder(folder, mine)  # another process may have begun a run in between
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -107,14 +104,9 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         return tasks, [], val, test
     tasks = read_tasks(cfg.train, need_output=cfg.sft or cfg.only_sft or not cfg.pairs)
     pairs = [p for path in cfg.pairs for p in read_pairs(path)]
-    test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
-
-    def drop_all():
-        drop_held(tasks, [*test, *val], "training rows")
-        drop_held(pairs, [*test, *val], "pairs")
-
-    drop_all()
-    main = pairs if cfg.pairs else tasks
+    test, val, main = held_rows(cfg, "test"), held_rows(cfg, "val"), pairs if cfg.pairs else tasks
+    drop_held(tasks, [*test, *val], "training rows")
+    drop_held(pairs, [*test, *val], "pairs")
     random.Random(f"{cfg.seed} rows").shuffle(main)
     if cfg.pairs and not test:  # a tenth of the pairs, at most 500, is held out for the table
         cut = max(1, min(500, len(main) // 10))
@@ -122,7 +114,8 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     if not val:
         cut = cfg.val_rows or (200 if cfg.eval_every else 0)
         val, main[:cut] = main[:cut], []
-    drop_all()  # what has just been held out may stand in other rows too
+    drop_held(tasks, [*test, *val], "training rows")  # what has just been held out may stand in other rows too
+    drop_held(pairs, [*test, *val], "pairs")
     del main[cfg.limit or len(main):]
     if not main:
         raise UserError(f"{', '.join(cfg.train or cfg.pairs)}: no rows are left to train on")
@@ -133,13 +126,16 @@ def held_rows(cfg: Config, flag: str) -> list[Task] | list[Pair]:
     """The rows of --test or --val: all of one kind, and preference rows in a --pairs run only. Raises UserError."""
     files = getattr(cfg, flag)
     kinds = {is_pairs(path) for path in files}
-    if len(kinds) > 1:
-        raise UserError(f"--{flag} mixes task rows and preference rows in {', '.join(files)}; give one kind")
-    if kinds != {True}:
-        return read_tasks(files, need_output=False, need_answer=True)
-    if not cfg.pairs:
-        raise UserError(f"{', '.join(files)}: --{flag} holds preference rows; a run on --train rows needs task rows")
-    return [p for path in files for p in read_pairs(path)]
+    if True in kinds and (False in kinds or not cfg.pairs):
+        raise UserError(f"--{flag} holds preference rows ({', '.join(files)}); only a --pairs run takes them, "
+                        "and then no others")
+    if True in kinds:
+        return [p for path in files for p in read_pairs(path)]
+    tasks = read_tasks(files, need_output=False)
+    for task in tasks:
+        if not (gold_answer(task) or "").strip():
+            raise UserError(f"{task.source}: --{flag} needs 'answer', or 'output' ending \"The answer is X\"")
+    return tasks
 
 
 def drop_held(rows: list, held: list, name: str) -> None:
@@ -189,55 +185,35 @@ def check_rows(run: Run) -> None:
     cfg, encoder = run.cfg, run.encoder
     if not (cfg.pairs or cfg.only_sft or any(gold_answer(t) is not None for t in run.tasks)):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
-    for row in run.test:
-        if isinstance(row, Task) and gold_answer(row) is None:
-            raise UserError(f"{', '.join(cfg.test)}: row {row.id + 1} has neither 'answer' nor \"The answer is X\"")
     for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
         need_usable(encoder, both_sides(rows), ", ".join(files or cfg.pairs))
     if cfg.sft or cfg.only_sft:
         need_usable(encoder, [(t.input, [t.output]) for t in run.tasks], ", ".join(cfg.train))
 
 
-def check_own_files(run: Run) -> None:
-    """Read --samples and --token-weights-file before anything starts. Raises UserError naming what does not fit."""
+def check_own_files(run: Run, others: list[Path]) -> None:
+    """Hold what replaces a stage against rows and policy; `others`: folders of --reward-base and --reward-model.
+
+    Raises UserError naming what does not fit.
+    """
     cfg, encoder = run.cfg, run.encoder
-    if path := cfg.samples:
-        samples, _ = read_samples(path)
-        graded = [{is_correct(s, t) for s in samples[t.input]} for t in run.tasks if t.input in samples]
-        if not graded:
-            raise UserError(f"{path}: none of its 'input' is a training question of {', '.join(cfg.train)}")
-        if all(len(kinds) < 2 for kinds in graded):
-            raise UserError(f"{path}: no question has both a correct and a wrong sample")
+    if cfg.samples:
+        samples, _ = read_samples(cfg.samples)
+        if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.tasks):
+            raise UserError(f"{cfg.samples}: no training question has both a correct and a wrong sample in it")
     if path := cfg.token_weights_file:
-        rows = read_weights(path)
-        if {key_of(row) for row in [*run.tasks, *run.pairs]}.isdisjoint(map(key_of, rows)):
-            raise UserError(f"{path}: none of its 'input' is a training question or prompt")
+        asked, rows = {key_of(row) for row in [*run.tasks, *run.pairs]}, read_weights(path)
         need_usable(encoder, [(n.prompt, [n.response]) for n in rows], path)
-        sizes = [(len(n.scores), len(e.responses[0])) for n in rows if (e := encoder.example(n.prompt, [n.response]))]
-        encoder.clear()
-        if all(given != wanted for given, wanted in sizes):
-            raise UserError(f"{path}: no row has one score a token; the first usable one has {sizes[0][0]}, expected "
-                            f"{sizes[0][1]} (the closing token included)")
-
-
-def check_models(run: Run, others: list[Path]) -> None:
-    """Hold mask, --p and the rewriting models (`others`, folders) against the policy. Raises UserError."""
-    cfg, least = run.cfg, 100 / run.parameters
-    for flag in ("p", "p_forget", "p_improve") if not (cfg.mask or cfg.only_sft) else ():
-        if 0 < getattr(cfg, flag) < least:
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(cfg, flag)}, which selects none of the model's "
-                            f"{run.parameters} weights; expected at least {least:.2g}")
+        known = [(encoder.response_ids(n.prompt, n.response), n.scores) for n in rows if key_of(n) in asked]
+        if not any(len(tokens) == len(scores) for tokens, scores in known):
+            raise UserError(f"{path}: no row has a training question as 'input' and one score for each token "
+                            "of 'output' and its end")
     if cfg.mask:
         load_mask(cfg.mask, run.shapes)
     for folder in others:
         other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
         other.config.check_length(cfg.max_length, f"{folder}/config.json")
-        run.rewriter = other.config, shapes_of(other)
-
-
-def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter by its name."""
-    return {name: p.shape for name, p in model.named_parameters()}
+        run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
 def open_run(cfg: Config) -> Run:
@@ -247,15 +223,13 @@ def open_run(cfg: Config) -> Run:
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
     device = parallel.join(device)
-    if cfg.compile and not device.startswith("cuda"):
-        raise UserError(f"--compile is for CUDA, and this run is on {device}; leave it out")
-    if cfg.compile:
+    if cfg.compile and device.startswith("cuda"):
         compile_pointwise()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product starts
         torch.use_deterministic_algorithms(True)
-    base, *others = [find_folder(name, revision or None, download=not cfg.dry_run) for name, revision in (
-        (cfg.model or str(demo.FOLDER), cfg.revision), (cfg.reward_base, ""), (cfg.reward_model, "")) if name]
+    base, *others = [find_folder(name, download=not cfg.dry_run)
+                     for name in (cfg.model or str(demo.FOLDER), cfg.reward_base, cfg.reward_model) if name]
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
     tokenizer = load_tokenizer(base, model.config.vocab_size)
@@ -265,22 +239,19 @@ def open_run(cfg: Config) -> Run:
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
     encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
-    run = Run(cfg, folder, base, device, dtype, shapes_of(model), encoder, Log(None), tasks, pairs, val, test,
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,
               config=model.config)
     check_rows(run)
-    check_own_files(run)
-    check_models(run, others)
+    check_own_files(run, others)
     if cfg.memory:
         run.cfg, run.needs = memory.plan(cfg, run.config, run.shapes, dtype.itemsize, run.rewriter)
         memory.show(run.cfg, run.needs, run.shapes)
-    machine = {"device": device.split(":")[0], "dtype": str(dtype)}
-    machine |= {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
-    for others_turn in (False, True):  # rank 0 makes the folder, then the others find it
-        if bool(parallel.RANK) == others_turn:
-            claim_folder(run.cfg, folder, [base, *others], machine)
-        parallel.wait()
+    threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
+    machine = {"device": device.split(":")[0], "dtype": str(dtype), **threads}
+    claim_folder(run.cfg, folder, [base, *others], machine)
     if not cfg.dry_run:
         run.log = Log(folder)
-        if is_demo and not parallel.RANK and not (folder / "test.jsonl").exists():
+        if is_demo and not parallel.RANK:
             write_jsonl(folder / "test.jsonl", ({"input": t.input, "answer": t.answer} for t in test))
     return run

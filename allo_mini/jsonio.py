@@ -7,8 +7,6 @@ from pathlib import Path
 
 from allo_mini import UserError
 
-MAX_LINE = 16 << 20  # bytes; a longer line is no row of ours
-
 
 @contextlib.contextmanager
 def open_bytes(path: str | Path):
@@ -25,9 +23,8 @@ def parse_object(raw: bytes, path: str | Path, line: int | None = None, **hooks)
     try:
         value = json.loads(raw.decode("utf-8-sig"), **hooks)
     except (ValueError, RecursionError) as e:
-        wanted = "one object a line" if line else "one object"
-        raise UserError(f"{path}:{line or getattr(e, 'lineno', 1)}: not valid JSON in UTF-8, expected {wanted}: "
-                        f"{getattr(e, 'msg', e)}") from None
+        raise UserError(f"{path}:{line or getattr(e, 'lineno', 1)}: not valid JSON in UTF-8, expected one object"
+                        f"{' a line' if line else ''}: {getattr(e, 'msg', e)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:{line or 1}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -44,17 +41,13 @@ def read_jsonl(path: str | Path):
 
     Raises UserError for anything that is not one object a line, for NaN, a key given twice, and a file without rows.
     """
-    rows = 0
     with open_bytes(path) as f:
-        for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1):
-            if len(raw) == MAX_LINE:
-                raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
-            if raw.strip():
-                rows += 1
-                yield f"{path}:{number}", parse_object(raw, path, number, object_pairs_hook=no_duplicates,
-                                                       parse_constant=no_constant)
-    if not rows:
+        lines = [(number, raw) for number, raw in enumerate(f, 1) if raw.strip()]
+    if not lines:
         raise UserError(f"{path}: no rows")
+    for number, raw in lines:
+        row = parse_object(raw, path, number, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        yield f"{path}:{number}", row
 
 
 def no_duplicates(pairs):

@@ -1,6 +1,5 @@
 """What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only."""
 
-import math
 import re
 import sys
 import time
@@ -20,10 +19,9 @@ def progress(items=None, total: int | None = None, label: str = "", unit: str = 
 
 def say(*parts) -> None:
     """Print a line (rank 0 alone) without tearing a progress bar."""
-    if parallel.RANK:
-        return
-    tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
-    sys.stdout.flush()
+    if not parallel.RANK:
+        tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Log:
@@ -37,13 +35,11 @@ class Log:
 
     def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
         """Record all `values`; print those named in `shown` as one aligned line."""
-        row = {"stage": stage, "step": step, "time": round(time.time() - self.began, 2)}
-        row.update({k: v if math.isfinite(v) else str(v) for k, v in values.items()})
         if self.path:
-            append_rows(self.path, [row])
+            spent = round(time.time() - self.began, 2)
+            append_rows(self.path, [{"stage": stage, "step": step, "time": spent, **values}])
         columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
-        width = len(str(total))
-        say(f"{stage:>8} {step:>{width}}/{total}  {columns}")
+        say(f"{stage:>8} {step:>{len(str(total))}}/{total}  {columns}")
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they are about to be written again."""
@@ -55,8 +51,7 @@ class Log:
     def note(self, stage: str, **values) -> None:
         """Record a fact about a stage (counts, densities, seconds), once, without printing it."""
         row = {"stage": stage, **values}
-        known = self.path.read_bytes() if self.path and self.path.exists() else b""
-        if self.path and rows_text([row]).encode() not in known:
+        if self.path and not (self.path.exists() and rows_text([row]).encode() in self.path.read_bytes()):
             append_rows(self.path, [row])
 
 

@@ -17,7 +17,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from allo_mini import UserError, parallel
-from allo_mini.config import HOME, SETTINGS
+from allo_mini.config import SETTINGS
 from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
 from allo_mini.files import load_tensors
@@ -145,7 +145,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     text = table(columns[:len(rows[0])], rows) if rows else "no test rows: nothing was evaluated (--test)"
     final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
                         "table": text, "seconds": run.seconds}, indent=2)
-    write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
+    write_text(run.folder / "results.json", final + "\n")
     say(f"\n{text}\n\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items()))
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
@@ -252,7 +252,7 @@ def write_report(folder: Path) -> Path:
         raise UserError(f"{folder}: no run folder: its config.json holds no settings of a run")
     results = read_json(folder / "results.json") if (folder / "results.json").exists() else {}
     evals = {name: items for name in results.get("results", {}) if (items := rows(f"eval-{Path(name).name}.jsonl"))}
-    logged, own_mask = rows("metrics.jsonl"), Path(config.get("mask") or "").expanduser()
+    logged, own_mask = rows("metrics.jsonl"), Path(config.get("mask") or "")
     steps, notes = ([row for row in logged if ("step" in row) == wanted] for wanted in (True, False))
     masks = [p for p in (folder / "mask-forget.safetensors", folder / "mask.safetensors", own_mask) if p.is_file()]
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -28,15 +28,14 @@ class StageProgress:
         self.run, self.stage, self.total, self.skipped, self.optimizer = run, stage, total, skipped, optimizer
         self.step, self.best, self.best_master, self.stopping, self.state = 0, None, None, False, state
         self.path, self.saved_at = run.state_file(stage), time.monotonic()
-        rows, settings = hashlib.sha256(), hashlib.sha256((run.folder / "config.json").read_bytes())
+        rows = hashlib.sha256()
         for example in examples:
             rows.update(repr(example).encode())
-        self.belongs = {"config.json": settings.hexdigest(), "rows": rows.hexdigest(), "number of steps": total,
-                        "mask": mask_hash(mask) if mask else None}
+        self.belongs = {"rows": rows.hexdigest(), "number of steps": total, "mask": mask and mask_hash(mask)}
         if self.path.exists():
             self._load()
             say(f"{stage}: goes on after step {self.step} of {total}")
-        size = sum(t.nbytes for t in optimizer.state_dict().values())
+        size = sum(t.nbytes for t in self.tensors().values())
         with writing(self.path, size * (1 if self.step else 2) + run.parameters * run.dtype.itemsize):
             pass  # there is room for the last checkpoint, the next one and the model
         run.log.rewind(stage, self.step)
@@ -50,12 +49,11 @@ class StageProgress:
             other += [] if state["start"].equal(self.optimizer.start) else ["model"]
             if other:
                 raise UserError(f"{self.path}: of another {', '.join(other)}; delete it to begin the stage again")
-            self.step, self.best = known["step"], known["best"]
-            self.best_master = None if self.best is None else state["best_master"].view_as(self.optimizer.master)
-            fits = [state[name].shape == tensor.shape for name, tensor in self.tensors().items()]
+            self.step, self.best, self.best_master = known["step"], known["best"], state.get("best_master")
+            fits = [state[name].shape == tensor.shape for name, tensor in self.optimizer.state_dict().items()]
             if self.step not in range(self.total + 1) or not all(fits):
                 raise ValueError("its step or its tensors do not fit")
-            self.state.update({key: float(known["state"][key]) for key in self.state})
+            self.state.update(known["state"])
             self.optimizer.load_state_dict(state)
         except (LookupError, TypeError, ValueError, RuntimeError) as e:
             raise UserError(f"{self.path}: no checkpoint of ours ({e}); delete it to begin the stage again") from None
@@ -63,7 +61,7 @@ class StageProgress:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: the optimizer's state and the best weights so far."""
         best = {} if self.best_master is None else {"best_master": self.best_master}
-        return {**self.optimizer.state_dict(), **best}
+        return self.optimizer.state_dict() | best
 
     def steps(self):
         """The numbers of the steps still to do. Ctrl-C meanwhile waits for the end of a step, where `save` acts on it."""

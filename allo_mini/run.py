@@ -1,6 +1,7 @@
 """The run object that all stages share: folder, rows, clock, checks."""
 
 import math
+import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -12,16 +13,16 @@ import torch
 
 from allo_mini import UserError, memory, parallel
 from allo_mini.architecture import ModelConfig
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, save_model
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, save_model
 from allo_mini.config import Config
 from allo_mini.data import Encoder, Example, Pair, Task
-from allo_mini.disk import sync
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.mask import selected
 from allo_mini.model import CausalLM
 from allo_mini.tasks import evaluate
+from allo_mini.tokenizer import Tokenizer
 
 
 @dataclass
@@ -67,10 +68,11 @@ class Run:
 
         `mine` picks this rank's; only then are they halved, since the other ranks' memory may have been enough.
         """
-        cfg, ranks = self.cfg, parallel.WORLD
-        tokens = cfg.micro_tokens if ranks == 1 else min(cfg.micro_tokens, -(-sum(map(size_of, group)) // ranks))
-        micros = mine(micro_batches(group, cfg.micro_batch, tokens))
-        return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half] if self.halved else micros
+        share = -(-sum(map(size_of, group)) // parallel.WORLD)
+        micros = mine(micro_batches(group, self.cfg.micro_batch, min(self.cfg.micro_tokens, share)))
+        if not self.halved:
+            return micros
+        return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half]
 
     def halve(self) -> bool:
         """After memory ran out: micro-batches of half the size from now on. False when that was tried already."""
@@ -78,8 +80,7 @@ class Run:
             return False
         self.halved = True
         say("out of memory: going on with micro-batches of half the size; lower --micro-tokens to keep it so")
-        if self.device.startswith("cuda"):
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         return True
 
     @contextmanager
@@ -104,13 +105,11 @@ class Run:
             yield target
         except torch.OutOfMemoryError:
             raise UserError(f"{name}, peak {peak_gb(self.device):.2f} GB: {memory.advice(self.cfg)}") from None
-        sync(self.folder)
         self.state_file(name).unlink(missing_ok=True)
-        self.seconds[name] = time.monotonic() - began
-        peak = peak_gb(self.device)
+        self.seconds[name], peak = time.monotonic() - began, peak_gb(self.device)
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
-        say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB"
-            + (f" (estimate {sum(self.needs[name].values()) / 1e9:.2f} GB)" if name in self.needs else "") + "\n")
+        estimate = f" (estimate {sum(self.needs[name].values()) / 1e9:.2f} GB)" if name in self.needs else ""
+        say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB{estimate}\n")
         parallel.wait()
 
     def save(self, what, target: Path) -> None:
@@ -136,8 +135,7 @@ class Run:
             if not math.isfinite(values[key]):
                 rows = [str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group)]
                 raise UserError(f"{name}, step {step + 1}: {key} is {values[key]}, in rows {', '.join(rows)} of "
-                                f"{len(examples)}; lower --{name}-lr or use --dtype fp32; {self.folder} keeps what was "
-                                "saved before")
+                                f"{len(examples)}; lower --{name}-lr or use --dtype fp32")
         if step0:
             expected = step0(group)
             close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
@@ -157,7 +155,6 @@ class Run:
 
     def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
         """Greedy answers to tasks, log-prob comparison of pairs; one dict a row."""
-        self.encoder.clear()
         items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
         self.report_dropped(f"{label} rows", len(items))
         return items
@@ -169,9 +166,9 @@ class Run:
     def encode(self, rows, name: str) -> list[Example]:
         """(prompt, responses) rows -> examples; says what was dropped and why, refuses to go on with nothing."""
         self.encoder.clear()
-        examples = [self.encoder.example(prompt, responses) for prompt, responses in rows]
-        self.report_dropped(name, sum(e is not None for e in examples))
-        return [e for e in examples if e is not None]
+        examples = [e for prompt, responses in rows if (e := self.encoder.example(prompt, responses))]
+        self.report_dropped(name, len(examples))
+        return examples
 
     def report_dropped(self, name: str, kept: int) -> None:
         """Say what the encoder dropped or trimmed since it was last cleared. Raises UserError when nothing is left."""
@@ -184,10 +181,8 @@ class Run:
     def same_tokenizer(self, folder: Path | str) -> Path:
         """A reward model's folder, checked to use the policy's vocabulary."""
         folder = find_folder(str(folder))
-        if folder != self.base:
-            mine, theirs = self.encoder.tokenizer, load_tokenizer(folder, 10**9)
-            if mine.inner.get_vocab() != theirs.inner.get_vocab():
-                raise UserError(f"{folder}: its tokenizer is not the policy's; a rewriting model must share the vocabulary")
+        if Tokenizer(folder).inner.get_vocab() != self.encoder.tokenizer.inner.get_vocab():
+            raise UserError(f"{folder}: not the policy's tokenizer; a rewriting model must share the vocabulary")
         return folder
 
 
@@ -195,9 +190,5 @@ def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

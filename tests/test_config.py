@@ -70,7 +70,7 @@ def test_defaults_are_within_their_own_bounds():
 
 @pytest.mark.parametrize("nested", (True, False))
 def test_settings_survive_being_written_and_read(nested, tmp_path, capsys):
-    """As --print-config shows them, and flat under "config" as a run folder's config.json holds them."""
+    """As --print-config shows them, and under "config" as a run folder's config.json holds them."""
     argv = ["--model", "m", "--train", "a", "b", "--improve-lr", "1e-3", "--no-eval", "--p", "7", "--stop", "Q:"]
     with pytest.raises(SystemExit):
         parse([*argv, "--print-config"])

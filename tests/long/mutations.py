@@ -69,8 +69,7 @@ FILES = {**GOOD, "s.jsonl": SAMPLES, "w.jsonl": WEIGHTS,
          "h.jsonl": lines(*({"chosen": f"\n\nHuman: {i}?\n\nAssistant: yes",
                              "rejected": f"\n\nHuman: {i}?\n\nAssistant: no"}
                             for i in range(12))),
-         "c.json": json.dumps({"p": 5.0, "n": 2, "test": ["test.jsonl"], "stages": {"sft": {"lr": 1e-4, "batch": 2}},
-                               "seed": 3})}
+         "c.json": json.dumps({"p": 5.0, "n": 2, "test": ["test.jsonl"], "sft_lr": 1e-4, "sft_batch": 2, "seed": 3})}
 
 # kind of input -> (the file that is damaged, the command that reads it)
 KINDS = {
