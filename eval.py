@@ -28,7 +28,7 @@ from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
-SHARED = ("prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
+SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
@@ -201,7 +201,7 @@ def run(args) -> None:
     for (_, rows), target in zip(jobs, targets):
         if target in others and not verdicts(others[target]).keys() & {key_of(vars(row)) for row in rows}:
             raise UserError(f"{others[target]}: has no question in common with the --test file of that name")
-    folder = find_folder(args.model)
+    folder = find_folder(args.model, settings.revision)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
         apply_patch(model, args.patch)

@@ -44,7 +44,7 @@ def find_folder(path_or_id: str, revision: str | None = None, download: bool = T
     if os.path.exists(path_or_id) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"{path_or_id}: no such model folder, and not a hub id (owner/name) either")
     from huggingface_hub import snapshot_download
-    commit = commit or revision
+    commit = commit or revision or None
     try:
         folder = Path(snapshot_download(name, revision=commit, allow_patterns=DOWNLOADS, local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and the cache does not have it

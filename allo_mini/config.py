@@ -7,12 +7,14 @@ import argparse
 import difflib
 import json
 import operator
+import os
 import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 
 from allo_mini import UserError
 from allo_mini.jsonio import read_json
 
+HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
 METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
 SETTINGS = {"more-sft": "sft", "rft": "sft", **dict.fromkeys(("rdpo", "ipo", "bco", "simpo", "npo"), "dpo")}  # whose flags
@@ -65,19 +67,21 @@ DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
 @dataclass
 class Config:
     """A run's settings; saved as config.json in the run folder."""
-    model: str = knob("", "input", "FOLDER", "or hub id of the policy, OWNER/NAME[@REVISION] (none: the demo)")
+    model: str = knob("", "input", "FOLDER", "the policy: a folder or hub id (none: the demo model)")
+    revision: str = knob("", "input", "NAME", "hub revision: branch, tag or commit")
     train: list[str] = knob([], "input", "FILE", "task rows, JSONL, one or more files")
     val: list[str] = knob([], "input", "FILE", "validation rows for --eval-every (none: see --val-rows)")
     test: list[str] = knob([], "input", "FILE", "test rows: task rows, or preference rows in a --pairs run")
     limit: int = knob(0, "input", "ROWS", "training rows at most (0: all)")
     test_limit: int = knob(0, "input", "ROWS", "test rows at most (0: all)")
     val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
-    prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "(auto: alpaca for task "
-                       "rows, none for strings, chat for message lists)")
+    prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
+                       "alpaca for task rows, none for strings, chat template for message lists)")
     max_length: int = knob(1200, "input", "TOKENS", "prompt and response together at most", "official", at_least=8)
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
     restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
-    keep: int = knob(0, "input", "COUNT", "of a finished run's model-sized outputs, the last ones, stay (0: all)")
+    keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "
+                     "movement.safetensors, reward, forget, improve (0: all)")
     seed: int = knob(2023, "input", "NUMBER", "of data order, sampling and splits", "official")
 
     samples: str = knob("", "own files", "FILE", "{input, samples}, JSONL: replaces the sample stage")
@@ -88,10 +92,11 @@ class Config:
 
     sft: bool = knob(False, "stages", "", "supervised fine-tuning first (makes the paper's 'SFT LLM')", "paper")
     only_sft: bool = knob(False, "stages", "", "stop after supervised fine-tuning")
-    method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "compared, each from the same model and samples; "
-                             "all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
-    mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "the --p percent that "
-                           "every --method trains; none: all weights (auto: top in allo, else none)", "paper")
+    method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "trained from the same model on the same samples, "
+                             "and compared; all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
+    mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "which --p percent of the "
+                           "weights every --method trains: of highest or lowest importance, random ones, or all (auto: top "
+                           "in allo, else none)", "paper")
     forget: bool = knob(True, "stages", "", "allo's first phase (off: improving alone)", "paper")
     dry_run: bool = knob(False, "stages", "", "print what would run, its memory, disk and time; write nothing")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
@@ -113,7 +118,8 @@ class Config:
     locate_pairs: int = knob(512, "locate", "PAIRS", "for the gradient and its overlap with movement", at_least=1)
 
     token_weights: str = knob("threshold", "reward", ("threshold", "soft", "released", "edit", "uniform"),
-                              "1 if score < --threshold, 1 - score, score, 1 off the edit alignment, 1", "paper")
+                              "threshold: 1 where score < --threshold; soft: 1 - score; released: the score, as in "
+                              "the official code; edit: 1 outside the edit alignment; uniform: 1", "paper")
     threshold: float = knob(0.5, "reward", "SCORE", "under which a token is unaligned", "paper", at_least=0, at_most=1)
     reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
     epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)
@@ -128,21 +134,27 @@ class Config:
     micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
     micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
     dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
-    deterministic: bool = knob(False, "training", "", "equal runs bit for bit on CUDA too, if slower")
+    deterministic: bool = knob(False, "training", "", "equal runs bit for bit on CUDA too, where attention and "
+                               "embedding otherwise sum gradients in any order; slower")
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
                        "this group's flags, --micro-tokens and --sample-batch")
     int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
     state_bits: int = knob(32, "memory", (8, 32), "of an optimizer moment; 8 are blockwise")
-    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to the host; gradient: state as well")
-    p_sft: float = knob(0.0, "memory", "PERCENT", "that sft and reward train (0: all)", at_least=0, at_most=100)
-    locate_groups: int = knob(0, "memory", "PASSES", "that locating by gradient takes (0: as memory needs)")
-    checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "recomputed in backward (-1: as needed)", at_least=-1)
+    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's "
+                        "state, or its gradient buffer too")
+    p_sft: float = knob(0.0, "memory", "PERCENT", "of the weights that sft and the rewriting model train, located by "
+                        "the gradient of their own loss (0: all)", at_least=0, at_most=100)
+    locate_groups: int = knob(0, "memory", "PASSES", "over the pairs when locating by gradient, each over a group of "
+                              "tensors (0: as many as the memory needs)")
+    checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "that recompute activations in backward, the first ones "
+                                  "(-1: on CUDA as many as the memory needs, on CPU none)", at_least=-1)
     head_mb: int = knob(256, "memory", "MB", "of fp32 logits made at a time", at_least=1)
     compile: bool = knob(False, "memory", "", "torch.compile for the pointwise pieces (CUDA)")
 
-    eval_every: int = knob(0, "watching", "STEPS", "between validations; the best weights are kept (0: off)")
+    eval_every: int = knob(0, "watching", "STEPS", "between validations in sft, forget, improve and dpo; the "
+                           "best weights are kept (0: off)")
     save_minutes: float = knob(10.0, "watching", "MINUTES", "between checkpoints inside a stage")
     stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
                                                               for name in STAGES})
@@ -232,7 +244,7 @@ def check(values: dict, file: str = "") -> None:
 
 def from_file(path: str) -> dict:
     """Checked settings of a --config file: as --print-config shows them, or another run's config.json."""
-    values = read_json(path)
+    values = json.loads(json.dumps(read_json(path)).replace('"~/', HOME))
     if isinstance(values.get("config"), dict):
         values = values["config"]
     check(values, path)

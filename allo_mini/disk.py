@@ -7,7 +7,6 @@ links are followed for reading (the hub's cache consists of them); writing repla
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -67,9 +66,10 @@ def remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    if os.name != "nt" or path.is_file():  # Windows opens no folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,18 +110,20 @@ def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
 
 
 def lock(folder: Path) -> None:
-    """Hold a run folder until this process ends, and clear what a killed one left half written.
+    """Hold a run folder until this process ends, and clear what a killed one left half written (no lock on Windows).
 
     Raises UserError when another process holds it.
     """
     HELD.pop(folder, None)  # and with it this process's own lock
     with writing(folder / ".lock"):
         HELD[folder] = (folder / ".lock").open("a+")
-    try:
-        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
-            raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
+    with contextlib.suppress(ImportError):
+        import fcntl
+        try:
+            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
+                raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
     for half in folder.glob(".*.tmp"):
         remove(half)
 
@@ -130,5 +132,6 @@ def move_aside(folder: Path) -> Path:
     """Rename a run folder to the first free FOLDER.1, FOLDER.2, ..."""
     names = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
+    HELD.pop(folder).close()  # Windows renames no folder with an open file in it
     with writing(aside):
         return folder.rename(aside)

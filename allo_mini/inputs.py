@@ -10,7 +10,7 @@ import torch
 
 from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import DTYPES, TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import Config, flat
+from allo_mini.config import HOME, Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -20,7 +20,7 @@ from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
-NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep")  # settings that change no result
+NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
 
 
 def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -38,7 +38,7 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     device = there[0] if device == "auto" else device
     if device not in there:
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
-    best = "bf16" if device.startswith("cuda") else "fp32"
+    best = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return device, DTYPES[best if dtype == "auto" else dtype]
 
 
@@ -78,6 +78,7 @@ def claim_folder(cfg: Config, folder: Path, models: list[Path], machine: dict[st
         return
     settings = {name: value for name, value in flat(cfg).items() if name not in NOT_THE_RUN}
     mine = {"config": settings, "files": fingerprints(cfg, models), "machine": machine}
+    mine = json.loads(json.dumps(mine).replace(HOME, '"~/'))  # names of people stay out of the file
     if not parallel.RANK:
         check_folder(folder, mine, compare=not cfg.restart)
     if not (parallel.RANK or cfg.dry_run):
@@ -223,13 +224,15 @@ def open_run(cfg: Config) -> Run:
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
     device = parallel.join(device)
-    if cfg.compile and device.startswith("cuda"):
+    if cfg.compile and not device.startswith("cuda"):
+        raise UserError(f"--compile is for CUDA, and this run is on {device}; leave it out")
+    if cfg.compile:
         compile_pointwise()
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product starts
         torch.use_deterministic_algorithms(True)
-    base, *others = [find_folder(name, download=not cfg.dry_run)
-                     for name in (cfg.model or str(demo.FOLDER), cfg.reward_base, cfg.reward_model) if name]
+    wanted = ((cfg.model or str(demo.FOLDER), cfg.revision), (cfg.reward_base, ""), (cfg.reward_model, ""))
+    base, *others = [find_folder(name, revision, download=not cfg.dry_run) for name, revision in wanted if name]
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
     model.config.check_length(cfg.max_length, str(base / "config.json"))
     tokenizer = load_tokenizer(base, model.config.vocab_size)

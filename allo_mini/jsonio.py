@@ -7,6 +7,8 @@ from pathlib import Path
 
 from allo_mini import UserError
 
+MAX_LINE = 16 << 20  # bytes; a longer line is no row of ours
+
 
 @contextlib.contextmanager
 def open_bytes(path: str | Path):
@@ -42,10 +44,12 @@ def read_jsonl(path: str | Path):
     Raises UserError for anything that is not one object a line, for NaN, a key given twice, and a file without rows.
     """
     with open_bytes(path) as f:
-        lines = [(number, raw) for number, raw in enumerate(f, 1) if raw.strip()]
+        lines = [(number, raw) for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1) if raw.strip()]
     if not lines:
         raise UserError(f"{path}: no rows")
     for number, raw in lines:
+        if len(raw) == MAX_LINE:
+            raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
         row = parse_object(raw, path, number, object_pairs_hook=no_duplicates, parse_constant=no_constant)
         yield f"{path}:{number}", row
 

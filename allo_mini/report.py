@@ -17,7 +17,7 @@ import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from allo_mini import UserError, parallel
-from allo_mini.config import SETTINGS
+from allo_mini.config import HOME, SETTINGS
 from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
 from allo_mini.files import load_tensors
@@ -145,7 +145,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     text = table(columns[:len(rows[0])], rows) if rows else "no test rows: nothing was evaluated (--test)"
     final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
                         "table": text, "seconds": run.seconds}, indent=2)
-    write_text(run.folder / "results.json", final + "\n")
+    write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
     say(f"\n{text}\n\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items()))
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")

@@ -28,10 +28,11 @@ class StageProgress:
         self.run, self.stage, self.total, self.skipped, self.optimizer = run, stage, total, skipped, optimizer
         self.step, self.best, self.best_master, self.stopping, self.state = 0, None, None, False, state
         self.path, self.saved_at = run.state_file(stage), time.monotonic()
-        rows = hashlib.sha256()
+        rows, settings = hashlib.sha256(), hashlib.sha256((run.folder / "config.json").read_bytes())
         for example in examples:
             rows.update(repr(example).encode())
-        self.belongs = {"rows": rows.hexdigest(), "number of steps": total, "mask": mask and mask_hash(mask)}
+        self.belongs = {"config.json": settings.hexdigest(), "rows": rows.hexdigest(), "number of steps": total,
+                        "mask": mask_hash(mask) if mask else None}
         if self.path.exists():
             self._load()
             say(f"{stage}: goes on after step {self.step} of {total}")

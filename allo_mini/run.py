@@ -1,7 +1,6 @@
 """The run object that all stages share: folder, rows, clock, checks."""
 
 import math
-import resource
 import sys
 import time
 from contextlib import contextmanager
@@ -190,5 +189,9 @@ def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

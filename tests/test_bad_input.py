@@ -200,6 +200,7 @@ FLAGS = [
      ["q.jsonl", "'answer'"]),
     (T + " --test p.jsonl", {}, ["p.jsonl", "preference rows"]),
     (T + " --val p.jsonl", {}, ["p.jsonl", "preference rows"]),
+    (T + " --revision main", {}, ["--revision is main", "local folder"]),
     (P + " --test p.jsonl test.jsonl", {}, ["--test holds preference rows", "p.jsonl, test.jsonl"]),
     (P + " --val p.jsonl t.jsonl", {}, ["--val holds preference rows", "p.jsonl, t.jsonl"]),
     (T + " --out t.jsonl", {}, ["t.jsonl", "choose another --out"]),
@@ -523,6 +524,11 @@ DAMAGE = [("a NUL byte", b'{"input": "a\x00b", "output": "x"}\n'),
 def test_damaged_rows(content, command, name, place, capsys):
     write(place, {name: content})
     refused(command, name, place, capsys)
+
+
+def test_a_line_of_50_megabytes(place, capsys):
+    write(place, {"t.jsonl": GOOD_ROW + b'{"input": "' + b"x" * 50_000_000 + b'", "output": "y"}\n'})
+    refused(T, ["t.jsonl:2", "line is longer than"], place, capsys)
 
 
 @pytest.mark.parametrize("change", [lambda b: b"\xef\xbb\xbf" + b, lambda b: b.replace(b"\n", b"\r\n"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from allo_mini import UserError, report
+from allo_mini import UserError, config, inputs, report
 from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.data import Encoder
 from allo_mini.files import load_mask, save_mask
@@ -354,3 +354,22 @@ def test_a_folder_that_cannot_be_shown_is_one_line(tmp_path, monkeypatch, capsys
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err and not said.out
     assert not (folder / "report.html").exists()
+
+
+def test_home_and_tokens_stay_out_of_settings_and_report(world, tmp_path, monkeypatch, capsys):
+    """Paths into the home folder are written as ~, which --config and a second run understand."""
+    home = tmp_path / "home" / "some-body"
+    home.mkdir(parents=True)
+    (home / "model").symlink_to(world / "model")
+    for module in (config, inputs, report):
+        monkeypatch.setattr(module, "HOME", json.dumps(f"{home}/")[:-1])
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    argv = arguments(world, tmp_path / "run", "--method", "dpo", "--no-eval", "--max-steps", "1", "--model", f"{home}/model")
+    assert train.main(argv) == 0
+    for name in ("config.json", "report.html"):
+        text = (tmp_path / "run" / name).read_text()
+        assert "some-body" not in text and "hf_secret" not in text
+    written = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert written["model"] == "~/model" and "~/model" in (tmp_path / "run/report.html").read_text()
+    assert config.parse(["--config", str(tmp_path / "run/config.json")]).model == f"{home}/model"
+    assert train.main(argv) == 0 and "this run is finished" in capsys.readouterr().out

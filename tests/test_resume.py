@@ -146,7 +146,9 @@ def shorter(folder):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-CHANGES = [("mask", lambda f: reversed_bits(f / "mask.safetensors"), "another mask"),
+CHANGES = [("config.json", lambda f: (f / "config.json").write_bytes((f / "config.json").read_bytes() + b" "),
+            "another config.json"),
+           ("mask", lambda f: reversed_bits(f / "mask.safetensors"), "another mask"),
            ("model", lambda f: shutil.copyfile(f / "sft/model.safetensors", f / "forget/model.safetensors"),
             "another model"),
            ("truncated", shorter, "not a complete safetensors"),

@@ -11,7 +11,7 @@ from helpers import tiny_model, write_tokenizer
 from test_bad_input import GOOD, TEMPLATE, write
 
 import train
-from allo_mini import UserError, template
+from allo_mini import UserError, config, inputs, report, template
 from allo_mini.checkpoint import find_folder, load_model, save_model
 from allo_mini.tokenizer import Tokenizer
 
@@ -137,7 +137,7 @@ def test_an_index_names_files_of_its_own_folder(tmp_path, name):
 
 # ---- what is told to others --------------------------------------------------------------------------------
 
-def test_no_token_foreign_path_or_code_is_passed_on(tmp_path, monkeypatch):
+def test_no_home_path_token_or_code_is_passed_on(tmp_path, monkeypatch):
     home = tmp_path / "home/someone"
     write(home, GOOD)
     save_model(tiny_model(), home / "base")
@@ -145,6 +145,8 @@ def test_no_token_foreign_path_or_code_is_passed_on(tmp_path, monkeypatch):
     raw = json.loads((home / "base/config.json").read_text())
     (home / "base/config.json").write_text(json.dumps({**raw, "_name_or_path": "/home/other/secret",
                                                        "auto_map": {"AutoModel": "evil.Model"}}))
+    for module in (config, inputs, report):
+        monkeypatch.setattr(module, "HOME", json.dumps(f"{home}/")[:-1])
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     command = ["--model", str(home / "base"), "--train", str(home / "t.jsonl"), "--test", str(home / "test.jsonl"),
                "--only-sft",
@@ -153,8 +155,10 @@ def test_no_token_foreign_path_or_code_is_passed_on(tmp_path, monkeypatch):
     for path in (home / "runs/x").rglob("*"):
         if path.is_file():
             data = path.read_bytes()
-            for secret in ("/home/other", "hf_verysecret", "evil.Model"):
+            for secret in (str(home), "/home/other", "hf_verysecret", "evil.Model"):
                 assert secret.encode() not in data, (path, secret)
+    written = json.loads((home / "runs/x/config.json").read_text())["config"]
+    assert written["model"] == "~/base" and written["train"] == ["~/t.jsonl"]
     assert train.main(command) == 0  # and it knows itself again
     assert train.main(["--config", str(home / "runs/x/config.json"), "--out", str(home / "runs/y")]) == 0
 
