@@ -29,17 +29,16 @@ from allo_mini.linear import Again, embedding, linear
 # ---- attention ---------------------------------------------------------------------------------------------
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
-    """Scaled dot-product attention of [..., T, heads, d] tensors (heads next to d, as the projections make them)."""
-    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+    """Scaled dot-product attention of [..., T, heads, d] tensors (heads next to d, as the projections make them).
+
+    A CPU's backward in bf16 takes two to three times as long as in fp32: there it is computed in fp32.
+    """
     if q.dim() == 3:
-        return sdpa_4d(q[None], k[None], v[None], **kind)[0].transpose(-2, -3)
-    return sdpa_4d(q, k, v, **kind).transpose(-2, -3)
-
-
-def sdpa_4d(q, k, v, **kind):
-    """[B, heads, T, d]. A CPU's backward in bf16 takes two to three times as long as in fp32: it computes in fp32."""
-    exact = (x.float() if q.device.type == "cpu" else x for x in (q, k, v))
-    return F.scaled_dot_product_attention(*exact, enable_gqa=q.shape[1] != k.shape[1], **kind).to(q.dtype)
+        return sdpa(q[None], k[None], v[None], **kind)[0]
+    exact = torch.float32 if q.dtype == torch.bfloat16 and q.device.type == "cpu" else q.dtype
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2).to(exact) for x in (q, k, v)),  # [B,heads,T,d]
+                                         enable_gqa=q.shape[2] != k.shape[2], **kind)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -60,42 +59,37 @@ class TreeAttention:
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.trees, self.packed = trees, None
+        self.parts, self.packed, at = [], None, 0  # of each call: (what of [P] is read beside it, queries) in the stream
+        for prompt, (first, *others) in trees:
+            end = at + prompt + first
+            self.parts.append((range(0), range(at, end)))
+            for length in others:
+                self.parts.append((range(at, at + prompt), range(end, end + length)))
+                end += length
+            at = end
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
         if q.is_cuda and q.dtype != torch.float32 and varlen_kernel():
             return self.in_one_call(q, k, v, varlen_kernel())
-        out, at = [], 0
-        for prompt, (first, *others) in self.trees:
-            p, c = at + prompt, at + prompt + first
-            out.append(sdpa(q[at:c], k[at:c], v[at:c], is_causal=True))
-            for length in others:
-                r = c + length
-                keys, values = torch.cat((k[at:p], k[c:r])), torch.cat((v[at:p], v[c:r]))
-                out.append(sdpa(q[c:r], keys, values, attn_mask=lower_right(length, prompt, q.device)))
-                c = r
-            at = c
+        out = []
+        for prompt, own in self.parts:
+            mine, shared = slice(own.start, own.stop), slice(prompt.start, prompt.stop)
+            if prompt:
+                keys, values = (torch.cat((x[shared], x[mine])) for x in (k, v))  # [P | R]
+                out.append(sdpa(q[mine], keys, values, attn_mask=lower_right(len(own), len(prompt), q.device)))
+            else:
+                out.append(sdpa(q[mine], k[mine], v[mine], is_causal=True))
         return torch.cat(out)
-
 
     def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
         """The same: queries are the stream as it stands, cut into [P C], [R], ...; every [R] gets its keys [P R] copied."""
         if self.packed is None:
-            starts, keys, at = [0], [], 0
-            for prompt, (first, *others) in self.trees:
-                c = at + prompt + first
-                starts.append(c)
-                keys.append(range(at, c))
-                for length in others:
-                    keys.append([*range(at, at + prompt), *range(c, c + length)])
-                    c += length
-                    starts.append(c)
-                at = c
-            ends = [0, *itertools.accumulate(map(len, keys))]
-            rows = torch.tensor([row for part in keys for row in part], device=q.device)
-            self.packed = rows, *(torch.tensor(x, dtype=torch.int32, device=q.device) for x in (starts, ends)), max(
-                b - a for a, b in zip(starts, starts[1:])), max(map(len, keys))
+            sizes, keys = [len(own) for _, own in self.parts], [[*prompt, *own] for prompt, own in self.parts]
+            cuts = ([0, *itertools.accumulate(lengths)] for lengths in (sizes, map(len, keys)))
+            self.packed = (torch.tensor([row for part in keys for row in part], device=q.device),
+                           *(torch.tensor(cut, dtype=torch.int32, device=q.device) for cut in cuts),
+                           max(sizes), max(map(len, keys)))
         rows, *cuts = self.packed
         return kernel(q, k[rows], v[rows], *cuts)
 
@@ -113,23 +107,14 @@ def lower_right(length: int, prompt: int, device):
 
 @lru_cache
 def varlen_kernel():
-    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None without.
-
-    Its arguments changed between torch 2.10 and 2.12.
-    """
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None where
+    torch has no such kernel, or one whose query heads cannot share a key head."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
-        return partial(varlen_attn, enable_gqa=True, **causal)
-
-    def kernel(q, k, v, *cuts):  # every query head gets a key and value head of its own
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return varlen_attn(q, k, v, *cuts, **causal)
-    return kernel
+    shares = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return partial(varlen_attn, window_size=(-1, 0), enable_gqa=True) if shares else None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -238,8 +223,9 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
-    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks recompute their activations in backward (0 = none).
-    `folder` is where the model was read from; its tokenizer files travel along when it is saved.
+    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks recompute
+    their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer files travel along
+    when it is saved.
     """
 
     def __init__(self, config: ModelConfig):
@@ -261,10 +247,8 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # [..., H]
         rope = rope_angles(positions, self.config)
         for i, block in enumerate(self.model.layers):
-            if i < self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, use_reentrant=False)
-            else:
-                x = block(x, rope, attend)
+            again = i < self.checkpoint_blocks and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, attend, use_reentrant=False) if again else block(x, rope, attend)
         return self.model.norm(x)
 
     def logits(self, input_ids: Tensor) -> Tensor:
