@@ -213,7 +213,7 @@ def run(args) -> None:
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
         if settings.int8:
-            raise UserError("--patch and --int8 are both given; apply the patch first: python -m allo_mini.checkpoint apply")
+            raise UserError("--patch and --int8 are both given; apply the patch first: python -m allo_mini.patch")
         apply_patch(model, args.patch)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     model.config.check_length(settings.max_length, str(folder / "config.json"))

@@ -41,7 +41,6 @@ class ModelConfig:
     mlp_bias: bool
     max_position_embeddings: int
     sliding_window: int | None
-    eos_token_ids: tuple[int, ...] = ()
     raw: dict = field(default_factory=dict, compare=False, repr=False)
 
     def check_length(self, tokens: int, where: str = "config.json") -> None:
@@ -89,13 +88,12 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
     scaling = {"rope_type": kind, **{key: get(rope, key, float) for key in ROPE[kind]}}
     windowed = raw.get("sliding_window") is not None and (family == "mistral" or raw.get("use_sliding_window"))
-    eos, bias = raw.get("eos_token_id"), plain.pop("attention_bias")
+    bias = plain.pop("attention_bias")
     return ModelConfig(
         **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling,
         rope_theta=get({**raw, **rope}, "rope_theta", float, 10000.0),
         sliding_window=get(raw, "sliding_window", int) if windowed else None,
-        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2",
-        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]), raw=raw)
+        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2", raw=raw)
 
 
 def cache_bytes(c: ModelConfig, size: int) -> int:

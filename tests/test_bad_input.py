@@ -303,13 +303,6 @@ def weights(change):
     return do
 
 
-def index(table, **more):
-    def do(folder):
-        (folder / "model.safetensors").rename(folder / "a.safetensors")
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table, **more}))
-    return do
-
-
 def cut(name, share):
     def do(folder):
         data = (folder / name).read_bytes()
@@ -352,11 +345,6 @@ MODELS = [
      ["model.safetensors", NORM, "int32"]),
     ("missing tensor", weights(lambda s: s.pop(NORM)), [f"model: weight {NORM} is missing"]),
     ("extra tensor", weights(lambda s: s.update(extra=torch.ones(1))), ["model: weight extra"]),
-    ("index without map", index(None), ["index.json", "weight_map"]),
-    ("index that leaves the folder", index({NORM: "../a.safetensors"}), ["index.json", "'../a.safetensors'"]),
-    ("index with a list", index({NORM: ["a.safetensors"]}), ["index.json", "not a plain file name"]),
-    ("index naming no file", index(dict.fromkeys(tiny_model().state_dict(), "b.safetensors")),
-     ["model/b.safetensors"]),
     ("vocabulary too large", lambda f: write_tokenizer_size(f, 130),
      ["model: tokenizer.json", "vocab_size of 120"]),
     ("broken tokenizer", cut("tokenizer.json", 0.5), ["model/tokenizer.json", "not a tokenizer file"]),

@@ -18,7 +18,7 @@ from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
 from allo_mini.model import Again, TreeAttention, causal_attention, parse_config, rms_norm, swiglu
-from helpers import (EOS, FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
+from helpers import (FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
 TREES = [(random_ids(7, 1), [random_ids(5, 2), random_ids(9, 3)]),
@@ -470,20 +470,12 @@ def test_a_superfluous_lm_head_in_a_tied_checkpoint_is_ignored(tmp_path):
     assert {n for n, _ in model.named_parameters()} == set(state)
 
 
-@pytest.mark.parametrize("table", [None, [], {"a": "../x.safetensors"}, {"a": 3}, {"a": []}, {},
-                                   {"model.norm.weight": "model-00009-of-00002.safetensors"}])
-def test_broken_shard_tables_are_refused(table, tmp_path):
-    folder, _ = copy_of("llama3_rope", tmp_path)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    refused(folder)
-
-
 def test_missing_and_truncated_shards_are_refused_and_swapped_ones_do_no_harm(tmp_path):
     folder, _ = copy_of("llama3_rope", tmp_path)
     a, b = (folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     first, second = a.read_bytes(), b.read_bytes()
     b.unlink()
-    refused(folder, b.name)
+    refused(folder, "weight", "is missing")
     b.write_bytes(second[:-10])
     refused(folder, b.name)
     a.write_bytes(second), b.write_bytes(first)
@@ -559,10 +551,9 @@ def test_both_spellings_of_rope_settings_mean_the_same():
 def test_optional_keys_have_hugging_face_defaults():
     optional = ("num_key_value_heads", "tie_word_embeddings", "rope_theta")
     bare = {k: v for k, v in RAW.items() if k not in optional}
-    config = parse_config({**bare, "eos_token_id": [2, 7]})
+    config = parse_config(bare)
     assert config.num_key_value_heads == 4 and config.head_dim == 4 and config.rope_theta == 10000.0
-    assert not config.tie_word_embeddings and not config.qkv_bias and config.eos_token_ids == (2, 7)
-    assert parse_config({**bare, "eos_token_id": None}).eos_token_ids == ()
+    assert not config.tie_word_embeddings and not config.qkv_bias
     assert parse_config({**bare, "head_dim": None}).head_dim == 4
     assert parse_config({**RAW, "architectures": ["Qwen2ForCausalLM"]}).qkv_bias
 
@@ -587,7 +578,6 @@ def test_initialize_is_seeded_and_scaled():
     assert not torch.equal(a.head_weight, c.head_weight)
     assert a.head_weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (a.model.norm.weight == 1).all()
-    assert EOS in a.config.eos_token_ids
 
 
 # ---- one call of a variable-length kernel ------------------------------------------------------------------

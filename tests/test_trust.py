@@ -124,14 +124,13 @@ def test_without_a_network_the_cache_gives_the_files(tmp_path, monkeypatch):
     assert find_folder("some/model") == cached == find_folder("some/model@" + "a" * 40)
 
 
-@pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", ".", "a\\b", "a\0b"])
-def test_an_index_names_files_of_its_own_folder(tmp_path, name):
+def test_an_index_leads_nowhere(tmp_path):
+    """Weights are the files of the folder that have our names, whatever an index says."""
     save_model(tiny_model(), tmp_path / "model")
     (tmp_path / "model/model.safetensors").rename(tmp_path / "a.safetensors")
-    shutil.copy(tmp_path / "a.safetensors", tmp_path / "model/b.safetensors")
-    names = dict.fromkeys(tiny_model().state_dict(), "b.safetensors") | {"model.norm.weight": name}
-    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(UserError, match="index.json"):
+    table = dict.fromkeys(tiny_model().state_dict(), "../a.safetensors")
+    (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(UserError, match="model.safetensors: file not found"):
         load_model(str(tmp_path / "model"))
 
 

@@ -32,7 +32,7 @@ from test_bad_input import GOOD, TEMPLATE, lines, shaped  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from allo_mini import UserError, patch  # noqa: E402
-from allo_mini.checkpoint import save_model  # noqa: E402
+from allo_mini.checkpoint import load_model, save_model  # noqa: E402
 from allo_mini.files import save_mask  # noqa: E402
 from allo_mini.report import write_report  # noqa: E402
 
@@ -88,8 +88,7 @@ KINDS = {
                                                                              E + " --prompt chat"),
     "chat template": ("model/chat_template.jinja", E + " --prompt chat"),
     "generation_config.json": ("model/generation_config.json", E),
-    "weights": ("model/model.safetensors", E), "index": ("shards/model.safetensors.index.json",
-                                                         E.replace("model model", "model shards")),
+    "weights": ("model/model.safetensors", E),
     "shard": ("shards/model-00001-of-00002.safetensors", E.replace("model model", "model shards")),
     "mask": ("m.safetensors", T + " --samples s.jsonl --mask m.safetensors"),
     "--config": ("c.json", T + " --samples s.jsonl --config c.json"),
@@ -125,8 +124,6 @@ def make_world(place: Path) -> None:
     where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(state)}
     for file in set(where.values()):
         save_file({n: t for n, t in state.items() if where[n] == file}, place / "shards" / file)
-    (place / "shards/model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1},
-                                                                           "weight_map": where}))
     save_mask(shaped(), place / "m.safetensors")
     from allo_mini.log import Log
     step = Log.step
@@ -152,9 +149,9 @@ def call(command) -> int:
 
 
 def apply(argv) -> int:
-    """python -m allo_mini.checkpoint apply BASE PATCH OUT"""
+    """python -m allo_mini.patch BASE PATCH OUT"""
     try:
-        patch.main(["apply", *argv])
+        save_model(patch.apply_patch(load_model(argv[0], None), argv[1]), argv[2])
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
