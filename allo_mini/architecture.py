@@ -36,8 +36,7 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict
     tie_word_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
+    attention_bias: bool
     mlp_bias: bool
     max_position_embeddings: int
     sliding_window: int | None
@@ -66,8 +65,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         if kind is bool:
             need(isinstance(value, bool), key, value, "true or false")
         else:
-            most = 1e9 if kind is int else 1e38
-            need(type(value) in (int, kind) and 0 < value < most, key, value, f"a positive {kind.__name__} below {most:g}")
+            need(type(value) in (int, kind) and 0 < value < 1e10, key, value, f"a positive {kind.__name__} below 1e10")
         return value
 
     names, act = raw.get("architectures"), raw.get("hidden_act")
@@ -88,12 +86,10 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
     scaling = {"rope_type": kind, **{key: get(rope, key, float) for key in ROPE[kind]}}
     windowed = raw.get("sliding_window") is not None and (family == "mistral" or raw.get("use_sliding_window"))
-    bias = plain.pop("attention_bias")
     return ModelConfig(
         **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling,
         rope_theta=get({**raw, **rope}, "rope_theta", float, 10000.0),
-        sliding_window=get(raw, "sliding_window", int) if windowed else None,
-        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2", raw=raw)
+        sliding_window=get(raw, "sliding_window", int) if windowed else None, raw=raw)
 
 
 def cache_bytes(c: ModelConfig, size: int) -> int:

@@ -173,10 +173,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.o_proj = Linear(q_size, c.hidden_size, bias=c.output_bias)
+        qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
+        self.q_proj = Linear(c.hidden_size, q_size, bias=qwen2 or c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.attention_bias and not qwen2)
         if c.family == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 

@@ -553,9 +553,13 @@ def test_optional_keys_have_hugging_face_defaults():
     bare = {k: v for k, v in RAW.items() if k not in optional}
     config = parse_config(bare)
     assert config.num_key_value_heads == 4 and config.head_dim == 4 and config.rope_theta == 10000.0
-    assert not config.tie_word_embeddings and not config.qkv_bias
+    assert not config.tie_word_embeddings and not config.attention_bias
     assert parse_config({**bare, "head_dim": None}).head_dim == 4
-    assert parse_config({**RAW, "architectures": ["Qwen2ForCausalLM"]}).qkv_bias
+    for family, attention_bias, biased in (("Qwen2", None, "qkv"), ("Qwen2", True, "qkv"), ("Qwen3", True, "qkvo"),
+                                           ("Qwen3", None, ""), ("Llama", True, "qkvo"), ("Llama", False, "")):
+        model = tiny_model(architectures=[f"{family}ForCausalLM"], attention_bias=attention_bias)
+        attention = model.model.layers[0].self_attn
+        assert "".join(x for x in "qkvo" if getattr(attention, f"{x}_proj").bias is not None) == biased
 
 
 def test_lengths_the_model_was_not_made_for_are_refused():
