@@ -21,30 +21,27 @@ from allo_mini.model import CausalLM, TreeAttention
 
 
 class Cache:
-    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attention for one new token each."""
+    """Keys and values of all running samples, [slots, g, room, d] of each layer. Attention for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
-        self.layers = [[torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv"]
-                       for _ in range(c.num_hidden_layers)]
+        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k and v of layer 0, of layer 1, ...
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
-        room = self.layers[0][0].shape[2]
-        for pair in self.layers if needed > room else ():
-            for i in (0, 1):
-                pair[i] = F.pad(pair[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
+        room = self.stores[0].shape[2]
+        for i in range(len(self.stores)) if needed > room else ():
+            self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Let the samples in the slots `sources` continue in the slots `targets`."""
-        for pair in self.layers if sources else ():
-            for store in pair:
-                store[targets] = store[sources]
+    def move(self, source: int, target: int) -> None:
+        """Let the sample in the slot `source` continue in the slot `target`."""
+        for store in self.stores:
+            store[target] = store[source]
 
     def at(self, lengths: list[int]) -> "Cache":
         """Prepare one decoding step for samples holding `lengths` tokens; returns itself as the attend function."""
-        device = self.layers[0][0].device
+        device = self.stores[0].device
         self.lengths = torch.tensor(lengths, device=device)
         self.used = max(lengths) + 1
         self.visible = (torch.arange(self.used, device=device) <= self.lengths[:, None])[:, None, None]  # [A,1,1,used]
@@ -56,7 +53,7 @@ class Cache:
 
         The h/g query heads that share a key head are laid out as that head's queries: no key is ever repeated.
         """
-        keys, values = self.layers[layer]
+        keys, values = self.stores[2 * layer:2 * layer + 2]
         keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
         active = len(self.rows)
         out = F.scaled_dot_product_attention(
@@ -74,7 +71,7 @@ class Prefill(TreeAttention):
         self.cache, self.lengths, self.copies, self.slot = cache, lengths, copies, slot
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        for store, stream in zip(self.cache.layers[layer], (k, v)):
+        for store, stream in zip(self.cache.stores[2 * layer:2 * layer + 2], (k, v)):
             at = self.slot
             for part, n in zip(stream.split(self.lengths), self.copies):  # [P,g,d]
                 store[at:at + n, :, :len(part)] = part.transpose(0, 1)
@@ -90,13 +87,12 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs, size = (logits.float() / temperature).softmax(-1), 64
-    while True:  # the nucleus is nearly always small: sorting the whole vocabulary would cost more than the model
-        size = min(size if top_p < 1 else probs.shape[-1], probs.shape[-1])
-        top, ids = probs.topk(size, -1)  # [A,size], descending
-        if size == probs.shape[-1] or bool((top.sum(-1) >= top_p).all()):
-            break
-        size *= 8
+    probs, whole = (logits.float() / temperature).softmax(-1), logits.shape[-1]
+    size = min(64, whole) if top_p < 1 else whole  # nearly always enough: sorting all would cost more than the model
+    top, ids = probs.topk(size, -1)  # [A,size], descending
+    while size < whole and bool((top.sum(-1) < top_p).any()):
+        size = min(8 * size, whole)
+        top, ids = probs.topk(size, -1)
     total = top.cumsum(-1)
     top = top * (total - top < top_p)  # tokens up to and including the one that reaches top_p
     total = top.cumsum(-1)
@@ -128,7 +124,6 @@ def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) 
     copies = Counter(s.number for s in fresh)
     prompts = list({s.number: s.prompt for s in fresh}.values())
     lengths, n, device = [len(p) for p in prompts], list(copies.values()), model.head_weight.device
-    cache.grow(max(lengths) + 1)
     ids = torch.tensor([t for p in prompts for t in p], device=device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     hidden = model(ids, positions, Prefill(cache, lengths, n, slot))  # [N,H]
@@ -179,16 +174,14 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(head.device)
         for s, token in zip(fresh, pick(linear(hidden, head), temperature, top_p, u).tolist()):
             s.tokens.append(token)
-        over = [len(s.tokens) == len(s.u) or s.tokens[-1] in eos or stopped(s.tokens) for s in running]
-        for s in (s for s, ended in zip(running, over) if ended):
-            on_done(s.number, s.tokens)
-        stay = over.count(False)
-        sources = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
-        targets = [i for i in range(stay) if over[i]]
-        cache.move(sources, targets)
-        for source, target in zip(sources, targets):
-            running[target] = running[source]
-        del running[stay:]
+        for i in reversed(range(len(running))):
+            s = running[i]
+            if len(s.tokens) == len(s.u) or s.tokens[-1] in eos or stopped(s.tokens):
+                on_done(s.number, s.tokens)
+                last = running.pop()
+                if last is not s:  # it moves into the gap
+                    cache.move(len(running), i)
+                    running[i] = last
     return [[s.tokens for s in samples[i * n:(i + 1) * n]] for i in range(len(prompts))]
 
 
