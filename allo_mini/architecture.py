@@ -65,7 +65,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         if kind is bool:
             need(isinstance(value, bool), key, value, "true or false")
         else:
-            need(type(value) in (int, kind) and 0 < value < 1e10, key, value, f"a positive {kind.__name__} below 1e10")
+            good = type(value) in (int, kind) and 0 < value < 1e10
+            need(good, key, value, f"a positive {kind.__name__} below 1e10")
         return value
 
     names, act = raw.get("architectures"), raw.get("hidden_act")

@@ -78,7 +78,7 @@ def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | No
     if value is None and optional:
         return None
     if key not in row:
-        raise UserError(f"{where}: missing key {key!r}; there is {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
+        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
     if not isinstance(value, str):
@@ -252,8 +252,10 @@ class Encoder:
         return Example(self.trim(ids, room), answers)
 
     def split(self, prompt: Text, responses: list[Text]) -> tuple[list[int], list[list[int]]]:
-        """(ids of the prompt, ids of each response up to its closing token), encoded together and never trimmed. The token
-        is added where the text did not bring it."""
+        """(ids of the prompt, ids of each response), encoded together and never trimmed.
+
+        A response ends with its closing token, which is added where the text did not bring it.
+        """
         texts = [self.answer(prompt, r) for r in responses]
         ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.style != "chat")
         return ids, [a[:a.index(self.closing) + 1] if self.closing in a else [*a, self.closing] for a in answers]

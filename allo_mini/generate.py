@@ -21,12 +21,12 @@ from allo_mini.model import CausalLM, TreeAttention
 
 
 class Cache:
-    """Keys and values of all running samples, [slots, g, room, d] of each layer. Attention for one new token each."""
+    """Keys and values of all running samples: two of [slots, g, room, d] a layer. Attention for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
-        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k and v of layer 0, of layer 1, ...
+        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v of layer 0, k, v of 1, ...
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
@@ -88,7 +88,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     probs, whole = (logits.float() / temperature).softmax(-1), logits.shape[-1]
-    size = min(64, whole) if top_p < 1 else whole  # nearly always enough: sorting all would cost more than the model
+    size = min(64, whole) if top_p < 1 else whole  # nearly always enough; sorting all costs more than the model
     top, ids = probs.topk(size, -1)  # [A,size], descending
     while size < whole and bool((top.sum(-1) < top_p).any()):
         size = min(8 * size, whole)

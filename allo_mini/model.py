@@ -59,7 +59,7 @@ class TreeAttention:
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.parts, self.packed, at = [], None, 0  # of each call: (what of [P] is read beside it, queries) in the stream
+        self.parts, self.packed, at = [], None, 0  # one part a call: where [P] stands (empty for [P C]), and its queries
         for prompt, (first, *others) in trees:
             end = at + prompt + first
             self.parts.append((range(0), range(at, end)))
@@ -107,8 +107,10 @@ def lower_right(length: int, prompt: int, device):
 
 @lru_cache
 def varlen_kernel():
-    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None where
-    torch has no such kernel, or one whose query heads cannot share a key head."""
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right.
+
+    None where torch has no such kernel, or one whose query heads cannot share a key head.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -224,9 +226,9 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
-    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks recompute
-    their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer files travel along
-    when it is saved.
+    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks
+    recompute their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer files
+    travel along when it is saved.
     """
 
     def __init__(self, config: ModelConfig):

@@ -60,7 +60,7 @@ def compiled(template: str):
 
 
 def answer(template: str, values: dict) -> list[str | None]:
-    """[what the template writes, None], or [None, why it fails]: it is the checkpoint's data and can fail in any way."""
+    """[what the template writes, None] or [None, why it fails]; as a checkpoint's data it can fail in any way."""
     try:
         text = compiled(template).render(values)
         return [text, None] if len(text.encode()) <= BYTES else [None, f"it writes more than {BYTES} bytes"]

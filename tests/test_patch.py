@@ -40,7 +40,8 @@ def test_base_and_patch_are_the_tuned_model(folders):
     dtype = next(iter(tuned.values())).dtype
     model = apply_patch(load_model(str(folders / "base"), dtype), folders / "patch.safetensors")
     assert all(torch.equal(p, tuned[name]) for name, p in model.named_parameters())
-    command = [sys.executable, "-m", "allo_mini.patch", folders / "base", folders / "patch.safetensors", folders / "out"]
+    paths = (folders / name for name in ("base", "patch.safetensors", "out"))
+    command = [sys.executable, "-m", "allo_mini.patch", *paths]
     assert subprocess.run(command, capture_output=True).returncode == 0
     written = load_file(folders / "out" / "model.safetensors")
     assert written.keys() == tuned.keys() and all(torch.equal(written[n], tuned[n]) for n in tuned)
@@ -70,7 +71,7 @@ def test_another_base_is_refused(folders):
 
 BROKEN = {
     "not a patch": lambda t, m: m.clear(),
-    "unknown tensor": lambda t, m: t.update({k.replace("norm", "nobody"): t.pop(k) for k in [*t] if k.startswith("model.norm")}),
+    "unknown tensor": lambda t, m: t.update({k.replace("norm", "x"): t.pop(k) for k in [*t] if k.startswith("model.norm")}),
     "a tensor too few": lambda t, m: [t.pop(k) for k in [*t] if k.startswith("model.norm")],
     "a part missing": lambda t, m: t.pop("model.norm.weight.counts"),
     "too few values": lambda t, m: t.update({k: v[:-1] for k, v in t.items() if k.endswith("norm.weight.values")}),
