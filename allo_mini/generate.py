@@ -21,12 +21,12 @@ from allo_mini.model import CausalLM, TreeAttention
 
 
 class Cache:
-    """Keys and values of all running samples: two of [slots, g, room, d] a layer. Attention for one new token each."""
+    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attention for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
-        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v of layer 0, k, v of 1, ...
+        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""

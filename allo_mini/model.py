@@ -54,12 +54,13 @@ class TreeAttention:
         R sees   [P | R]  causally, never C: queries R, keys and values [P | R], aligned at the lower right
 
     So the prompt is computed once per pair, and the result equals that of two separate sequences.
-    `trees` is a list of (prompt length, (response length, ...)). On a GPU one call of a variable-length kernel does
+    `trees` is a list of (prompt length, (response length, ...)), `parts` what follows from it for each call: the places
+    in the stream of the prompt, none for [P | C], and of the queries. On a GPU one call of a variable-length kernel does
     all of it, where this torch has one.
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.parts, self.packed, at = [], None, 0  # one part a call: where [P] stands (empty for [P C]), and its queries
+        self.parts, self.packed, at = [], None, 0
         for prompt, (first, *others) in trees:
             end = at + prompt + first
             self.parts.append((range(0), range(at, end)))
@@ -227,8 +228,8 @@ class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
     `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks
-    recompute their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer files
-    travel along when it is saved.
+    recompute their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer
+    files travel along when it is saved.
     """
 
     def __init__(self, config: ModelConfig):
