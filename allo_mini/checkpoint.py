@@ -84,14 +84,14 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu",
-               revision: str | None = None, int8: bool = False, mask=None) -> CausalLM:
+               int8: bool = False, mask=None) -> CausalLM:
     """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
 
     Built on the meta device and filled tensor by tensor from memory-mapped files, so the peak is one model.
     int8: store the linear layers' weights in 8 bits, but the entries selected by `mask` (name -> bool) as they are.
     Raises UserError for anything missing, truncated, misshapen or unsupported.
     """
-    dtype, folder = DTYPES.get(dtype, dtype), find_folder(str(path_or_id), revision)
+    dtype, folder = DTYPES.get(dtype, dtype), find_folder(str(path_or_id))
     config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = build(config)

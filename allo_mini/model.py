@@ -54,9 +54,9 @@ class TreeAttention:
         R sees   [P | R]  causally, never C: queries R, keys and values [P | R], aligned at the lower right
 
     So the prompt is computed once per pair, and the result equals that of two separate sequences.
-    `trees` is a list of (prompt length, (response length, ...)), `parts` what follows from it for each call: the places
-    in the stream of the prompt, none for [P | C], and of the queries. On a GPU one call of a variable-length kernel does
-    all of it, where this torch has one.
+    `trees` is a list of (prompt length, (response length, ...)), `parts` what follows from it for each call: the
+    places in the stream of the prompt, none for [P | C], and of the queries. On a GPU one call of a variable-length
+    kernel does all of it, where this torch has one.
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
