@@ -21,7 +21,7 @@ from allo_mini.model import CausalLM, TreeAttention
 
 
 class Cache:
-    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attention for one new token each."""
+    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attends for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
@@ -39,14 +39,13 @@ class Cache:
         for store in self.stores:
             store[target] = store[source]
 
-    def at(self, lengths: list[int]) -> "Cache":
-        """Prepare one decoding step for samples holding `lengths` tokens; returns itself as the attend function."""
+    def prepare(self, lengths: list[int]) -> None:
+        """Be ready to attend, for one decoding step, to samples that hold `lengths` tokens."""
         device = self.stores[0].device
-        self.lengths = torch.tensor(lengths, device=device)
-        self.used = max(lengths) + 1
+        self.lengths, self.used = torch.tensor(lengths, device=device), max(lengths) + 1
+        self.grow(self.used)
         self.visible = (torch.arange(self.used, device=device) <= self.lengths[:, None])[:, None, None]  # [A,1,1,used]
         self.rows = torch.arange(len(lengths), device=device)
-        return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [A,h,d], k and v [A,g,d] of the A running samples' newest token -> [A,h,d].
@@ -55,9 +54,8 @@ class Cache:
         """
         keys, values = self.stores[2 * layer:2 * layer + 2]
         keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
-        active = len(self.rows)
         out = F.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)), keys[:active, :, :self.used], values[:active, :, :self.used],
+            q.unflatten(1, (k.shape[1], -1)), keys[:len(q), :, :self.used], values[:len(q), :, :self.used],
             attn_mask=self.visible)  # [A,g,h/g,d]
         return out.flatten(1, 2)
 
@@ -133,10 +131,9 @@ def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) 
 
 def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
     """Put the newest token of every running sample into the cache -> hidden [len(running), H]."""
-    lengths, device = [len(s.prompt) + len(s.tokens) - 1 for s in running], model.head_weight.device
-    cache.grow(max(lengths) + 1)
-    ids = torch.tensor([s.tokens[-1] for s in running], device=device)
-    return model(ids, torch.tensor(lengths, device=device), cache.at(lengths))
+    cache.prepare([len(s.prompt) + len(s.tokens) - 1 for s in running])
+    ids = torch.tensor([s.tokens[-1] for s in running], device=model.head_weight.device)
+    return model(ids, cache.lengths, cache)
 
 
 @torch.inference_mode()
