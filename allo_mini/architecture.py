@@ -36,12 +36,10 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: dict
     tie_word_embeddings: bool
-    qkv_bias: bool
-    output_bias: bool
+    attention_bias: bool
     mlp_bias: bool
     max_position_embeddings: int
     sliding_window: int | None
-    eos_token_ids: tuple[int, ...] = ()
     raw: dict = field(default_factory=dict, compare=False, repr=False)
 
     def check_length(self, tokens: int, where: str = "config.json") -> None:
@@ -67,8 +65,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         if kind is bool:
             need(isinstance(value, bool), key, value, "true or false")
         else:
-            most = 1e9 if kind is int else 1e38
-            need(type(value) in (int, kind) and 0 < value < most, key, value, f"a positive {kind.__name__} below {most:g}")
+            good = type(value) in (int, kind) and 0 < value < 1e10
+            need(good, key, value, f"a positive {kind.__name__} below 1e10")
         return value
 
     names, act = raw.get("architectures"), raw.get("hidden_act")
@@ -89,13 +87,10 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
     scaling = {"rope_type": kind, **{key: get(rope, key, float) for key in ROPE[kind]}}
     windowed = raw.get("sliding_window") is not None and (family == "mistral" or raw.get("use_sliding_window"))
-    eos, bias = raw.get("eos_token_id"), plain.pop("attention_bias")
     return ModelConfig(
         **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling,
         rope_theta=get({**raw, **rope}, "rope_theta", float, 10000.0),
-        sliding_window=get(raw, "sliding_window", int) if windowed else None,
-        qkv_bias=bias or family == "qwen2", output_bias=bias and family != "qwen2",
-        eos_token_ids=tuple(eos if isinstance(eos, list) else [] if eos is None else [eos]), raw=raw)
+        sliding_window=get(raw, "sliding_window", int) if windowed else None, raw=raw)
 
 
 def cache_bytes(c: ModelConfig, size: int) -> int:

@@ -82,16 +82,21 @@ def open_safetensors(path: Path):
         raise UserError(f"{path}: not a complete safetensors file: {e}") from None
 
 
+def read_tensor(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file."""
+    with open_safetensors(path) as f:
+        return f.get_tensor(name)
+
+
 def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu",
-               revision: str | None = None, int8: bool = False, mask=None) -> CausalLM:
+               int8: bool = False, mask=None) -> CausalLM:
     """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
 
     Built on the meta device and filled tensor by tensor from memory-mapped files, so the peak is one model.
     int8: store the linear layers' weights in 8 bits, but the entries selected by `mask` (name -> bool) as they are.
     Raises UserError for anything missing, truncated, misshapen or unsupported.
     """
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    folder = find_folder(str(path_or_id), revision)
+    dtype, folder = DTYPES.get(dtype, dtype), find_folder(str(path_or_id))
     config = parse_config(read_json(folder / "config.json"), str(folder / "config.json"))
     with torch.device("meta"):
         model = build(config)
@@ -134,10 +139,9 @@ def dense_weight(model: CausalLM, name: str, files: dict[str, Path]) -> torch.Te
     p = model.get_parameter(name)
     if not hasattr(p, "int8"):
         return p.detach().contiguous().cpu()
-    with open_safetensors(files[name]) as f:
-        dense = f.get_tensor(name).to(p.int8.values.dtype, copy=True)
+    dense = read_tensor(files[name], name).to(p.int8.values.dtype, copy=True)
     for rows, entries, index in p.int8.selection.chunks():
-        put(dense[rows], None if index is None else index.cpu(), p.int8.values[entries])
+        put(dense[rows], index.cpu(), p.int8.values[entries])
     return dense
 
 
@@ -167,19 +171,16 @@ def save_model(model: CausalLM, folder: str | Path) -> None:
 
 def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every id that ends a response: config.json's, generation_config.json's and the tokenizer's."""
-    ids, path = [*model.config.eos_token_ids, tokenizer.eos_id], (model.folder or Path()) / "generation_config.json"
-    if path.is_file():
-        more = read_json(path).get("eos_token_id")
-        ids += more if isinstance(more, list) else [more]
+    path = (model.folder or Path()) / "generation_config.json"
+    settings = [model.config.raw, read_json(path) if path.is_file() else {}]
+    named = [tokenizer.eos_id, *(found.get("eos_token_id") for found in settings)]
+    ids = [i for one in named for i in (one if isinstance(one, list) else [one]) if i is not None]
     for i in ids:
-        if i is not None and type(i) is not int:
+        if type(i) is not int:
             raise UserError(f"{path.with_name('config.json')}, {path.name}: eos_token_id holds {i!r}, expected token ids")
-    return tuple(sorted({i for i in ids if i is not None}))
+    return tuple(sorted(set(ids)))
 
 
 if __name__ == "__main__":
-    from allo_mini import patch  # which needs this module
-    try:
-        patch.main(sys.argv[1:])
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    from allo_mini.patch import main  # which needs this module
+    sys.exit(main(sys.argv[1:]))

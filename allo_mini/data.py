@@ -7,6 +7,7 @@
 """
 
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -17,15 +18,14 @@ from torch import Tensor
 
 from allo_mini import UserError
 from allo_mini.jsonio import read_jsonl
-from allo_mini.tokenizer import Tokenizer
+from allo_mini.tokenizer import Tokenizer, in_common
 
 # The form ALLO's official scripts use for its tasks (from WizardMath, arXiv 2308.09583; github.com/RUCAIBox/ALLO).
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 HH_TURN = "\n\nAssistant:"  # what a response follows in Anthropic HH strings
 
-Messages = list[dict]
-Text = str | Messages
+Text = str | list[dict]  # a string, or messages {"role", "content"}
 
 
 class Example(NamedTuple):
@@ -72,32 +72,32 @@ class Negative:
     scores: list[float] | None = None
 
 
-def text_of(row: dict, key: str, where: str, optional: bool = False, expected: str = "a string") -> str | None:
+def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
     """row[key] as a string that can be encoded. Raises UserError naming the place and what was found."""
     value = row.get(key)
     if value is None and optional:
         return None
     if key not in row:
-        raise UserError(f"{where}: missing key {key!r}; the row has {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
+        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
     if key == "answer" and type(value) in (int, float):
-        value = str(value)
+        return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected {expected}")
-    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected a string")
+    if re.search("[\ud800-\udfff]", value):
         raise UserError(f"{where}: {key!r} holds half a surrogate pair, which no text file can hold")
     return value
 
 
 def messages_of(row: dict, key: str, where: str) -> Text:
     """row[key]: a string that can be encoded, or a list of {"role", "content"}. Raises UserError."""
-    messages = row.get(key)
-    if not isinstance(messages, list):
-        return text_of(row, key, where, expected="a string or a list of messages")
-    for m in messages or ["nothing"]:
-        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+    if not isinstance(row.get(key), list):
+        return text_of(row, key, where)
+    for m in row[key] or ["nothing"]:
+        if not isinstance(m, dict):
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
-        text_of(m, "content", f"{where}: {key!r}")
-    return messages
+        for part in ("role", "content"):
+            text_of(m, part, f"{where}: {key!r}")
+    return row[key]
 
 
 def is_pairs(path: str | Path) -> bool:
@@ -126,7 +126,7 @@ def split_implicit(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text
 
     Of an identical pair something stays as response: the encoder counts and drops it.
     """
-    cut = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    cut = in_common(chosen, rejected)
     if isinstance(chosen, list):
         cut -= chosen == rejected
     else:
@@ -161,7 +161,7 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
 
 
-def messages(text: Text, role: str) -> Messages:
+def messages(text: Text, role: str) -> list[dict]:
     """A string as one message of `role`; a message list as it is."""
     return text if isinstance(text, list) else [{"role": role, "content": text}]
 
@@ -252,18 +252,17 @@ class Encoder:
         return Example(self.trim(ids, room), answers)
 
     def split(self, prompt: Text, responses: list[Text]) -> tuple[list[int], list[list[int]]]:
-        """(ids of the prompt, ids of each response up to its closing token), encoded together and never trimmed."""
+        """(ids of the prompt, ids of each response), encoded together and never trimmed.
+
+        A response ends with its closing token, which is added where the text did not bring it.
+        """
         texts = [self.answer(prompt, r) for r in responses]
         ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.style != "chat")
-        return ids, [self.close(a) for a in answers]
+        return ids, [a[:a.index(self.closing) + 1] if self.closing in a else [*a, self.closing] for a in answers]
 
     def response_ids(self, prompt: Text, response: Text) -> list[int]:
         """Ids of a response as they follow the prompt, closing token included."""
         return self.split(prompt, [response])[1][0]
-
-    def close(self, ids: list[int]) -> list[int]:
-        """The response up to its closing token; added when the text did not bring it."""
-        return ids[:ids.index(self.closing) + 1] if self.closing in ids else [*ids, self.closing]
 
     def drop(self, why: str) -> None:
         self.dropped[why] += 1

@@ -21,46 +21,41 @@ from allo_mini.model import CausalLM, TreeAttention
 
 
 class Cache:
-    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attention for one new token each."""
+    """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attends for one new token each."""
 
     def __init__(self, model: CausalLM, slots: int, room: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
-        self.layers = [[torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in "kv"]
-                       for _ in range(c.num_hidden_layers)]
+        self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
-        room = self.layers[0][0].shape[2]
-        for pair in self.layers if needed > room else ():
-            for i in (0, 1):
-                pair[i] = F.pad(pair[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
+        room = self.stores[0].shape[2]
+        for i in range(len(self.stores)) if needed > room else ():
+            self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
 
-    def move(self, sources: list[int], targets: list[int]) -> None:
-        """Let the samples in the slots `sources` continue in the slots `targets`."""
-        for pair in self.layers if sources else ():
-            for store in pair:
-                store[targets] = store[sources]
+    def move(self, source: int, target: int) -> None:
+        """Let the sample in the slot `source` continue in the slot `target`."""
+        for store in self.stores:
+            store[target] = store[source]
 
-    def at(self, lengths: list[int]) -> "Cache":
-        """Prepare one decoding step for samples holding `lengths` tokens; returns itself as the attend function."""
-        device = self.layers[0][0].device
-        self.lengths = torch.tensor(lengths, device=device)
-        self.used = max(lengths) + 1
+    def prepare(self, lengths: list[int]) -> None:
+        """Be ready to attend, for one decoding step, to samples that hold `lengths` tokens."""
+        device = self.stores[0].device
+        self.lengths, self.used = torch.tensor(lengths, device=device), max(lengths) + 1
+        self.grow(self.used)
         self.visible = (torch.arange(self.used, device=device) <= self.lengths[:, None])[:, None, None]  # [A,1,1,used]
         self.rows = torch.arange(len(lengths), device=device)
-        return self
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [A,h,d], k and v [A,g,d] of the A running samples' newest token -> [A,h,d].
 
         The h/g query heads that share a key head are laid out as that head's queries: no key is ever repeated.
         """
-        keys, values = self.layers[layer]
+        keys, values = self.stores[2 * layer:2 * layer + 2]
         keys[self.rows, :, self.lengths], values[self.rows, :, self.lengths] = k, v
-        active = len(self.rows)
         out = F.scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)), keys[:active, :, :self.used], values[:active, :, :self.used],
+            q.unflatten(1, (k.shape[1], -1)), keys[:len(q), :, :self.used], values[:len(q), :, :self.used],
             attn_mask=self.visible)  # [A,g,h/g,d]
         return out.flatten(1, 2)
 
@@ -74,7 +69,7 @@ class Prefill(TreeAttention):
         self.cache, self.lengths, self.copies, self.slot = cache, lengths, copies, slot
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        for store, stream in zip(self.cache.layers[layer], (k, v)):
+        for store, stream in zip(self.cache.stores[2 * layer:2 * layer + 2], (k, v)):
             at = self.slot
             for part, n in zip(stream.split(self.lengths), self.copies):  # [P,g,d]
                 store[at:at + n, :, :len(part)] = part.transpose(0, 1)
@@ -90,13 +85,12 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs, size = (logits.float() / temperature).softmax(-1), 64
-    while True:  # the nucleus is nearly always small: sorting the whole vocabulary would cost more than the model
-        size = min(size if top_p < 1 else probs.shape[-1], probs.shape[-1])
-        top, ids = probs.topk(size, -1)  # [A,size], descending
-        if size == probs.shape[-1] or bool((top.sum(-1) >= top_p).all()):
-            break
-        size *= 8
+    probs, whole = (logits.float() / temperature).softmax(-1), logits.shape[-1]
+    size = min(64, whole) if top_p < 1 else whole  # nearly always enough; sorting all costs more than the model
+    top, ids = probs.topk(size, -1)  # [A,size], descending
+    while size < whole and bool((top.sum(-1) < top_p).any()):
+        size = min(8 * size, whole)
+        top, ids = probs.topk(size, -1)
     total = top.cumsum(-1)
     top = top * (total - top < top_p)  # tokens up to and including the one that reaches top_p
     total = top.cumsum(-1)
@@ -128,7 +122,6 @@ def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) 
     copies = Counter(s.number for s in fresh)
     prompts = list({s.number: s.prompt for s in fresh}.values())
     lengths, n, device = [len(p) for p in prompts], list(copies.values()), model.head_weight.device
-    cache.grow(max(lengths) + 1)
     ids = torch.tensor([t for p in prompts for t in p], device=device)
     positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
     hidden = model(ids, positions, Prefill(cache, lengths, n, slot))  # [N,H]
@@ -138,10 +131,9 @@ def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) 
 
 def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
     """Put the newest token of every running sample into the cache -> hidden [len(running), H]."""
-    lengths, device = [len(s.prompt) + len(s.tokens) - 1 for s in running], model.head_weight.device
-    cache.grow(max(lengths) + 1)
-    ids = torch.tensor([s.tokens[-1] for s in running], device=device)
-    return model(ids, torch.tensor(lengths, device=device), cache.at(lengths))
+    cache.prepare([len(s.prompt) + len(s.tokens) - 1 for s in running])
+    ids = torch.tensor([s.tokens[-1] for s in running], device=model.head_weight.device)
+    return model(ids, cache.lengths, cache)
 
 
 @torch.inference_mode()
@@ -179,16 +171,14 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(head.device)
         for s, token in zip(fresh, pick(linear(hidden, head), temperature, top_p, u).tolist()):
             s.tokens.append(token)
-        over = [len(s.tokens) == len(s.u) or s.tokens[-1] in eos or stopped(s.tokens) for s in running]
-        for s in (s for s, ended in zip(running, over) if ended):
-            on_done(s.number, s.tokens)
-        stay = over.count(False)
-        sources = [i for i in range(stay, len(over)) if not over[i]]  # the last ones move into the gaps
-        targets = [i for i in range(stay) if over[i]]
-        cache.move(sources, targets)
-        for source, target in zip(sources, targets):
-            running[target] = running[source]
-        del running[stay:]
+        for i in reversed(range(len(running))):
+            s = running[i]
+            if len(s.tokens) == len(s.u) or s.tokens[-1] in eos or stopped(s.tokens):
+                on_done(s.number, s.tokens)
+                last = running.pop()
+                if last is not s:  # it moves into the gap
+                    cache.move(len(running), i)
+                    running[i] = last
     return [[s.tokens for s in samples[i * n:(i + 1) * n]] for i in range(len(prompts))]
 
 

@@ -38,7 +38,7 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
 
     Raises ValueError for an empty prompt or response: nothing would predict its first token.
     """
-    ids, positions, predictors, lengths, trees = [], [], [], [], []
+    ids, positions, predictors, targets, trees = [], [], [], [], []
     for prompt, responses, *_ in examples:
         if not prompt or not all(responses):
             raise ValueError("an example needs a prompt and responses of at least one token")
@@ -49,11 +49,11 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
             predictors += [last, *range(len(ids), len(ids) + len(response) - 1)]
             positions += range(len(prompt), len(prompt) + len(response))
             ids += response
-            lengths.append(len(response))
-        trees.append((len(prompt), tuple(len(r) for r in responses)))
-    targets = [t for _, responses, *_ in examples for r in responses for t in r]
-    to = lambda values: torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
-    return Batch(to(ids), to(positions), to(predictors), to(targets), lengths, trees)
+            targets += response
+        trees.append((len(prompt), tuple(map(len, responses))))
+    flat = (torch.tensor(values, dtype=torch.long) for values in (ids, positions, predictors, targets))
+    lengths = [length for _, sizes in trees for length in sizes]
+    return Batch(*(values.to(device, non_blocking=True) for values in flat), lengths, trees)
 
 
 class TargetLogps(torch.autograd.Function):
@@ -88,9 +88,8 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 <
         return TargetLogps.apply(linear(hidden, weight), targets)
 
     parts = list(zip(*(x.split(max(1, limit // (4 * weight.shape[0]))) for x in (hidden, targets))))
-    if len(parts) > 1 and torch.is_grad_enabled():
-        return torch.cat([checkpoint(one, h, t, use_reentrant=False) for h, t in parts])
-    return torch.cat([one(h, t) for h, t in parts])
+    again = len(parts) > 1 and torch.is_grad_enabled()
+    return torch.cat([checkpoint(one, h, t, use_reentrant=False) if again else one(h, t) for h, t in parts])
 
 
 def token_logps(model: CausalLM, batch: Batch) -> Tensor:
@@ -114,8 +113,8 @@ def micro_batches(examples: list, rows: int = 0, tokens: int = 8192) -> list[lis
     """
     groups, held = [], 0
     for example in sorted(examples, key=size_of, reverse=True):
-        size = size_of(example)
-        if not groups or (len(groups[-1]) == rows if rows else held + size > tokens):
+        size = 1 if rows else size_of(example)
+        if not groups or held + size > (rows or tokens):
             groups.append([])
             held = 0
         groups[-1].append(example)

@@ -22,23 +22,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from allo_mini import pointwise
 from allo_mini.architecture import ModelConfig, parse_config, rope_angles  # noqa: F401, for who imports them from here
 from allo_mini.linear import embedding, linear
-from allo_mini import pointwise
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of [..., T, heads, d] tensors (heads next to d, as the projections make them)."""
-    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
     if q.dim() == 3:
-        return sdpa_4d(q[None], k[None], v[None], **kind)[0].transpose(-2, -3)
-    return sdpa_4d(q, k, v, **kind).transpose(-2, -3)
-
-
-def sdpa_4d(q, k, v, **kind):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **kind)
+        return sdpa(q[None], k[None], v[None], **kind)[0]
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),  # [B,heads,T,d]
+                                         enable_gqa=q.shape[2] != k.shape[2], **kind)
+    return out.transpose(1, 2)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
@@ -74,7 +71,7 @@ class TreeAttention:
             queries = q.split([c, *others])
             out.append(sdpa(queries[0], k[:c], v[:c], is_causal=True))
             for length, own in zip(others, queries[1:]):
-                keys, values = (torch.cat((x[:prompt], x[c:c + length])) for x in (k, v))
+                keys, values = (torch.cat((x[:prompt], x[c:c + length])) for x in (k, v))  # [P | R]
                 out.append(sdpa(own, keys, values, attn_mask=self.lower_right(length, prompt, q)))
                 c += length
         return torch.cat(out).to(kind)
@@ -96,20 +93,19 @@ class TreeAttention:
     def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
         """The same: queries are the stream as it stands, cut into [P C], [R], ...; every [R] gets its keys [P R] copied."""
         if self.packed is None:
-            starts, keys, at = [0], [], 0
+            sizes, keys, at = [], [], 0  # of each part: how many queries, where in the stream its keys stand
             for prompt, (first, *others) in self.trees:
-                c = at + prompt + first
-                starts.append(c)
-                keys.append(range(at, c))
+                end = at + prompt + first
+                sizes += [prompt + first, *others]
+                keys.append(range(at, end))
                 for length in others:
-                    keys.append([*range(at, at + prompt), *range(c, c + length)])
-                    c += length
-                    starts.append(c)
-                at = c
-            ends = [0, *itertools.accumulate(map(len, keys))]
-            rows = torch.tensor([row for part in keys for row in part], device=q.device)
-            self.packed = rows, *(torch.tensor(x, dtype=torch.int32, device=q.device) for x in (starts, ends)), max(
-                b - a for a, b in zip(starts, starts[1:])), max(map(len, keys))
+                    keys.append([*range(at, at + prompt), *range(end, end + length)])
+                    end += length
+                at = end
+            cuts = ([0, *itertools.accumulate(lengths)] for lengths in (sizes, map(len, keys)))
+            self.packed = (torch.tensor([row for part in keys for row in part], device=q.device),
+                           *(torch.tensor(cut, dtype=torch.int32, device=q.device) for cut in cuts),
+                           max(sizes), max(map(len, keys)))
         rows, *cuts = self.packed
         return kernel(q, k[rows], v[rows], *cuts)
 
@@ -167,10 +163,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
         q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
-        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.o_proj = Linear(q_size, c.hidden_size, bias=c.output_bias)
+        qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
+        self.q_proj = Linear(c.hidden_size, q_size, bias=qwen2 or c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.attention_bias and not qwen2)
         if c.family == "qwen3":
             self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
 
@@ -217,8 +214,9 @@ class Backbone(nn.Module):
 class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
-    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks recompute their activations in backward (0 = none).
-    `folder` is where the model was read from; its tokenizer files travel along when it is saved.
+    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks
+    recompute their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer
+    files travel along when it is saved.
     """
 
     def __init__(self, config: ModelConfig):
@@ -240,10 +238,8 @@ class CausalLM(nn.Module):
         x = self.model.embed_tokens(input_ids)  # [..., H]
         rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]  # cos and sin, [..., 1, d]
         for i, block in enumerate(self.model.layers):
-            if i < self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, use_reentrant=False)
-            else:
-                x = block(x, rope, attend)
+            again = i < self.checkpoint_blocks and torch.is_grad_enabled()
+            x = checkpoint(block, x, rope, attend, use_reentrant=False) if again else block(x, rope, attend)
         return self.model.norm(x)
 
     def logits(self, input_ids: Tensor) -> Tensor:

@@ -7,25 +7,19 @@ For each changed tensor, NAME.offsets and NAME.counts (mask.Selection) and NAME.
 """
 
 import hashlib
-import json
+import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from allo_mini import UserError
-from allo_mini.checkpoint import find_folder, load_model, open_safetensors, save_model, shard_files
+from allo_mini.checkpoint import load_model, read_tensor, save_model, shard_files
 from allo_mini.files import load_tensors, save_tensors
 from allo_mini.model import CausalLM
 from allo_mini.selection import Selection, put, take
 
 PARTS = ("offsets", "counts", "values")
-
-
-def read(files: dict[str, Path], name: str) -> Tensor:
-    """One tensor of a model folder."""
-    with open_safetensors(files[name]) as f:
-        return f.get_tensor(name)
 
 
 def bytes_of(values: Tensor) -> bytes:
@@ -36,15 +30,14 @@ def bytes_of(values: Tensor) -> bytes:
 def save_patch(base: Path, tuned: Path, path: Path) -> None:
     """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there now."""
     before, after, tensors, digest = shard_files(base), shard_files(tuned), {}, hashlib.sha256()
-    for name in after:
-        old, new = read(before, name), read(after, name)
+    for name in sorted(after):
+        old, new = read_tensor(before[name], name), read_tensor(after[name], name)
         changed = old.to(new.dtype) != new
         if changed.any():
             where = Selection(new.shape, changed)
             tensors |= {f"{name}.{part}": t for part, t in zip(PARTS, (where.offsets, where.counts, new[changed]))}
             digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
-    names = [key.removesuffix(".values") for key in tensors if key.endswith(".values")]
-    save_tensors(tensors, path, {"patch": json.dumps(names), "digest": digest.hexdigest()})
+    save_tensors(tensors, path, {"digest": digest.hexdigest()})
 
 
 @torch.no_grad()
@@ -54,8 +47,8 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
     tensors, metadata = load_tensors(path)
     files, digest = shard_files(model.folder), hashlib.sha256()
     try:
-        for name in json.loads(metadata["patch"]):
-            old, p = read(files, name), model.get_parameter(name)
+        for name in sorted(key.removesuffix(".values") for key in tensors if key.endswith(".values")):
+            old, p = read_tensor(files[name], name), model.get_parameter(name)
             offsets, counts, values = (tensors[f"{name}.{part}"] for part in PARTS)
             digest.update(name.encode())
             for rows, entries, index in Selection.from_parts(p.shape, offsets, counts).chunks():
@@ -69,8 +62,13 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
     return model
 
 
-def main(argv: list[str]) -> None:
-    """The command `apply BASE PATCH OUT`."""
-    if len(argv) != 4 or argv[0] != "apply":
-        raise UserError("usage: python -m allo_mini.checkpoint apply BASE PATCH OUT")
-    save_model(apply_patch(load_model(str(find_folder(argv[1])), None), argv[2]), argv[3])
+def main(argv: list[str]) -> int:
+    """The command `python -m allo_mini.checkpoint apply BASE PATCH OUT`."""
+    try:
+        if len(argv) != 4 or argv[0] != "apply":
+            raise UserError("expected: python -m allo_mini.checkpoint apply BASE PATCH OUT")
+        save_model(apply_patch(load_model(argv[1], None), argv[2]), argv[3])
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2

@@ -11,7 +11,6 @@ import sys
 import threading
 from datetime import date
 
-from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS, MEMORY, BYTES = 10, 1 << 30, 1 << 24  # for one rendering
@@ -41,9 +40,11 @@ def render(template: str, **values) -> str:
     return text
 
 
+# ---- what runs in the process ------------------------------------------------------------------------------
+
 def refuse(message: str):
     """Templates call this to refuse a conversation."""
-    raise TemplateError(message)
+    raise ValueError(message)
 
 
 @functools.cache
@@ -58,22 +59,20 @@ def compiled(template: str):
                                           lambda tag: tag[1] + ("endif" if tag[2] else "if true"), template))
 
 
-def serve() -> None:
-    """The process: a line [template, values] in, a line [text, error] out, until its parent is gone."""
+def answer(template: str, values: dict) -> list[str | None]:
+    """[what the template writes, None] or [None, why it fails]; as a checkpoint's data it can fail in any way."""
+    try:
+        text = compiled(template).render(values)
+        return [text, None] if len(text.encode()) <= BYTES else [None, f"it writes more than {BYTES} bytes"]
+    except Exception as e:
+        return [None, str(e) or type(e).__name__]
+
+
+if __name__ == "__main__":  # a line of arguments in, a line with the answer out, until the parent is gone
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except ImportError:  # Windows: bounded in time only
         pass
     for line in sys.stdin:
-        template, values = json.loads(line)
-        try:
-            text = compiled(template).render(values)
-            answer = [text, None] if len(text.encode()) <= BYTES else [None, f"it writes more than {BYTES} bytes"]
-        except Exception as e:  # a template can fail in any way; it is the checkpoint's data
-            answer = [None, str(e) or type(e).__name__]
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    serve()
+        print(json.dumps(answer(*json.loads(line))), flush=True)

@@ -5,13 +5,19 @@ itself adds one, and never in front of text that a chat template wrote; prompt a
 and split at the common prefix, because a boundary may merge two characters into one token.
 """
 
+from itertools import takewhile
 from pathlib import Path
 
 from tokenizers import Tokenizer as HFTokenizer
 
 from allo_mini import UserError
-from allo_mini.jsonio import read_json
+from allo_mini.jsonio import open_bytes, read_json
 from allo_mini.template import render
+
+
+def in_common(*sequences) -> int:
+    """How many items at their beginning all sequences agree in."""
+    return len(list(takewhile(lambda items: items.count(items[0]) == len(items), zip(*sequences))))
 
 
 class Tokenizer:
@@ -45,21 +51,17 @@ class Tokenizer:
 
     def _prefix(self) -> list[int]:
         """What the tokenizer itself puts before a text: [bos] or nothing."""
-        wanted = self.settings.get("add_bos_token")
-        plain, full = (self.inner.encode("a", add_special_tokens=special).ids for special in (False, True))
-        added = full[:full.index(plain[0])] if plain and plain[0] in full else []
-        if wanted and self.bos_token and not added:
-            return [self.inner.token_to_id(self.bos_token)]
+        wanted, some = self.settings.get("add_bos_token"), self.inner.encode("a")
+        added = some.ids[:[*some.special_tokens_mask, 0].index(0)]
+        if wanted and self.bos_token:
+            return added or [self.inner.token_to_id(self.bos_token)]
         return [] if wanted is False else added
 
     def _read_template(self) -> str | None:
-        path = self.folder / "chat_template.jinja"
+        path, template = self.folder / "chat_template.jinja", self.settings.get("chat_template")
         if path.exists():
-            try:
-                return path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as e:
-                raise UserError(f"{path}: cannot be read as UTF-8 text: {e}") from None
-        template = self.settings.get("chat_template")
+            with open_bytes(path) as f:
+                return f.read().decode()
         if isinstance(template, list):  # the named form: [{"name": "default", "template": ...}, ...]
             named = (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default")
             template = next(named, None)
@@ -86,9 +88,7 @@ class Tokenizer:
         """
         alone = self.encode(prompt, bos)
         joint = [self.encode(prompt + text, bos) for text in texts]
-        columns = zip(alone, *joint)  # position by position, until one disagrees or ends
-        cut = next((i for i, (first, *rest) in enumerate(columns) if any(t != first for t in rest)),
-                   min(map(len, [alone, *joint])))
+        cut = in_common(alone, *joint)
         return alone[:cut], [ids[cut:] for ids in joint]
 
     def render(self, messages: list[dict], add_generation_prompt: bool) -> str:

@@ -417,7 +417,7 @@ def test_a_conversation_that_the_template_refuses(program, place, capsys):
 
 def test_no_template_file_in_utf_8(place, capsys):
     (place / "model/chat_template.jinja").write_bytes(b"\xff")
-    refused(T, ["model/chat_template.jinja", "UTF-8"], place, capsys)
+    refused(T, ["model/chat_template.jinja", "utf-8"], place, capsys)
 
 
 # ---- artefacts of another model or run ---------------------------------------------------------------------

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from allo_mini import checkpoint
-from allo_mini.checkpoint import load_model, save_model
+from allo_mini.checkpoint import eos_ids, load_model, save_model
 from allo_mini.generate import generate
 from allo_mini.linear import dense_rows
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.mask import pack_mask
 from allo_mini.optim import FlatGradient, MaskedAdamW
-from helpers import FIXTURES, random_ids
+from allo_mini.tokenizer import Tokenizer
+from helpers import FIXTURES, random_ids, tiny_model, write_tokenizer
 
 TREES = [(random_ids(5, 0), [random_ids(6, 1), random_ids(3, 2)]), (random_ids(2, 3), [random_ids(4, 4)])]
 FAMILIES = ["llama_gqa_tied", "qwen2", "llama3_rope"]  # tied; biases; two shards
@@ -123,6 +124,16 @@ def test_an_int8_model_and_another_mask_do_not_go_together():
     with pytest.raises(ValueError, match=f"{name} is int8 and keeps other entries than the mask selects"):
         MaskedAdamW(model.named_parameters(), other)
     MaskedAdamW(load_model(folder, int8=True, mask=mask).named_parameters(), mask)
+
+
+def test_every_id_that_ends_a_response_is_known(tmp_path):
+    """A number or a list in either file, and the tokenizer's own."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    for ours, theirs, ends in ((7, None, (2, 7)), ([7, 9], 5, (2, 5, 7, 9)), (None, [2, 11], (2, 11))):
+        model = tiny_model(eos_token_id=ours)
+        model.folder = tmp_path
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": theirs}))
+        assert eos_ids(model, tokenizer) == ends
 
 
 # ---- several files -----------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
 from allo_mini.model import TreeAttention, causal_attention, parse_config
 from allo_mini.pointwise import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
-from helpers import (EOS, FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
+from helpers import (FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
 TREES = [(random_ids(7, 1), [random_ids(5, 2), random_ids(9, 3)]),
@@ -567,12 +567,15 @@ def test_both_spellings_of_rope_settings_mean_the_same():
 def test_optional_keys_have_hugging_face_defaults():
     optional = ("num_key_value_heads", "tie_word_embeddings", "rope_theta")
     bare = {k: v for k, v in RAW.items() if k not in optional}
-    config = parse_config({**bare, "eos_token_id": [2, 7]})
+    config = parse_config(bare)
     assert config.num_key_value_heads == 4 and config.head_dim == 4 and config.rope_theta == 10000.0
-    assert not config.tie_word_embeddings and not config.qkv_bias and config.eos_token_ids == (2, 7)
-    assert parse_config({**bare, "eos_token_id": None}).eos_token_ids == ()
+    assert not config.tie_word_embeddings and not config.attention_bias
     assert parse_config({**bare, "head_dim": None}).head_dim == 4
-    assert parse_config({**RAW, "architectures": ["Qwen2ForCausalLM"]}).qkv_bias
+    for family, attention_bias, biased in (("Qwen2", None, "qkv"), ("Qwen2", True, "qkv"), ("Qwen3", True, "qkvo"),
+                                           ("Qwen3", None, ""), ("Llama", True, "qkvo"), ("Llama", False, "")):
+        model = tiny_model(architectures=[f"{family}ForCausalLM"], attention_bias=attention_bias)
+        attention = model.model.layers[0].self_attn
+        assert "".join(x for x in "qkvo" if getattr(attention, f"{x}_proj").bias is not None) == biased
 
 
 def test_lengths_the_model_was_not_made_for_are_refused():
@@ -595,7 +598,6 @@ def test_initialize_is_seeded_and_scaled():
     assert not torch.equal(a.head_weight, c.head_weight)
     assert a.head_weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (a.model.norm.weight == 1).all()
-    assert EOS in a.config.eos_token_ids
 
 
 # ---- one call of a variable-length kernel ------------------------------------------------------------------
