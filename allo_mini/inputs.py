@@ -198,6 +198,10 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     Raises UserError naming what does not fit.
     """
     cfg, encoder = run.cfg, run.encoder
+    for flag in ("p", "p_forget", "p_improve"):
+        if 0 < getattr(cfg, flag) < 100 / run.parameters and not (cfg.mask or cfg.only_sft):
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(cfg, flag):g}, which selects none of the model's "
+                            f"{run.parameters:,} weights; expected at least {100 / run.parameters:.2g}")
     if cfg.samples:
         samples, _ = read_samples(cfg.samples)
         if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.tasks):

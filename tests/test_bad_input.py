@@ -157,7 +157,7 @@ RANGES = """
 --pairs-per-question 0, --locate-pairs 0, --micro-tokens 0, --max-length 7, --limit -1, --test-limit -1,
 --val-rows -1, --max-steps -1, --seed -1, --micro-batch -1, --eval-every -1, --weight-decay -1,
 --save-minutes -1, --beta 0, --clip 0, --threshold 1.5, --checkpoint-blocks -2, --sft-lr -1,
---improve-lr nan, --forget-batch -1, --dpo-epochs 0, --warmup-warmup 2"""
+--improve-lr nan, --forget-batch -1, --dpo-epochs 0, --warmup-warmup 2, --p 1e-07"""
 RANGES = " ".join(RANGES.split()).split(", ")
 FLAGS = [
     ("train --mdel model", {}, ["--mdel", "did you mean --model?"]),

@@ -158,12 +158,6 @@ def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strat
     assert len(re.findall(r"^  by layer  .*\b0 [\d.]+  1 [\d.]+", said, re.M)) == 2
 
 
-def test_a_share_that_selects_no_weight_is_refused(world, tmp_path):
-    run, examples = start(world, tmp_path, "--locate", "gradient", "--p", "1e-6")
-    with pytest.raises(UserError, match="mask.safetensors: the mask selects nothing"):
-        train.locate(run, run.base, examples)
-
-
 # ---- memory runs out ---------------------------------------------------------------------------------------
 
 def fail(monkeypatch, where, calls):
