@@ -4,6 +4,7 @@ A 7B model's importance is 27 GB of fp32. It is made a group of tensors at a tim
 a memory-mapped file of the run folder, and is ranked from there in exact passes (mask.py), without ever being rounded.
 """
 
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -54,10 +55,9 @@ def backward(run: Run, model, examples: list[Example], objective: Objective, lab
 
 
 def importance_mask(run: Run, importance: dict[str, Tensor], percent: float) -> PackedMask:
-    """The exact top `percent`, counted on the run's device; for --mask-source bottom, what the top of the rest leaves."""
-    if run.cfg.mask_source == "bottom" and percent < 100:
-        return pack_mask((name, ~mask) for name, mask in each_selected(importance, 1 - percent / 100, run.device))
-    return pack_mask(each_selected(importance, percent / 100, run.device))
+    """The exact top `percent` (--mask-source bottom: the lowest), counted on the run's device."""
+    share = Fraction(str(percent)) / 100  # percent / 100 as a float would be off by one weight here and there
+    return pack_mask(each_selected(importance, share, run.device, lowest=run.cfg.mask_source == "bottom"))
 
 
 def random_importance(run: Run) -> dict[str, Tensor]:

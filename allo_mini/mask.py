@@ -43,19 +43,23 @@ def kth_largest(tensors: list[Tensor], k: int, device=None) -> tuple[int, int]:
         above = histogram.flip(0).cumsum(0)  # above[i]: values in the top i+1 bins
         i = int(torch.searchsorted(above, torch.tensor(k)))
         k -= int(above[i - 1]) if i else 0
-        found = (found or 0) << 16 | 0xFFFF - i
+        found = ((found or 0) << 16) | (0xFFFF - i)  # flipped: bin i counts from the top
     return found, k
 
 
-def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
+def each_selected(importance: dict[str, Tensor], fraction: float | Fraction, device=None, lowest: bool = False):
     """As select_neurons, but yield (name, bool tensor on the CPU) one after the other, counting on `device`.
 
     The importance may lie in a memory-mapped file: two passes count, a third selects, each holding a chunk at a time.
+    lowest: as many of the least important weights instead.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    count = math.floor(Fraction(repr(float(fraction))) * sum(t.numel() for t in importance.values()))
-    threshold, ties = kth_largest(list(importance.values()), count, device) if count else (0x7F800000, 0)
+    total = sum(t.numel() for t in importance.values())
+    count = math.floor(Fraction(str(fraction)) * total)
+    count = total - count if lowest else count  # the lowest are what the top of the others leaves
+    infinite = 0x7F800000  # above every finite value's bits
+    threshold, ties = kth_largest(list(importance.values()), count, device) if count else (infinite, 0)
     for name, values in importance.items():
         mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
         for bits in bit_patterns(values, device):
@@ -63,13 +67,13 @@ def each_selected(importance: dict[str, Tensor], fraction: float, device=None):
             mask[at:at + len(bits)] = bits > threshold
             mask[at + equal] = True
             ties, at = ties - len(equal), at + len(bits)
-        yield name, mask.view(values.shape)
+        yield name, (~mask if lowest else mask).view(values.shape)
 
 
 def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
     """The exact top `fraction` (0..1) of |importance| over all tensors together -> bool tensors of the same shapes.
 
-    floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100); ties at the threshold go to
+    floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100; a Fraction is taken as it is); ties at the threshold go to
     the earlier (tensor, flat index). Raises ValueError for a fraction outside (0, 1] or non-finite importance.
     """
     return dict(each_selected(importance, fraction))

@@ -222,6 +222,17 @@ def test_selections_are_equal_when_they_select_the_same():
     assert Selection(moved.shape, moved) != Selection(moved.shape, moved.roll(1, 0))  # another block, the same offset
 
 
+@pytest.mark.parametrize("percent", ["7", "0.57", "5", "29", "58", "100"])
+def test_shares_of_a_percent_are_exact_from_either_end(percent):
+    """As floats 1 - 7/100 and 0.57/100 fall beside what they mean, and a weight with them."""
+    importance = {"a": torch.arange(100_000.0).view(100, 1000)}
+    share = Fraction(percent) / 100
+    count = math.floor(share * 100_000)
+    highest, lowest = (dict(each_selected(importance, share, lowest=end))["a"].flatten() for end in (False, True))
+    assert highest.nonzero().flatten().tolist() == list(range(100_000 - count, 100_000))
+    assert lowest.nonzero().flatten().tolist() == list(range(count))
+
+
 def test_overlap_counts_the_share_of_the_smaller_mask():
     a = {"x": torch.tensor([1, 1, 0, 0, 0]).bool(), "y": torch.tensor([1, 0]).bool()}
     b = {"x": torch.tensor([0, 1, 1, 1, 1]).bool(), "y": torch.tensor([1, 0]).bool()}
