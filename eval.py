@@ -206,7 +206,7 @@ def run(args) -> None:
     if args.patch:
         apply_patch(model, args.patch)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    model.config.check_length(settings.max_length, str(folder / "config.json"))
+    settings = replace(settings, max_length=model.config.length(settings.max_length, str(folder / "config.json")))
     ends = eos_ids(model, tokenizer)
     if args.chat:
         encoder = encoder_for(tokenizer, settings)

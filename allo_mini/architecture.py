@@ -42,12 +42,17 @@ class ModelConfig:
     sliding_window: int | None
     raw: dict = field(default_factory=dict, compare=False, repr=False)
 
-    def check_length(self, tokens: int, where: str = "config.json") -> None:
-        """Raise UserError when `tokens` is longer than what the model was made for."""
-        for key in ("max_position_embeddings", "sliding_window"):  # attention is never cut to a window
-            if (most := getattr(self, key)) and tokens > most:
+    def length(self, tokens: int, where: str = "config.json") -> int:
+        """--max-length as it is; for 0 the official scripts' 1200, or what the model was made for if that is less.
+
+        Raises UserError when it is longer than that.
+        """
+        limits = {key: getattr(self, key) for key in ("max_position_embeddings", "sliding_window") if getattr(self, key)}
+        for key, most in limits.items():  # attention is never cut to a window
+            if tokens > most:
                 raise UserError(f"{where}: {key} is {most}, but sequences of {tokens} tokens are asked for; lower "
                                 f"--max-length to {most} or less")
+        return tokens or min(1200, *limits.values())
 
 
 def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
@@ -69,6 +74,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
             need(good, key, value, f"a positive {kind.__name__} below 1e10")
         return value
 
+    if {"config", "files", "machine"} <= raw.keys():
+        raise UserError(f"{where}: belongs to a run, not to a model; name one of the run's models, such as its folder improve")
     names, act = raw.get("architectures"), raw.get("hidden_act")
     family = next((family for name, family in FAMILIES.items() if names == [name]), None)
     need(family, "architectures", names, f"one of {', '.join(FAMILIES)}")

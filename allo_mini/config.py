@@ -77,7 +77,8 @@ class Config:
     val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
     prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
                        "alpaca for task rows, none for strings, chat template for message lists)")
-    max_length: int = knob(1200, "input", "TOKENS", "prompt and response together at most", "official", at_least=8)
+    max_length: int = knob(0, "input", "TOKENS", "prompt and response together at most (0: 1200, or what the model was "
+                           "made for if that is less)", "official")
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
     restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
     keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "
@@ -176,9 +177,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """Raises UserError; argparse would print its usage and exit."""
         if unknown := re.match(r"unrecognized arguments: (-[\w-]+)", message):
-            near = similar(unknown[1], self._option_string_actions)
+            flags = [*self._option_string_actions]
+            own = "--improve" + unknown[1].removeprefix("-")  # --lr
+            near = f"; each stage has its own, as {own}" if own in flags else similar(unknown[1], flags)
             message = f"unknown flag {unknown[1]}{near or '; see --help'}"
         raise UserError(message.removeprefix("argument "))
+
+
+def rate_flag(stage: str) -> str:
+    """The flag of a stage's learning rate; the methods to compare with use sft's or dpo's."""
+    return f"--{SETTINGS.get(stage, stage)}-lr"
 
 
 def similar(word: str, words) -> str:
@@ -277,6 +285,8 @@ def check_together(c: Config) -> None:
                         "expected threshold, soft or released")
     if c.mask and c.mask_source not in ("auto", "top"):
         raise UserError(f"--mask-source is {c.mask_source}, which makes a mask of its own or none; leave out --mask")
+    if 0 < c.max_length < 8:
+        raise UserError(f"--max-length is {c.max_length}, expected at least 8 tokens, or 0")
     if c.samples and c.pairs:
         raise UserError("--samples and --pairs are both given; pairs replace the samples, expected one of them")
     if (c.model or c.test or c.val) and not (c.train or c.pairs):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -112,6 +113,7 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
     if cfg.pairs and not test:  # a tenth of the pairs, at most 500, is held out for the table
         cut = max(1, min(500, len(main) // 10))
         test, main[:cut] = main[:cut], []
+        say(f"{cut} of {cut + len(main)} pairs held out as test rows (--test FILE to bring your own)")
     if not val:
         cut = cfg.val_rows or (200 if cfg.eval_every else 0)
         val, main[:cut] = main[:cut], []
@@ -184,8 +186,11 @@ def need_usable(encoder: Encoder, rows: list, where: str) -> None:
 def check_rows(run: Run) -> None:
     """Raise UserError for rows without an answer to grade by, and for files of which no row can be encoded."""
     cfg, encoder = run.cfg, run.encoder
-    if not (cfg.pairs or cfg.only_sft or any(gold_answer(t) is not None for t in run.tasks)):
+    silent = [t.source for t in run.tasks if gold_answer(t) is None] if not (cfg.pairs or cfg.only_sft) else []
+    if silent and len(silent) == len(run.tasks):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
+    if silent:
+        say(f"{len(silent)} training rows, the first {silent[0]}, give no answer to grade by: they make no pairs")
     for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
         need_usable(encoder, both_sides(rows), ", ".join(files or cfg.pairs))
     if cfg.sft or cfg.only_sft:
@@ -217,7 +222,7 @@ def check_own_files(run: Run, others: list[Path]) -> None:
         load_mask(cfg.mask, run.shapes)
     for folder in others:
         other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
-        other.config.check_length(cfg.max_length, f"{folder}/config.json")
+        other.config.length(cfg.max_length, f"{folder}/config.json")
         run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
@@ -238,7 +243,7 @@ def open_run(cfg: Config) -> Run:
     wanted = ((cfg.model or str(demo.FOLDER), cfg.revision), (cfg.reward_base, ""), (cfg.reward_model, ""))
     base, *others = [find_folder(name, revision, download=not cfg.dry_run) for name, revision in wanted if name]
     model = load_model(str(base), dtype, "meta")  # compares names and shapes, reads no weights
-    model.config.check_length(cfg.max_length, str(base / "config.json"))
+    cfg = replace(cfg, max_length=model.config.length(cfg.max_length, str(base / "config.json")))
     tokenizer = load_tokenizer(base, model.config.vocab_size)
     eos_ids(model, tokenizer)
     tasks, pairs, val, test = read_rows(cfg)

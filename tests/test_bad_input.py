@@ -200,6 +200,9 @@ FLAGS = [
      ["q.jsonl", "'answer'"]),
     (T + " --test p.jsonl", {}, ["p.jsonl", "preference rows"]),
     (T + " --val p.jsonl", {}, ["p.jsonl", "preference rows"]),
+    (T + " --lr 1", {}, ["unknown flag --lr", "each stage has its own, as --improve-lr"]),
+    (E + " --model model/..", {"config.json": json.dumps({"config": {}, "files": {}, "machine": {}})},
+     ["belongs to a run, not to a model"]),
     (T + " --revision main", {}, ["--revision is main", "local folder"]),
     (P + " --test p.jsonl test.jsonl", {}, ["--test holds preference rows", "p.jsonl, test.jsonl"]),
     (P + " --val p.jsonl t.jsonl", {}, ["--val holds preference rows", "p.jsonl, t.jsonl"]),
@@ -344,8 +347,6 @@ MODELS = [
     ("config with another activation", config(hidden_act="gelu"), ["config.json", "hidden_act is 'gelu'"]),
     ("config with unknown rope", config(rope_scaling={"rope_type": "yarn"}),
      ["config.json", "rope_type is 'yarn'"]),
-    ("a short sliding window", lambda f: config(architectures=["MistralForCausalLM"], sliding_window=100)(f),
-     ["config.json", "sliding_window is 100"]),
     ("truncated weights", cut("model.safetensors", 0.5),
      ["model/model.safetensors", "not a complete safetensors"]),
     ("empty weights", cut("model.safetensors", 0), ["model/model.safetensors", "not a complete safetensors"]),
@@ -630,7 +631,7 @@ SETTINGS = [("architectures", "LlamaForCausalLM"), ("architectures", []), ("arch
             ("rope_scaling", {"rope_type": "llama3"}),
             ("tie_word_embeddings", "no"), ("tie_word_embeddings", 1), ("attention_bias", "x"), ("mlp_bias", 0),
             ("max_position_embeddings", 0),
-            ("max_position_embeddings", 100), ("max_position_embeddings", "4096"), ("hidden_act", ["silu"]),
+            ("max_position_embeddings", "4096"), ("hidden_act", ["silu"]),
             ("quantization_config", {"bits": 4}),
             ("eos_token_id", True), ("eos_token_id", 2.5), ("eos_token_id", "2"), ("eos_token_id", {"a": 2})]
 

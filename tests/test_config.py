@@ -27,7 +27,7 @@ def test_help_shows_unit_default_and_source_of_every_knob(shown):
         [line] = re.findall(rf"^  {flag(name)}[, ].*(?:\n {{10,}}.*)*", shown, re.M)
         assert re.search(r"\[[\w. -]+; (paper|official|ours)\]$", line), line
         assert f.type is bool or re.match(rf"  {flag(name)} ([A-Z]+|{{[\w,]+}})", line), line
-    assert re.search(r"--max-length TOKENS\s[^[]*\[1200; official\]", shown)
+    assert re.search(r"--max-length TOKENS\s[^[]*\[0; official\]", shown)
     assert re.search(r"--forget-warmup SHARE\s[^[]*\[0.03; official\]", shown)
     assert re.search(r"--dpo-lr RATE\s[^[]*\[0.0; ours\]", shown)
 

@@ -582,14 +582,15 @@ def test_lengths_the_model_was_not_made_for_are_refused():
     """Longer than max_position_embeddings, or than a sliding window where one is in use."""
     base = {**RAW, "sliding_window": 64, "max_position_embeddings": 100}
     mistral, qwen = ({**base, "architectures": [f"{family}ForCausalLM"]} for family in ("Mistral", "Qwen2"))
-    parse_config(mistral).check_length(64)
-    parse_config({**mistral, "sliding_window": None}).check_length(100)
-    parse_config({**qwen, "use_sliding_window": False}).check_length(100)
+    assert parse_config(mistral).length(64) == 64 and parse_config(mistral).length(0) == 64
+    assert parse_config({**mistral, "sliding_window": None, "max_position_embeddings": 4096}).length(0) == 1200
+    parse_config({**mistral, "sliding_window": None}).length(100)
+    parse_config({**qwen, "use_sliding_window": False}).length(100)
     for raw, tokens, key in ((mistral, 65, "sliding_window"),
                              ({**qwen, "use_sliding_window": True}, 65, "sliding_window"),
                              (qwen, 101, "max_position_embeddings")):
         with pytest.raises(UserError, match=key):
-            parse_config(raw).check_length(tokens)
+            parse_config(raw).length(tokens)
 
 
 def test_initialize_is_seeded_and_scaled():
