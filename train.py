@@ -7,6 +7,7 @@
     reward   a small rewriting model scores every token of y-: low means unaligned
     forget   token-weighted NPO on the unaligned tokens, masked weights only
     improve  DPO whose rejected side counts only the most useful tokens, masked weights only
+    patch    what that changed of theta_ref, as a small file; other --methods: baselines.py
 
 Departures from the official code, and why:
  a. It cuts each tensor to its own top 2p % first, so 5 % can become 21 %; our top p % is exact and global.
@@ -84,24 +85,27 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
         negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
         return run.pairs, negatives
     samples, unfinished = read_samples(run.cfg.samples or sample(run, theta))
-    asked = [t for t in run.tasks if t.input in samples]
+    asked = [t for t in run.tasks if t.input in samples and tasks.gold_answer(t) is not None]
     pairs, negatives, report = tasks.label(asked, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
     say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
     if not pairs:
-        raise UserError("no question has both a correct and a wrong sample: sample more (--n), or fine-tune first (--sft)")
+        most_cut = unfinished > sum(map(len, samples.values()))
+        raise UserError("no question has both a correct and a wrong sample: " + (
+            "most hit the length limit; try another --prompt, --stop or --max-new-tokens" if most_cut else
+            f"see {run.cfg.samples or run.folder / 'samples.jsonl'}; sample more (--n), or fine-tune first (--sft)"))
     if not parallel.RANK:
         write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
         write_jsonl(run.folder / "negatives.jsonl", (vars(n) for n in negatives))
     return pairs, negatives
 
 
-def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative]) -> list[Example]:
-    """What a method that does not train on pairs trains on: solutions, correct samples, or wrong samples."""
+def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative], examples: list[Example]) -> list[Example]:
+    """What a method trains on: solutions, correct samples, wrong samples, or (the others) the pairs as `examples`."""
     if method == "npo":
         return run.encode(((n.prompt, [n.response]) for n in negatives), "negatives")
     if method == "rft":
         return run.encode(((q, [good]) for q, good in correct_samples(run, pairs)), "correct samples")
-    return run.encode(solutions(run), "training rows") if method == "sft" else []
+    return run.encode(solutions(run), "training rows") if method == "sft" else examples
 
 
 def solutions(run: Run) -> list[tuple]:
@@ -147,9 +151,10 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
                 p = shares["improve"]
                 other = overlap(masks[p], importance_mask(run, gradient, p)) if movement else None
                 noise = overlap(*(importance_mask(run, h, p) for h in halves)) if compare else None
-                say((f"overlap of movement and gradient masks: {100 * other:.1f} % (chance {p:g} %)\n" if movement else "")
-                    + (f"overlap of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % "
-                       f"(chance {p:g} %)" if compare else ""))
+                if movement:
+                    say(f"overlap of movement and gradient masks: {100 * other:.1f} % (chance {p:g} %)")
+                if compare:
+                    say(f"overlap of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % (chance {p:g} %)")
                 run.log.note("locate", movement_gradient_overlap=other, halves_overlap=noise)
                 for share, path in paths.items():
                     describe_mask(run, masks[share], share)
@@ -188,6 +193,8 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
             if target:
                 base = run.same_tokenizer(run.cfg.reward_base or theta)
                 examples = rewrite_examples(run.encoder, [n for n, _ in kept])
+                if len(examples) < len(kept):
+                    say(f"reward: {len(kept) - len(examples)} rewrites dropped: as long as --max-length")
                 mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
                 model = run.load(base, mask, train_all=mask is None)
                 run_stage(run, "reward", model, examples, sft_objective(), mask)
@@ -196,7 +203,8 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
         if target:
             model = run.load(run.same_tokenizer(folder))
             with progress(total=len(kept), label="score", unit="response") as bar:
-                scores = token_scores(model, run.encoder, *zip(*kept), run.cfg.micro_tokens, bar.update)
+                wrong, examples = zip(*kept)
+                scores = token_scores(model, run.encoder, wrong, examples, run.cfg.micro_tokens, bar.update)
             low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
             say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
             write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for (n, _), s in zip(kept, scores)))
@@ -263,7 +271,7 @@ def run_all(run: Run) -> None:
                 if mask["improve"]:
                     patch(run, theta, models["ALLO"])
             else:
-                rows = rows_for(run, method, pairs, negatives) or examples
+                rows = rows_for(run, method, pairs, negatives, examples)
                 models[NAMES[method]] = baseline(run, method, theta, rows, mask["improve"])
     if not parallel.RANK:
         finish(run, models)

@@ -133,7 +133,7 @@ def show(run: Run) -> None:
     plan = plan_of(run)
     todo = [line for stage, line in plan.items() if not is_made(run, stage)]
     plan["together"] = Line(0, sum(line.seconds for line in todo))
-    say(table(["stage", "rows", "steps", "batch", "lr", "weights trained", "minutes"], [
+    say(table(["stage", "rows", "steps", "batch", "lr", "weights trained", "minutes at most"], [
         [stage, str(line.rows or "-"), *line.training,
          "skipped" if is_made(run, stage) else f"{line.seconds / 60:.1f}"] for stage, line in plan.items()]))
     stay, meanwhile = sum(line.stay for line in todo), max((line.meanwhile for line in todo), default=0)

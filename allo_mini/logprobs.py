@@ -57,9 +57,9 @@ def pack(examples: list[tuple[list[int], list[list[int]]]], device="cpu") -> Bat
 
 
 class TargetLogps(torch.autograd.Function):
-    """log softmax(logits)[target], fp32: logits [S,V], targets [S] -> [S]. Its twin is -F.cross_entropy.
+    """log softmax(logits)[target], fp32: logits [S,V], targets [S] -> [S]. Held against -F.cross_entropy in the tests.
 
-    Backward is dy (1[v = target] - p_v). Both ways a few rows at a time are made fp32, as many as a chunk holds.
+    Backward is dy (1[v = target] - p_v). Forward and backward make a few rows at a time fp32, as many as a chunk holds.
     """
 
     @staticmethod

@@ -47,7 +47,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
               validate: Callable | None = None) -> MaskedAdamW:
     """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
-    s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))
+    s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))  # baselines: sft's or dpo's flags
     every = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
     steps = [group for group in every if units_of(group, objective)]
     if not steps:
@@ -70,7 +70,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         values = {"learning_rate": optimizer.lr, "epoch": s.epochs * (step + 1) / len(steps), "loss": sums.pop("loss")}
         values |= {key: total / len(group) for key, total in sums.items()}
         values["grad_norm"] = optimizer.clip(cfg.clip)
-        run.check_numbers(name, step, values, examples, group, objective.step0 if step == 0 else None)
+        run.check_numbers(name, step, values, examples, group, objective.step0)
         optimizer.step()
         objective.after(values)
         values |= {"tokens/s": sum(map(size_of, group)) / (time.monotonic() - began), "mem/peak_gb": peak_gb(run.device)}
@@ -103,12 +103,12 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
     """
     units, total = units_of(group, objective), {}  # of the whole step, before any micro-batch
     mine, part = run.micro_batches(group, parallel.share), 1.0
-    if not mine:  # fewer micro-batches than ranks: this one computes along, for nothing
+    if not mine:  # fewer micro-batches than ranks: this one computes along, so that all ranks sum up the same keys
         mine, part = run.micro_batches(group)[:1], 0.0
     for micro in mine:
         batch = pack(micro, run.device)
         logps, real = by_response(token_logps(model, batch), batch.lengths)
-        ref = logps.detach()
+        ref = logps.detach()  # without a reference every ratio is 0, and so every token useful
         if micro[0].ref is not None:
             flat = torch.cat([e.ref for e in micro]).to(run.device, non_blocking=True)
             ref, _ = by_response(flat, batch.lengths)
@@ -184,7 +184,7 @@ def pair_objective(values: Callable[..., Tensor], beta: float, step0, epsilon: f
         counted, n = real.clone(), real.sum(-1)
         counted[1::2] = keep
         sums, ref_sums = (logps * counted).sum(-1), (ref * counted).sum(-1)  # [R]
-        rewards = beta * ((logps - ref).sum(-1) if step0 else logps.sum(-1) / n)
+        rewards = beta * ((logps - ref).sum(-1) if step0 else logps.sum(-1) / n)  # of whole responses in every stage
         up, down = rewards[0::2], rewards[1::2]  # [B]
         return values(sums[0::2], sums[1::2], ref_sums[0::2], ref_sums[1::2], n[0::2], n[1::2]).sum(), {
             "rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,

@@ -63,7 +63,7 @@ class TreeAttention:
         if q.is_cuda and q.dtype != torch.float32 and varlen_kernel():
             return self.in_one_call(q, k, v, varlen_kernel())
         kind, out, sizes = q.dtype, [], [prompt + sum(responses) for prompt, responses in self.trees]
-        if q.device.type == "cpu" and kind == torch.bfloat16:  # whose backward takes two to three times as long
+        if q.device.type == "cpu" and kind == torch.bfloat16:  # its bf16 backward takes 2-3 times as long
             q, k, v = q.float(), k.float(), v.float()
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
         for (prompt, (first, *others)), q, k, v in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):

@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw as fused_adamw
 from allo_mini.selection import Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
 
-SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # selected weights updated in one go: a CPU's cache, few launches on a GPU
+SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights updated in one go, whole blocks: a CPU's cache, a GPU's few launches
 
 
 @dataclass
@@ -35,24 +35,24 @@ class Slot:
     where: slice  # in the flat vectors
     grad: Tensor  # the flat gradient's part, fp32
     handle: Tensor | None = None  # stands in for an int8 parameter in autograd's graph
-    rows: tuple | None = None
+    rows: tuple | None = None  # of `by_row`
 
     def add(self, entries: slice, values: Tensor) -> None:
         """Accumulate gradient values of some selected entries."""
         self.grad[entries] += values.to(self.grad.device)
 
     def add_at(self, entries: Tensor, values: Tensor) -> None:
-        """Accumulate gradient values of selected entries by their numbers; a number may occur often."""
+        """For an embedding: accumulate gradient values of selected entries by their numbers; one may occur often."""
         device = self.grad.device
         self.grad.index_add_(0, entries.flatten().to(device), values.flatten().to(device))
 
     def add_rows(self, rows: Tensor, values: Tensor) -> None:
-        """Accumulate rows [N,H] of the gradient of a matrix [V,H] all of whose entries are selected."""
+        """For an embedding [V,H] all of whose entries are selected: accumulate rows [N,H] of its gradient."""
         device = self.grad.device
         self.grad.view(self.p.shape).index_add_(0, rows.to(device), values.float().to(device))
 
     def by_row(self) -> tuple[Tensor, Tensor, int]:
-        """Of a masked matrix [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
+        """Of a masked embedding [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
         if self.rows is None:
             width, columns, counts = self.selection.width, [], []
             for rows, _, index in self.selection.chunks():
@@ -72,7 +72,7 @@ class FlatGradient:
     """
 
     def __init__(self, named_parameters, mask: dict[str, Tensor] | None = None, host: bool = False):
-        chosen, self.handles, self.before, size = [], [], [], 0
+        chosen, self.hooks, self.before, size = [], [], [], 0
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
@@ -97,7 +97,7 @@ class FlatGradient:
         for slot in self.slots:
             slot.p.slot = slot
             if slot.p.is_floating_point():
-                self.handles.append(slot.p.register_post_accumulate_grad_hook(self._gather(slot)))
+                self.hooks.append(slot.p.register_post_accumulate_grad_hook(self._gather(slot)))
             else:
                 slot.handle = torch.zeros(1, requires_grad=True, device=slot.p.device)
 
@@ -123,8 +123,8 @@ class FlatGradient:
 
     def close(self) -> None:
         """Remove hooks and slots; the parameters are ordinary again."""
-        for handle in self.handles:
-            handle.remove()
+        for hook in self.hooks:
+            hook.remove()
         for slot in self.slots:
             del slot.p.slot
         for p, required in self.before:
@@ -201,6 +201,7 @@ class MaskedAdamW(FlatGradient):
         self.grad.zero_()
 
     def _moments(self, part: slice) -> tuple[Tensor, Tensor]:
+        """fp32 m and v of a slice: at 32 bits views, which the update changes in place, at 8 bits copies to be stored."""
         m, v, blocks = self.exp_avg[part], self.exp_avg_sq[part], slice(part.start // BLOCK, -(-part.stop // BLOCK))
         if self.bits == 8:
             m, v = decode(m, self.exp_avg_scale[blocks], True), decode(v, self.exp_avg_sq_scale[blocks], False).square_()
@@ -239,7 +240,7 @@ class MaskedAdamW(FlatGradient):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of state_dict; the parameters get the master's values."""
-        for name, mine in self.state_dict().items():
+        for name, mine in self.state_dict().items():  # the vectors themselves, not copies
             if name != "steps":
                 mine.copy_(state[name])
         self.steps = int(state["steps"])

@@ -205,8 +205,10 @@ def chart(title: str, lines: dict[str, list[tuple[int, float]]], bounds: tuple[f
         raw = [part.mean(0) for part in np.array_split(points, min(len(points), CHART["points"]))]
         reach = len(raw) // 20
         smooth = [(x, np.mean(raw[max(0, i - reach):i + reach + 1], 0)[1]) for i, (x, _) in enumerate(raw)]
-        polylines.append({"name": name, "raw": drawn(raw), "smooth": drawn(smooth), "ends": (points[0], points[-1])})
-    return {"title": title, "low": low, "high": high, "steps": last, "lines": polylines}
+        polylines.append({"name": name, "raw": drawn(raw), "smooth": drawn(smooth), "ends": (smooth[0][1], smooth[-1][1])})
+    ticks = [low + part * (high - low) for part in (0, 0.5, 1)]
+    digits = next((n for n in range(2, 7) if len({f"{t:.{n}g}" for t in ticks}) == len({*ticks})), 7)
+    return {"title": title, "ticks": [f"{t:.{digits}g}" for t in ticks], "steps": last, "lines": polylines}
 
 
 def density(mask: PackedMask) -> dict:

@@ -13,6 +13,7 @@ import time
 from torch import Tensor
 
 from allo_mini import UserError, parallel
+from allo_mini.config import rate_flag
 from allo_mini.disk import writing
 from allo_mini.files import load_tensors, save_tensors
 from allo_mini.log import say
@@ -104,7 +105,7 @@ class StageProgress:
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
             f"{100 * moved:.1f} % of the trained weights differ as stored")
         if not math.isfinite(change):
-            raise UserError(f"{self.stage}: the weights are no longer finite; lower --{self.stage}-lr; nothing was saved")
+            raise UserError(f"{self.stage}: the weights are no longer finite; lower {rate_flag(self.stage)}; nothing was saved")
         if moved == 0:
-            say(f"{self.stage}: WARNING: the weights did not move; raise --{self.stage}-lr")
+            say(f"{self.stage}: WARNING: the weights did not move; raise {rate_flag(self.stage)}")
         self.optimizer.close()

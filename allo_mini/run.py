@@ -13,7 +13,7 @@ import torch
 from allo_mini import UserError, memory, parallel
 from allo_mini.architecture import ModelConfig
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, save_model
-from allo_mini.config import Config
+from allo_mini.config import Config, rate_flag
 from allo_mini.data import Encoder, Example, Pair, Task
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
@@ -126,25 +126,25 @@ class Run:
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0) -> None:
+    def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0=None) -> None:
         """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number;
-        hold the first loss against `step0(group)`, what the mathematics says, if given; warn once when the chosen
-        responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
+        in stages with a reference, hold the first loss against `step0(group)`, what the mathematics says, and warn once
+        when the chosen responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
         for key in ("loss", "grad_norm"):
             if not math.isfinite(values[key]):
                 rows = [str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group)]
                 raise UserError(f"{name}, step {step + 1}: {key} is {values[key]}, in rows {', '.join(rows)} of "
-                                f"{len(examples)}; lower --{name}-lr or use --dtype fp32")
-        if step0:
+                                f"{len(examples)}; lower {rate_flag(name)} or use --dtype fp32")
+        if step0 and step == 0:
             expected = step0(group)
             close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
             say(f"{name}: first loss {values['loss']:.6f}, expected {expected:.6f} where theta = theta_ref"
                 + ("" if close else "   <-- WARNING: reference and policy do not agree"))
         fallen = -values.get("rewards/chosen", 0.0) / self.cfg.beta  # nats
-        if fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in self.warned:
+        if step0 and fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in (*self.warned, "warmup"):
             self.warned.add(name)
             say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of log-probability "
-                f"on average while the margin is up at {values['rewards/margins']:.3g}; consider a lower --{name}-lr")
+                f"on average while the margin is up at {values['rewards/margins']:.3g}; consider a lower {rate_flag(name)}")
 
     def validator(self):
         """model -> validation accuracy, or None when --eval-every is off."""

@@ -37,6 +37,7 @@ def rewrite_prompt(encoder: Encoder, negative: Negative, response: list[int]) ->
     text = REWRITE_PROMPT.format(*map(plain, (negative.prompt, negative.reference, negative.response)))
     framed = encoder.tokenizer.render([{"role": "user", "content": text}], True) if encoder.style == "chat" else text
     ids = encoder.tokenizer.encode(framed, bos=encoder.style != "chat")
+    # at least BOS and one token
     return encoder.trim(ids, max(1 + len(encoder.tokenizer.prefix), encoder.max_length - len(response)))
 
 

@@ -392,11 +392,20 @@ def test_falling_chosen_responses_are_told_once(world, tmp_path, capsys, chosen,
     capsys.readouterr()
     values = {"loss": 0.5, "grad_norm": 1.0, "rewards/chosen": chosen, "rewards/margins": margin}
     for step in (4, 5):
-        run.check_numbers("improve", step, values, [], [], None)
+        run.check_numbers("improve", step, values, [], [], lambda group: 0.5)
     said = capsys.readouterr().out
     assert said.count("WARNING") == (1 if warned else 0)
     if warned:
         assert "at step 5 the chosen responses have lost 3.00 nats" in said and "margin is up at 0.2" in said
+
+
+def test_falling_chosen_responses_are_no_news_without_a_reference_or_in_the_warm_up(world, tmp_path, capsys):
+    """SimPO's rewards are mean log-probs, always negative; what the warm-up moved is put back."""
+    run, _ = start(world, tmp_path)
+    values = {"loss": 0.5, "grad_norm": 1.0, "rewards/chosen": -3.0, "rewards/margins": 0.2}
+    run.check_numbers("simpo", 4, values, [], [], None)
+    run.check_numbers("warmup", 4, values, [], [], lambda group: 0.5)
+    assert "WARNING" not in capsys.readouterr().out
 
 
 # ---- the seed ----------------------------------------------------------------------------------------------
