@@ -69,6 +69,9 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
     count = sum(s.numel() for s in shapes.values())
     host = 4 * count * percent / 100 if stage in memory.TRAINING else 4 * count if stage == "locate" else 0
     host *= {"none": 1, "state": 4, "gradient": 5}[cfg.offload] if stage in memory.TRAINING else 1
+    if stage == "locate" and cfg.offload == "gradient":  # beside the file of all gradients a group's buffer
+        groups = memory.tensor_groups(shapes, cfg.locate_groups)
+        host += 4 * max(sum(shapes[tensor].numel() for tensor in names) for names in groups)
     meter = nullcontext() if device.startswith("cuda") else Meter()
     reset_peak(device)
     with meter:
