@@ -12,6 +12,8 @@ from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
 
+import torch
+
 from allo_mini import memory, tasks
 from allo_mini.config import SETTINGS
 from allo_mini.data import Pair, steps_of
@@ -55,7 +57,10 @@ def measure(run: Run) -> Measured:
     sizes = [(len(e.prompt), len(e.responses[0])) for row in rows[:200] if (e := run.encoder.example(*row))]
     prompt, response = map(fmean, zip(*sizes or [(run.cfg.max_length / 2, run.cfg.max_length / 2)]))
     small = replace(run.config, num_hidden_layers=min(2, run.config.num_hidden_layers))
-    model = build(small).requires_grad_(False).initialize(seed=0).to(run.device, run.dtype)
+    with torch.device("meta"):  # a 7B model's embedding alone is slow to make on the host, and large in fp32
+        model = build(small).to(run.dtype).requires_grad_(False)
+    for p in model.to_empty(device=run.device).parameters():
+        p.uniform_(-0.03, 0.03)
     tokens, slots = (256, 32) if run.device == "cpu" else (4096, 320)  # enough to keep the device busy
     ids = [i % run.config.vocab_size for i in range(tokens)]
     batch = pack([(ids[:tokens // 2], [ids[tokens // 2:]])], run.device)
@@ -133,13 +138,13 @@ def show(run: Run) -> None:
     plan = plan_of(run)
     todo = [line for stage, line in plan.items() if not is_made(run, stage)]
     plan["together"] = Line(0, sum(line.seconds for line in todo))
-    say(table(["stage", "rows", "steps", "batch", "lr", "weights trained", "minutes at most"], [
+    say(table(["stage", "rows", "steps", "batch", "lr", "weights trained", "minutes"], [
         [stage, str(line.rows or "-"), *line.training,
          "skipped" if is_made(run, stage) else f"{line.seconds / 60:.1f}"] for stage, line in plan.items()]))
     stay, meanwhile = sum(line.stay for line in todo), max((line.meanwhile for line in todo), default=0)
     there = next(folder for folder in (run.folder, *run.folder.resolve().parents) if folder.exists())
-    say("\nRows are at most so many, known once responses are sampled; fewer make smaller batches. Times are "
-        "rough: a\nrandom model was timed just now; --int8, --offload and recomputed activations cost more.\n\n"
+    say("\nRows, and with them steps and minutes, are the most there can be until responses are sampled; fewer make smaller\n"
+        "batches. Times are rough: a random model was timed just now; --int8, --offload and recomputed activations cost more.\n\n"
         f"disk: about {stay / 1e9:.2f} GB, and up to {meanwhile / 1e9:.2f} GB meanwhile for checkpoints or "
         f"gradients; {shutil.disk_usage(there).free / 1e9:.1f} GB are free\n")
     if not run.needs:  # with --memory they have been printed

@@ -105,7 +105,8 @@ class MaskedEmbedding(torch.autograd.Function):
             return None, None
         ends, columns, most = slot.by_row()
         reach = torch.arange(most, device=ids.device)
-        for ids, dy in zip(*(x.split(max(1, chunk_of(ids.device) // most)) for x in (ids, dy))):
+        step = max(1, chunk_of(ids.device) // (8 * most))  # an entry takes eight times the bytes of a value here
+        for ids, dy in zip(*(x.split(step) for x in (ids, dy))):
             entries = ends[ids, None] + reach  # [n,most]: the row's own, and then some of later rows, which count as 0
             real = entries < ends[ids + 1, None]
             entries = torch.where(real, entries, 0)

@@ -3,7 +3,7 @@
     python -m allo_mini.checkpoint apply BASE PATCH OUT        the whole model again, as a Hugging Face folder
     python eval.py --model BASE --patch FILE ...               or without writing it
 
-For each changed tensor, NAME.offsets and NAME.counts (mask.Selection) and NAME.values, in the trained model's dtype.
+For each changed tensor, NAME.offsets and NAME.counts (selection.Selection) and NAME.values, in the trained model's dtype.
 """
 
 import hashlib

@@ -80,7 +80,7 @@ def test_what_is_not_sampled_yet_is_at_most_so_much(world, tmp_path, capsys):  #
     plan = table_of(said)  # 24 rows less 4 test rows
     assert list(plan) == "sample dpo warmup locate reward score forget improve test together".split()
     assert plan["sample"][0] == "60" and plan["reward"][0] == "60" and plan["dpo"][0] == "40" and plan["test"][0] == "18"
-    assert "Rows are at most" in said and "Times are rough" in said and re.search(r"(?m)^dpo +0\.00 ", said)
+    assert "the most there can be" in said and "Times are rough" in said and re.search(r"(?m)^dpo +0\.00 ", said)
     assert re.search(r"disk: about [\d.]+ GB, and up to [\d.]+ GB meanwhile .* GB are free", said)
 
 

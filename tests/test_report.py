@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from allo_mini import UserError, config, inputs, report
+from allo_mini import config, inputs, report
 from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.data import Encoder
 from allo_mini.files import load_mask, save_mask
