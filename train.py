@@ -33,7 +33,7 @@ from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
 from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
-from allo_mini.files import load_mask, load_tensors, read_samples, read_weights, save_mask
+from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import progress, say
@@ -46,7 +46,6 @@ from allo_mini.scoring import rewrite_examples, token_scores, weights_from_score
 
 
 # Stages, in the order they run. Each writes one artefact and is skipped when that exists.
-
 def sft(run: Run, theta: Path) -> Path:
     """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
     with run.stage("sft", ranks=True) as target:
@@ -216,7 +215,8 @@ def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
     with run.stage("forget", ranks=True) as target:
         if target:
             model = run.load(theta, mask)
-            run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
+            optimizer = run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
+            run.save(optimizer.exact(), run.folder / EXACT)
             run.save(model, target)
     return run.folder / "forget"
 
@@ -227,8 +227,9 @@ def improve(run: Run, theta: Path, pairs: list[Example], mask, negatives: list[E
         if target:
             model = run.load(theta, mask)
             objective = dpo_objective(run.cfg.beta, run.cfg.epsilon)
+            exact = run.folder / EXACT if theta == run.folder / "forget" else None  # a bf16 folder lost the small steps
             with watch_tokens(run, model, negatives):
-                run_stage(run, "improve", model, pairs, objective, mask, run.validator())
+                run_stage(run, "improve", model, pairs, objective, mask, run.validator(), exact)
             run.save(model, target)
     return run.folder / "improve"
 

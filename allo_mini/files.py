@@ -18,6 +18,8 @@ from allo_mini.disk import atomic, writing
 from allo_mini.jsonio import read_jsonl
 from allo_mini.mask import PackedMask, pack_mask
 
+EXACT = "forget.exact.safetensors"  # the fp32 weights with which forgetting ended; its folder may have them in bf16
+
 
 def read_samples(path: str | Path) -> tuple[dict[str, list[str]], int]:
     """Question -> sampled responses, and how many were left out as unfinished. Raises UserError naming the line."""

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from allo_mini import UserError, losses, parallel
 from allo_mini.config import OFFICIAL, SETTINGS, Stage
 from allo_mini.data import Example, steps_of
+from allo_mini.files import load_tensors
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, pack, size_of, token_logps
 from allo_mini.optim import MaskedAdamW, cosine_lr
@@ -44,8 +46,11 @@ class Objective:
 
 
 def run_stage(run: Run, name: str, model, examples: list[Example], objective: Objective, mask=None,
-              validate: Callable | None = None) -> MaskedAdamW:
-    """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer."""
+              validate: Callable | None = None, exact: Path | None = None) -> MaskedAdamW:
+    """Train `model` in place on `examples`; only the weights in `mask` (None: all) move. Returns the optimizer.
+
+    exact: file of the fp32 weights with which the stage before ended, of which `model` holds the rounded ones.
+    """
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
     s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))  # baselines: sft's or dpo's flags
     every = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
@@ -54,6 +59,11 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay,
                             state_bits=cfg.state_bits, offload=cfg.offload)
+    if exact:
+        try:
+            optimizer.begin_at(load_tensors(exact)[0])
+        except (LookupError, ValueError, RuntimeError, AttributeError) as e:
+            raise UserError(f"{exact}: broken, or of another model ({e}); delete it and the folder forget") from None
     if objective.step0:
         steps = or_halve(run, lambda: [with_reference(model, run.micro_batches(group))
                                        for group in progress(steps, label=f"{name}: reference", unit="step")])

@@ -20,7 +20,7 @@ from allo_mini import UserError, parallel
 from allo_mini.config import HOME, SETTINGS
 from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
-from allo_mini.files import load_tensors
+from allo_mini.files import EXACT, load_tensors
 from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
@@ -124,6 +124,8 @@ def prune(run: Run) -> None:
     there = [path for name in BIG if (path := run.folder / name).exists()]
     for path in there[:-run.cfg.keep] if run.cfg.keep else ():
         remove(path)
+        if path.name == "forget":
+            remove(run.folder / EXACT)
         say(f"--keep {run.cfg.keep}: deleted {path}")
 
 

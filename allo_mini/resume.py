@@ -101,7 +101,8 @@ class StageProgress:
             self.optimizer.write_back()
             say(f"{self.stage}: kept the weights with the best validation score, {self.best:.4f}")
         change = self.optimizer.largest_change()
-        moved = float((self.optimizer.gather_weights().cpu() != self.optimizer.start).float().mean())  # as stored
+        stored, begun = self.optimizer.gather_weights().cpu(), self.optimizer.start.to(self.run.dtype).float()
+        moved = float((stored != begun).float().mean())
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
             f"{100 * moved:.1f} % of the trained weights differ as stored")
         if not math.isfinite(change):

@@ -265,6 +265,33 @@ def test_bf16_weights_take_steps_too_small_for_bf16():
     assert mine.largest_change() == pytest.approx(1e-2, rel=1e-3)
 
 
+@pytest.mark.parametrize("masked", ["both", "neither", "the first", "the second"])
+def test_the_next_stage_goes_on_from_the_fp32_weights(masked):
+    """exact() and begin_at(): where both masks select, the masters; elsewhere, the weights as they are stored."""
+    model = net(dtype=torch.bfloat16)
+    first = random_mask(model, 0.5, 1) if masked in ("both", "the first") else None
+    second = random_mask(model, 0.5, 2) if masked in ("both", "the second") else None
+    one = MaskedAdamW(model.named_parameters(), first, lr=1e-5)
+    loss_of(model).backward()
+    one.step()
+    exact = {name: t.clone() for name, t in one.exact().items()}
+    after = {slot.name: slot.selection for slot in one.slots}
+    one.close()
+    two = MaskedAdamW(model.named_parameters(), second, lr=1e-5)
+    stored = two.master.clone()
+    two.begin_at(exact)
+    for slot in two.slots:
+        expected = slot.p.detach().float().clone()
+        where = first[slot.name] if first else torch.ones_like(expected, dtype=torch.bool)
+        assert len(after[slot.name]) == where.sum()
+        expected[where] = exact[f"{slot.name}.values"]
+        assert torch.equal(two.master[slot.where], expected[second[slot.name]] if second else expected.flatten())
+    assert (two.master != stored).float().mean() > 0.2 and torch.equal(two.start, two.master)
+    before = state_of(model)
+    two.write_back()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # the rounded ones were there already
+
+
 def test_movement_is_measured_in_fp32():
     """Steps of 1e-6 leave bf16 weights where they are; the importance still sees them, weight by weight."""
     model = net(dtype=torch.bfloat16)

@@ -2,17 +2,18 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from allo_mini import UserError
 from allo_mini import linear, locate, loop, optim, run as run_module, scoring
 from allo_mini.config import OFFICIAL, STAGES, Stage, parse
 from allo_mini.data import Example, steps_of
-from allo_mini.files import load_mask
+from allo_mini.files import EXACT, load_mask
 from allo_mini.inputs import open_run
 from allo_mini.linear import dense_rows
 from allo_mini.locate import gradient_importance
@@ -448,6 +449,27 @@ def test_batches_give_50_steps_but_are_not_below_8_nor_above_the_official_size()
     assert batch(10, batch=64) == 64 and batch(10**6, batch=3) == 3
     kept = resolve_stage("improve", Stage(epochs=2.5, warmup=0.4), 10**9, 100)
     assert (kept.epochs, kept.warmup) == (2.5, 0.4)
+
+
+@pytest.mark.parametrize("int8", [(), ("--int8",)])
+def test_improving_goes_on_from_the_weights_that_forgetting_had_in_fp32(world, tmp_path, monkeypatch, int8):
+    """In bf16 most of forgetting's steps are smaller than its folder can tell; they are not lost."""
+    run, examples = start(world, tmp_path, "--dtype", "bf16", "--forget-lr", "1e-5", "--improve-lr", "1e-12",
+                          "--improve-epochs", "1", *int8)
+    ended = []
+    monkeypatch.setattr(train, "run_stage", lambda *a: ended.append(run_stage(*a)) or ended[-1])
+    mask = select_neurons(importance_of(run, examples)[0], 0.2)
+    forgotten = train.forget(run, run.base, negatives(4, ()), mask)
+    train.improve(run, forgotten, examples, mask, negatives(4, ()))
+    forgetting, improving = ended
+    assert torch.equal(improving.start, forgetting.master)
+    assert (improving.start != improving.start.bfloat16().float()).float().mean() > 0.5
+    assert equal(*(load_file(run.folder / name / "model.safetensors") for name in ("forget", "improve")))  # as stored
+    shutil.rmtree(run.folder / "improve")
+    name, values = next((n, v) for n, v in load_file(run.folder / EXACT).items() if n.endswith("values"))
+    save_file({name: values[1:]}, run.folder / EXACT)
+    with pytest.raises(UserError, match="forget.exact.safetensors: broken, or of another model"):
+        train.improve(run, forgotten, examples, mask, negatives(4, ()))
 
 
 @pytest.mark.parametrize("dtype, lr, moved", [("bf16", "1e-12", False), ("bf16", "1e-2", True),
