@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import reproduce  # noqa: E402
 
 ARGS = dict(name="demo", model="", seeds=[1, 2], tune=[11], factors=[0.5, 1.0, 2.0], share=False, parts=["methods"], cells=None,
-            more=[], val_limit=5, test_limit=0, train="", val="", test="", table=False)
+            more=[], val_limit=5, test_limit=0, train="", val="", test="", table=False, ratios=None, allo_factors=None)
 
 
 def study_of(tmp_path, rows, **changes):
@@ -60,6 +60,18 @@ def test_the_best_setting_wins_and_an_edge_is_followed(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "cell", cell)
     assert study.tuned("DPO") == ["--dpo-lr", "0.00016"]  # the row ends at 8e-5
     assert tried == [2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4] and study.tuned("start") == []
+
+
+def test_allo_s_two_rates_are_tuned_one_after_the_other(tmp_path, monkeypatch):
+    study, tried = study_of(tmp_path, [], ratios=[0.1, 1.0, 4.0], allo_factors=[1.0, 0.5], factors=[1.0, 2.0, 3.0, 4.0]), []
+
+    def cell(part, name, seed, flags):
+        assert name == "ALLO"
+        tried.append((float(flags[1]), float(flags[3])))
+        return {"accuracy": {(2e-6, 2e-5): 0.3, (2e-5, 2e-5): 0.5, (8e-5, 2e-5): 0.4, (1e-5, 1e-5): 0.6}[tried[-1]]}
+    monkeypatch.setattr(study, "cell", cell)
+    assert study.tuned("ALLO, no forgetting") == ["--forget-lr", "1e-05", "--improve-lr", "1e-05"]
+    assert len(set(tried)) == 4 == len(study.factors)
 
 
 def test_finished_cells_are_read_back_and_missing_ones_made(tmp_path, monkeypatch):

@@ -6,7 +6,8 @@
 OUT holds the runs; samples, masks and token weights of a seed are made once and serve all its cells (--share: those of
 the first seed serve all seeds). A finished cell is one line of tests/benchmarks/results/NAME.jsonl, answers included,
 and is never made again: kill it at any time, and call it again. Learning rates are chosen on the --tune seeds'
-validation rows, as many for every method, and one more while the best stands at the end of a row of three or more.
+validation rows, as many for every method, and one more while the best stands at the end of a row of three or more. ALLO
+has two, improving's and forgetting's: with several --ratios the best of those comes first, at the first of --allo-factors.
 Writes NAME.md beside the lines.
 """
 
@@ -59,12 +60,11 @@ def middle(cell: str, study) -> float:
     return rate * (2 if "%" in cell else 1)
 
 
-def setting(cell: str, rate: float, demo: bool) -> list[str]:
-    """Flags for a learning rate. Forgetting takes a tenth of improving's, as in the official scripts; in the demo,
-    where nearly all there is to learn is a habit to forget, four times."""
+def setting(cell: str, rate: float, ratio: float) -> list[str]:
+    """Flags for a learning rate; for ALLO it is improving's, and forgetting has `ratio` times as much."""
     rate, stage = float(f"{rate:.3g}"), "sft" if cell in ("+SFT", "RFT") else "dpo"
     if cell.startswith("ALLO"):
-        return ["--forget-lr", f"{rate * (4 if demo else 0.1):.3g}", "--improve-lr", f"{rate:g}"]
+        return ["--forget-lr", f"{rate * ratio:.3g}", "--improve-lr", f"{rate:g}"]
     return [f"--{stage}-lr", f"{rate:g}"]
 
 
@@ -75,7 +75,7 @@ class Study:
         self.__dict__.update(vars(args))
         self.file = args.rows or Path(__file__).parent / "results" / f"{args.name}.jsonl"
         self.done = [row for _, row in read_jsonl(self.file)] if self.file.exists() else []
-        self.parameters = 0
+        self.ratios, self.parameters = self.ratios or [0.1 if self.model else 4.0], 0
         if self.model:
             from allo_mini.checkpoint import load_model
             self.parameters = sum(p.numel() for p in load_model(self.model, torch.float32, "meta").parameters())
@@ -151,16 +151,23 @@ class Study:
         """The best setting of a cell, by mean accuracy on the validation rows of the --tune seeds."""
         if cell == "start" or not self.tune:
             return []
-        cell = "ALLO" if cell.startswith("ALLO") else cell  # the ablations change one thing of ALLO as it was tuned
-        rates, scores = [middle(cell, self) * f for f in self.factors], {}
+        cell, allo = ("ALLO", True) if cell.startswith("ALLO") else (cell, False)  # ablations: one thing of ALLO as tuned
+        factors = self.allo_factors or self.factors if allo else self.factors
+        rates, ratio = [middle(cell, self) * f for f in factors], self.ratios[0]
+
+        def score(rate, ratio):
+            rows = [self.cell("tune", cell, seed, setting(cell, rate, ratio)) for seed in self.tune]
+            return statistics.mean(row["accuracy"] for row in rows)
+
+        if allo and len(self.ratios) > 1:
+            ratio = max(self.ratios, key=lambda ratio: score(rates[0], ratio))
+        scores = {}
         while True:
-            for rate in rates:
-                rows = [self.cell("tune", cell, seed, setting(cell, rate, not self.model)) for seed in self.tune]
-                scores[rate] = statistics.mean(row["accuracy"] for row in rows)
+            scores |= {rate: score(rate, ratio) for rate in rates}
             best = max(scores, key=scores.get)
             more = best / 2 if best == min(scores) else best * 2 if best == max(scores) else None
-            if more is None or not 3 <= len(scores) < len(self.factors) + 2:
-                return setting(cell, best, not self.model)
+            if more is None or self.allo_factors or not 3 <= len(scores) < len(factors) + 2:
+                return setting(cell, best, ratio)
             rates = [more]
 
 
@@ -253,6 +260,10 @@ def main():
     parser.add_argument("--tune", type=int, nargs="*", default=[11, 12], help="seeds to choose learning rates on")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0, 4.0],
                         help="learning rates to try, as multiples of the middle one")
+    parser.add_argument("--allo-factors", type=float, nargs="+", help="other ones for ALLO; then no row is prolonged")
+    parser.add_argument("--ratios", type=float, nargs="+",
+                        help="ALLO's forgetting rates to try, as multiples of improving's (default: 0.1 as in the official "
+                             "scripts; in the demo, where nearly all there is to learn is a habit to forget, 4)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--cells", nargs="+", help="only these")
     parser.add_argument("--model", default="")
@@ -272,7 +283,8 @@ def main():
     if not study.table:
         tuned_cells = {"ALLO" if cell.startswith("ALLO") else cell for _, cell, _ in todo} - {"start"}
         made = sum(row["part"] == "tune" and row["cell"] in tuned_cells for row in study.done)
-        study.left = max(0, len(tuned_cells) * len(study.factors) * len(study.tune) - made) + sum(
+        tries = {"ALLO": len(study.allo_factors or study.factors) + len(study.ratios) - 1}
+        study.left = max(0, sum(tries.get(cell, len(study.factors)) for cell in tuned_cells) * len(study.tune) - made) + sum(
             not study.find(*one) for one in todo)
         settings = {}
         for part, cell, seed in todo:
