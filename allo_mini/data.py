@@ -78,7 +78,8 @@ def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | No
     if value is None and optional:
         return None
     if key not in row:
-        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
+        hint = " (preference rows go to --pairs)" if key == "input" and "chosen" in row else ""
+        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}{hint}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
     if not isinstance(value, str):

@@ -66,7 +66,7 @@ def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
     layers = {layer: share for (kind, layer), share in shares.items() if kind == "all"}
     run.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
     say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
-    for label, groups in (("by kind ", kinds), ("by layer", layers)):
+    for label, groups in (("by kind, % ", kinds), ("by layer, %", layers)):
         say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
 
 
@@ -84,7 +84,8 @@ def watch_tokens(run: Run, model, examples: list[Example]):
     rows = []
     for e, [ref], [now] in zip(shown, before, score(model, shown, run.cfg.micro_tokens)):
         [kept] = useful_token_mask(now[None], ref[None], torch.ones_like(now[None]).bool(), run.cfg.epsilon)
-        rows.append({"prompt": t.decode(e.prompt).removeprefix(head).removesuffix(tail),
+        trimmed = "... " * (len(e.prompt) + len(e.responses[0]) >= run.encoder.max_length)
+        rows.append({"prompt": trimmed + t.decode(e.prompt).removeprefix(head).removesuffix(tail),
                      "tokens": pieces(t, e.responses[0]), "weights": e.weights, "scores": e.scores,
                      "log_ratios": (now - ref).tolist(), "kept": kept.tolist()})
     if not parallel.RANK:

@@ -155,8 +155,8 @@ def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strat
     stored = load_mask(run.folder / "mask.safetensors", run.shapes)
     norms = torch.cat([m.flatten() for n, m in stored.items() if kind_of(n) == "input_layernorm"])
     assert f"input_layernorm {100 * norms.float().mean():.1f}" in said
-    assert len(re.findall(r"^  by kind   .*q_proj [\d.]+", said, re.M)) == 2
-    assert len(re.findall(r"^  by layer  .*\b0 [\d.]+  1 [\d.]+", said, re.M)) == 2
+    assert len(re.findall(r"^  by kind, %   .*q_proj [\d.]+", said, re.M)) == 2
+    assert len(re.findall(r"^  by layer, %  .*\b0 [\d.]+  1 [\d.]+", said, re.M)) == 2
 
 
 # ---- memory runs out ---------------------------------------------------------------------------------------
