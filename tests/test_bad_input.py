@@ -102,7 +102,7 @@ ROWS = [
     ("no output", lines({"input": "a", "answer": "x"}), ["t.jsonl:1", "missing key 'output'"]),
     ("empty object", "{}\n", ["t.jsonl:1", "missing key 'input'", "no keys"]),
     ("empty question", lines(task("  ")), ["t.jsonl:1", "'input' is empty"]),
-    ("preference rows", GOOD["p.jsonl"], ["t.jsonl:1", "missing key 'input'"]),
+    ("preference rows", GOOD["p.jsonl"], ["t.jsonl:1", "missing key 'input'", "--pairs"]),
     ("both kinds", lines(task("a"), pair("b")), ["t.jsonl:2", "missing key 'input'"]),
     ("no answer anywhere", lines({"input": "a", "output": "four"}), ["t.jsonl", "The answer is X"]),
     ("very deep JSON", '{"input": ' + "[" * 100_000 + "\n", ["t.jsonl:1", "JSON"]),
