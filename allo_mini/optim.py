@@ -8,7 +8,7 @@ vectors beside it. A dense gradient lives only until its selected entries are ad
     master   [ a1    a2                  b1 ]          fp32; so are grad, exp_avg and exp_avg_sq
 
 The fp32 master is not optional: a bf16 weight cannot take a step of 5e-7. Bytes per *selected* weight: 1.2 for its
-position, 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4 of host memory for where it started; offload
+position (on a CPU 9.2), 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4 of host memory for its start; offload
 moves master and moments ("state"), or these and the gradient ("gradient"), to host memory.
 """
 

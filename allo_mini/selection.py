@@ -32,7 +32,7 @@ class Selection:
 
     def __init__(self, shape, mask: Tensor | None = None, device="cpu"):
         self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape, device)
-        self.all = mask is None
+        self.all, self.kept = mask is None, None
         if self.all:
             self.ends = [row * self.width for row in self.edges]
             return
@@ -59,7 +59,18 @@ class Selection:
         return torch.equal(self.counts, other.counts) and torch.equal(self.offsets, other.offsets)
 
     def chunks(self):
-        """Yield (row slice, slice of the selected entries, their flat int32 positions within the chunk; None: all)."""
+        """(row slice, slice of the selected entries, their flat positions within the chunk; None: all), chunk by chunk.
+
+        A CPU, where memory is plentiful, keeps the positions in 8 bytes each; a GPU decodes them anew.
+        """
+        if self.all or self.offsets.device.type != "cpu":
+            return self.decoded()
+        if self.kept is None:
+            self.kept = [(*where, index.long()) for *where, index in self.decoded()]
+        return iter(self.kept)
+
+    def decoded(self):
+        """Yield the chunks, positions as int32."""
         for first, last, begin, end in zip(self.edges, self.edges[1:], self.ends, self.ends[1:]):
             index = None
             if not self.all:

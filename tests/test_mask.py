@@ -202,6 +202,9 @@ def test_a_selection_walks_over_exactly_the_selected_entries(monkeypatch, chunk)
             twin = values.clone()
             twin[mask if m is not None else ...] = new if m is not None else new.view(values.shape)
             assert torch.equal(filled, twin), seed
+            for _ in "12":  # what a CPU keeps is what a GPU decodes anew
+                for (*mine, kept), (*theirs, index) in zip(where.chunks(), where.decoded(), strict=True):
+                    assert mine == theirs and (kept is index is None or torch.equal(kept, index))
 
 
 def test_a_selection_of_5_percent_takes_1_2_bytes_an_entry():

@@ -6,13 +6,26 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from allo_mini.selection import Selection
+
 
 class Meter(TorchDispatchMode):
-    """`peak` is the most bytes that storages made inside the block held at one time; kernels' own scratch is not seen."""
+    """`peak` is the most bytes that storages made inside the block held at one time; kernels' own scratch is not seen.
+
+    Inside, positions of selected weights are decoded anew every time, as on a GPU, where a CPU would keep them.
+    """
 
     def __init__(self):
         super().__init__()
         self.live, self.peak, self.sizes = 0, 0, {}
+
+    def __enter__(self):
+        self.chunks, Selection.chunks = Selection.chunks, Selection.decoded
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        Selection.chunks = self.chunks
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         out = operation(*args, **(kwargs or {}))
