@@ -66,14 +66,13 @@ class TreeAttention:
         if q.device.type == "cpu" and kind == torch.bfloat16:  # its bf16 backward takes 2-3 times as long
             q, k, v = q.float(), k.float(), v.float()
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
-        for (prompt, (first, *others)), q, k, v in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
-            c = prompt + first
-            queries = q.split([c, *others])
-            out.append(sdpa(queries[0], k[:c], v[:c], is_causal=True))
-            for length, own in zip(others, queries[1:]):
-                keys, values = (torch.cat((x[:prompt], x[c:c + length])) for x in (k, v))  # [P | R]
-                out.append(sdpa(own, keys, values, attn_mask=self.lower_right(length, prompt, q)))
-                c += length
+        for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
+            (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P | C], R, ...
+            out.append(sdpa(q, k, v, is_causal=True))
+            k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
+            for q, *own in zip(queries, keys, values):
+                k_r, v_r = (torch.cat(pair) for pair in zip((k, v), own))  # [P | R]
+                out.append(sdpa(q, k_r, v_r, attn_mask=self.lower_right(len(q), prompt, q)))
         return torch.cat(out).to(kind)
 
     def lower_right(self, length: int, prompt: int, q: Tensor):

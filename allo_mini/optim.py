@@ -44,7 +44,7 @@ class Slot:
 
     def add(self, entries: slice, values: Tensor) -> None:
         """Accumulate gradient values of some selected entries."""
-        self.grad[entries] += values.to(self.grad.device)
+        self.grad[entries].add_(values.to(self.grad.device))
 
     def add_at(self, entries: Tensor, values: Tensor) -> None:
         """For an embedding: accumulate gradient values of selected entries by their numbers; one may occur often."""

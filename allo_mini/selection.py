@@ -82,7 +82,10 @@ class Selection:
 
 def take(dense: Tensor, index: Tensor | None) -> Tensor:
     """The selected entries of a dense chunk, flat."""
-    return dense.reshape(-1) if index is None else dense.reshape(-1).index_select(0, index)
+    flat = dense.reshape(-1)
+    if index is None:
+        return flat
+    return flat.take(index) if index.dtype == torch.int64 else flat.index_select(0, index)  # CPU's kept, GPU's decoded
 
 
 def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
