@@ -31,9 +31,10 @@ from allo_mini import UserError
 from allo_mini.checkpoint import find_folder, load_model, load_tokenizer
 from allo_mini.config import parse
 from allo_mini.data import Encoder, plain, read_pairs, steps_of
-from allo_mini.inputs import style_of
+from allo_mini.inputs import pick_device, style_of
 from allo_mini.log import Log
 from allo_mini.loop import dpo_objective, run_stage
+from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 
 LR, BETA, SEED = 1e-9, 0.1, 2023
@@ -98,7 +99,9 @@ def ours(args, folder: str, rows: list[dict], batch: int, percent: float) -> dic
                      str(args.state_bits), "--checkpoint-blocks", str(10**6 if args.checkpointing else 0),
                      "--seed", str(SEED), "--head-mb", str(args.head_mb)])
         (Path(temporary) / "config.json").write_text("{}")  # a run folder has one
-        device, dtype, libraries = args.device, DTYPES[args.dtype], memory_now(args.device)
+        (device, dtype), libraries = pick_device(args.device, args.dtype), memory_now(args.device)
+        if args.compile:
+            compile_pointwise()
         pairs = read_pairs(args.pairs, 1)
         shapes = {n: p.shape for n, p in load_model(folder, dtype, "meta").named_parameters()}
         run = Run(cfg, Path(temporary), Path(folder), device, dtype, shapes, encoder_of(Path(folder), args, pairs[0]),
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32))
     parser.add_argument("--head-mb", type=int, default=256, help="as in train.py")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, on both sides")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the pointwise pieces of our side")
     parser.add_argument("--prompt", default="auto", choices=("auto", "none", "chat"))
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12, help="timed steps")
