@@ -21,7 +21,7 @@ from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenize
 from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.disk import rows_text, write_jsonl, write_text
-from allo_mini.inputs import both_sides, need_usable, pick_device, style_of
+from allo_mini.inputs import both_sides, need_answers, need_usable, pick_device, style_of
 from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.patch import apply_patch
@@ -61,8 +61,8 @@ def settings_of(args) -> Config:
     written = read_json(path).get("config", {}) if path.is_file() else {}
     own = {k: written[k] for k in ("prompt", "max_length", "max_new_tokens", "stop") if k in written and k not in given}
     check(own, str(path))
-    if own:
-        say(f"as in {path}: " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v))
+    if shown := ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v):
+        say(f"as in {path}: {shown}")
     return Config(**own, **{k: given[k] for k in SHARED if k in given})
 
 
@@ -74,7 +74,7 @@ def read_rows(file: str, args) -> tuple[str, list]:
     if task in JUDGED:
         questions = [[text_of(row, key, where) for key in JUDGED[task]] for where, row in read_jsonl(file)]
         return task, [Task(i, q[0], None, None, source=task) for i, q in enumerate(questions[:args.limit or None])]
-    return task, [replace(row, source=task) for row in read_tasks([file], args.limit, False, need_answer=True)]
+    return task, [replace(row, source=task) for row in need_answers(read_tasks([file], args.limit, False), task)]
 
 
 def claim(out: Path, asked: dict[str, dict]) -> None:

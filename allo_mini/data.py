@@ -107,15 +107,13 @@ def is_pairs(path: str | Path) -> bool:
     return "chosen" in row or "rejected" in row
 
 
-def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True, need_answer: bool = False) -> list[Task]:
+def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True) -> list[Task]:
     """Task rows of several files, at most `limit` in all; `question`/`prediction` and bare `answer` rows too."""
     tasks = []
     for where, row in islice(chain.from_iterable(map(read_jsonl, paths)), limit or None):
         question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
         output = text_of(row, "output", where, optional=not need_output)
         answer, rewrite = (text_of(row, key, where, optional=True) for key in ("answer", "rewrite"))
-        if need_answer and not (answer or "").strip() and "the answer is" not in (output or "").lower():
-            raise UserError(f"{where}: a test row needs 'answer' (or 'output' ending in \"The answer is X\")")
         if not question.strip():
             raise UserError(f"{where}: 'input' is empty")
         tasks.append(Task(len(tasks), question, output, answer, rewrite, where))
@@ -223,7 +221,7 @@ class Encoder:
         return plain(response)
 
     def prompt_ids(self, prompt: Text) -> list[int]:
-        """Ids to generate from; trimmed on the left to leave at least half of max_length for the response."""
+        """Ids to generate from; of a prompt that leaves no room for a response, the last half of max_length."""
         ids = self.tokenizer.encode(self.frame(prompt), bos=self.style != "chat")
         return self.trim(ids, self.max_length // 2) if len(ids) >= self.max_length else ids
 

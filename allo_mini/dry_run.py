@@ -115,7 +115,7 @@ def line_of(run: Run, stage: str, rows: dict[str, int], m: Measured) -> Line:
     if cfg.eval_every and run.val and stage not in ("warmup", "reward"):
         seconds += (len(steps) // cfg.eval_every + 1) * evaluating(run.val, m)
     return Line(count, seconds, (str(len(steps)), str(s.batch), f"{s.lr:g}", f"{weights:,}"),
-                n * (4 if stage == "warmup" else run.dtype.itemsize),
+                n * (4 if stage == "warmup" else run.dtype.itemsize) + (5 * weights if stage == "forget" else 0),
                 2 * 20 * weights)  # the last checkpoint and the next: master, start, best, two moments, all fp32
 
 

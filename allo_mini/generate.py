@@ -9,6 +9,7 @@ own random stream, seeded by (seed, row, k), so company in the batch does not ch
 
 import hashlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from allo_mini.architecture import cache_bytes
 from allo_mini.linear import linear
 from allo_mini.model import CausalLM, TreeAttention
+from allo_mini.selection import free_memory
 
 
 class Cache:
@@ -27,6 +29,7 @@ class Cache:
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
         self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, half a second each
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
@@ -136,6 +139,18 @@ def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
     return model(ids, cache.lengths, cache)
 
 
+@contextmanager
+def freely():
+    """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it always gives the same."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict)
+
+
+@freely()
 @torch.inference_mode()
 def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 0.7,
            top_p: float = 0.95, eos_ids=(), seed: int = 0, rows: list[int] | None = None, slots: int = 64,
@@ -157,7 +172,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     longest = max(map(len, prompts), default=0)
     if head.is_cuda:  # the cache may take 60 % of the memory that is free now
         each = (longest + max_new_tokens) * cache_bytes(model.config, model.model.embed_tokens.weight.itemsize)
-        slots = max(1, min(slots, int(0.6 * torch.cuda.mem_get_info(head.device)[0] / each)))
+        slots = max(1, min(slots, int(0.6 * free_memory(head.device) / each)))
     slots = min(slots, len(samples))
     cache, running, waiting = Cache(model, slots, longest + 64), [], samples
     while waiting or running:

@@ -49,7 +49,7 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 def keep_freed_memory() -> None:
     """On Linux: large tensors' memory is used again, not given back to the system and fetched anew, page by page and
-    filled with zeros, a thousand times a step: 6 % of a training step. -3 and -1 are glibc's M_MMAP_THRESHOLD and
+    filled with zeros, a thousand times a step: 5 % of a training step. -3 and -1 are glibc's M_MMAP_THRESHOLD and
     M_TRIM_THRESHOLD."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
         libc = ctypes.CDLL("libc.so.6")
@@ -133,7 +133,8 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         val, main[:cut] = main[:cut], []
     drop_held(tasks, [*test, *val], "training rows")  # what has just been held out may stand in other rows too
     drop_held(pairs, [*test, *val], "pairs")
-    del main[cfg.limit or len(main):]
+    for rows in (tasks, pairs):
+        del rows[cfg.limit or len(rows):]
     if not main:
         raise UserError(f"{', '.join(cfg.train or cfg.pairs)}: no rows are left to train on")
     return tasks, pairs, val, test[:cfg.test_limit or None]
@@ -148,10 +149,14 @@ def held_rows(cfg: Config, flag: str) -> list[Task] | list[Pair]:
                         "and then no others")
     if True in kinds:
         return [p for path in files for p in read_pairs(path)]
-    tasks = read_tasks(files, need_output=False)
-    for task in tasks:
-        if not (gold_answer(task) or "").strip():
-            raise UserError(f"{task.source}: --{flag} needs 'answer', or 'output' ending \"The answer is X\"")
+    return need_answers(read_tasks(files, need_output=False))
+
+
+def need_answers(tasks: list[Task], task: str = "") -> list[Task]:
+    """The rows, of the task that their file is named after or of `task`. Raises UserError for one without an answer."""
+    for row in tasks:
+        if not (gold_answer(replace(row, source=task or row.source)) or "").strip():
+            raise UserError(f"{row.source}: a test row needs 'answer', or 'output' ending in \"The answer is X\"")
     return tasks
 
 

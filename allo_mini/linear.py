@@ -109,7 +109,7 @@ class MaskedEmbedding(torch.autograd.Function):
         for ids, dy in zip(*(x.split(step) for x in (ids, dy))):
             entries = ends[ids, None] + reach  # [n,most]: the row's own, and then some of later rows, which count as 0
             real = entries < ends[ids + 1, None]
-            entries = torch.where(real, entries, 0)
+            entries = entries.clamp(max=len(columns) - 1)
             slot.add_at(entries, torch.where(real, dy.gather(1, columns[entries].long()).float(), 0.0))
         return None, None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from allo_mini import UserError
 from allo_mini.data import Example
 from allo_mini.files import load_mask, save_mask, scratch
 from allo_mini.log import progress
@@ -38,6 +39,7 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups())
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
+        run.spend_memory(model, 0)
         or_halve(run, lambda: backward(run, model, examples, objective, f"gradient {number}/{len(groups)}"), flat.grad.zero_)
         store[at:at + len(flat.grad)] = flat.grad
         at += len(flat.grad)
@@ -57,7 +59,10 @@ def backward(run: Run, model, examples: list[Example], objective: Objective, lab
 def importance_mask(run: Run, importance: dict[str, Tensor], percent: float) -> PackedMask:
     """The exact top `percent` (--mask-source bottom: the lowest), counted on the run's device."""
     share = Fraction(str(percent)) / 100  # percent / 100 as a float would be off by one weight here and there
-    return pack_mask(each_selected(importance, share, run.device, lowest=run.cfg.mask_source == "bottom"))
+    try:
+        return pack_mask(each_selected(importance, share, run.device, lowest=run.cfg.mask_source == "bottom"))
+    except ValueError as e:
+        raise UserError(f"{e}; use --dtype fp32, or lower --warmup-lr") from None
 
 
 def random_importance(run: Run) -> dict[str, Tensor]:

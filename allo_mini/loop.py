@@ -65,7 +65,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         except (LookupError, ValueError, RuntimeError, AttributeError) as e:
             raise UserError(f"{exact}: broken, or of another model ({e}); delete it and the folder forget") from None
     if objective.step0:
-        steps = or_halve(run, lambda: [with_reference(model, run.micro_batches(group))
+        steps = or_halve(run, lambda: [with_references(run, model, group)
                                        for group in progress(steps, label=f"{name}: reference", unit="step")])
     progress_of = StageProgress(run, name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
@@ -131,6 +131,12 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
     return dict(zip(total, sums.tolist()))  # the step's first wait for the device
 
 
+def with_references(run: Run, model, group: list[Example]) -> list[Example]:
+    """A step's examples, in their order, with reference log-probs; under torchrun those that this rank computes on."""
+    mine = {id(e.prompt): e for e in with_reference(model, run.micro_batches(group, parallel.share))}
+    return [mine.get(id(e.prompt), e) for e in group]
+
+
 def or_halve(run: Run, work: Callable, undo: Callable = lambda: None):
     """work(); when memory runs out, once more with micro-batches of half the size, which then stay so.
 
@@ -161,8 +167,8 @@ def sft_objective() -> Objective:
 def npo_objective(beta: float) -> Objective:
     """Forgetting: token-weighted NPO over y-, divided by the number of tokens with a weight that is not 0."""
     def loss(logps, ref, real, examples):
-        w = by_response(torch.tensor([x for e in examples for x in e.weights], device=logps.device),
-                        [len(e.weights) for e in examples])[0]  # [R,T]
+        flat = torch.tensor([x for e in examples for x in e.weights]).to(logps.device, non_blocking=True)
+        w, _ = by_response(flat, [len(e.weights) for e in examples])  # [R,T]
         rejected = beta * (logps - ref).sum(-1)
         return losses.npo_loss(logps, ref, w, beta).sum(), {
             "rewards/rejected": rejected, "logps/rejected": logps.sum(-1),

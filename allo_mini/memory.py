@@ -14,7 +14,7 @@ from allo_mini import UserError
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.log import say, table
-from allo_mini.selection import CHUNK
+from allo_mini.selection import CHUNK, free_memory
 
 CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
@@ -174,13 +174,14 @@ def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float, rew
     return replace(cfg, checkpoint_blocks=fewest)
 
 
-def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str) -> int:
+def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str, size: int) -> int:
     """How many blocks must recompute their activations, given what is free now, with the model in place; 0 on a CPU."""
     if not device.startswith("cuda"):
         return 0
-    free = torch.cuda.mem_get_info(device)[0] * SPARE - at_work(cfg, c, 2, 0.1, True)
+    free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True)
+    free -= size * c.hidden_size * c.num_hidden_layers * cfg.micro_tokens  # every block's input
     free -= trained * ((0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12) + 4 * (cfg.offload != "gradient"))
-    return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, 2) * cfg.micro_tokens))))
+    return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, size) * cfg.micro_tokens))))
 
 
 def advice(cfg: Config) -> str:

@@ -33,6 +33,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of [..., T, heads, d] tensors (heads next to d, as the projections make them)."""
     if q.dim() == 3:
         return sdpa(q[None], k[None], v[None], **kind)[0]
+    if q.is_cuda and q.dtype == torch.float32:  # where no fused kernel shares heads, and the plain one keeps [T,T]
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),  # [B,heads,T,d]
                                          enable_gqa=q.shape[2] != k.shape[2], **kind)
     return out.transpose(1, 2)
@@ -60,8 +62,8 @@ class TreeAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
-        if q.is_cuda and q.dtype != torch.float32 and varlen_kernel():
-            return self.in_one_call(q, k, v, varlen_kernel())
+        if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and varlen_kernel(q.device):
+            return self.in_one_call(q, k, v, varlen_kernel(q.device))
         kind, out, sizes = q.dtype, [], [prompt + sum(responses) for prompt, responses in self.trees]
         if q.device.type == "cpu" and kind == torch.bfloat16:  # its bf16 backward takes 2-3 times as long
             q, k, v = q.float(), k.float(), v.float()
@@ -102,20 +104,21 @@ class TreeAttention:
                     end += length
                 at = end
             cuts = ([0, *itertools.accumulate(lengths)] for lengths in (sizes, map(len, keys)))
-            self.packed = (torch.tensor([row for part in keys for row in part], device=q.device),
-                           *(torch.tensor(cut, dtype=torch.int32, device=q.device) for cut in cuts),
-                           max(sizes), max(map(len, keys)))
+            rows = torch.tensor([row for part in keys for row in part])
+            cuts = [torch.tensor(cut, dtype=torch.int32) for cut in cuts]
+            self.packed = (*(x.to(q.device, non_blocking=True) for x in (rows, *cuts)), max(sizes), max(map(len, keys)))
         rows, *cuts = self.packed
         return kernel(q, k[rows], v[rows], *cuts)
 
 
 @lru_cache
-def varlen_kernel():
-    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None without.
-
-    Its arguments changed between torch 2.10 and 2.12.
+def varlen_kernel(device):
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None without,
+    and on GPUs older than Ampere. Its arguments changed between torch 2.10 and 2.12.
     """
     try:
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return None
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None

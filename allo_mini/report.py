@@ -28,7 +28,7 @@ from allo_mini.losses import useful_token_mask
 from allo_mini.mask import PackedMask, kind_of, layer_of, mask_hash, selected
 from allo_mini.run import Run
 
-BIG = ("sft", *SETTINGS, "dpo", "movement.safetensors", "reward", "forget", "improve")  # as large as a model
+BIG = ("movement.safetensors", "reward", "sft", *SETTINGS, "dpo", "forget", "improve")  # as large as a model
 SHOWN = 12  # negatives, and rows where the models differ
 CHART = {"width": 300, "height": 110, "points": 240}  # plotting area in SVG units; more steps are averaged
 CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold

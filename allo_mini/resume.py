@@ -101,7 +101,8 @@ class StageProgress:
             self.optimizer.write_back()
             say(f"{self.stage}: kept the weights with the best validation score, {self.best:.4f}")
         change = self.optimizer.largest_change()
-        stored, begun = self.optimizer.gather_weights().cpu(), self.optimizer.start.to(self.run.dtype).float()
+        stored = self.optimizer.gather_weights(self.optimizer.grad).cpu()  # in the gradient's memory, which is free now
+        begun = self.optimizer.start.to(self.run.dtype).float()
         moved = float((stored != begun).float().mean())
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
             f"{100 * moved:.1f} % of the trained weights differ as stored")

@@ -20,6 +20,7 @@ from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.mask import selected
 from allo_mini.model import CausalLM
+from allo_mini.selection import free_memory
 from allo_mini.tasks import evaluate
 from allo_mini.tokenizer import Tokenizer
 
@@ -57,10 +58,14 @@ class Run:
         """
         model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
-        if self.cfg.checkpoint_blocks < 0:
-            trained = selected(mask) if mask else sum(p.numel() for p in model.parameters())
-            model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device)
+        self.spend_memory(model, selected(mask) if mask else self.parameters)
         return model
+
+    def spend_memory(self, model: CausalLM, trained: int) -> None:
+        """Unless --checkpoint-blocks says it: as few blocks recompute as memory allows, with `trained` weights to train."""
+        if self.cfg.checkpoint_blocks < 0:
+            model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device,
+                                                                  self.dtype.itemsize)
 
     def micro_batches(self, group: list[Example], mine=list) -> list[list[Example]]:
         """A step's examples as micro-batches of --micro-batch rows or --micro-tokens tokens, at least one a rank.
@@ -104,7 +109,8 @@ class Run:
             yield target
         except torch.OutOfMemoryError:
             raise UserError(f"{name}, peak {peak_gb(self.device):.2f} GB: {memory.advice(self.cfg)}") from None
-        self.state_file(name).unlink(missing_ok=True)
+        if not parallel.RANK:  # which may still have been writing when the others were done
+            self.state_file(name).unlink(missing_ok=True)
         self.seconds[name], peak = time.monotonic() - began, peak_gb(self.device)
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
         estimate = f" (estimate {sum(self.needs[name].values()) / 1e9:.2f} GB)" if name in self.needs else ""
@@ -120,8 +126,8 @@ class Run:
         """In how many passes the fp32 gradient of all weights is made."""
         if self.cfg.locate_groups or not self.device.startswith("cuda"):
             return self.cfg.locate_groups or 1
-        free = torch.cuda.mem_get_info(self.device)[0]  # half of it, beside the model; the rest is for activations
-        return -(-4 * self.parameters // (free // 2))
+        half = free_memory(self.device) // 2  # beside the model; the rest is for activations
+        return -(-4 * self.parameters // half)
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"

@@ -90,5 +90,16 @@ def take(dense: Tensor, index: Tensor | None) -> Tensor:
 
 def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
     """Write the selected entries of a (contiguous) dense chunk in place."""
-    flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=True)
-    flat.copy_(values) if index is None else flat.put_(index.long(), values)
+    flat, values = dense.view(-1), values.to(dense.device, dense.dtype, non_blocking=dense.is_cuda)
+    if index is None:
+        flat.copy_(values)
+    elif torch.are_deterministic_algorithms_enabled():  # put_ has no deterministic form
+        flat.index_copy_(0, index.long(), values)
+    else:
+        flat.put_(index.long(), values)
+
+
+def free_memory(device) -> int:
+    """Bytes of a GPU that can still be allocated; what torch keeps of earlier work is given back first."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]

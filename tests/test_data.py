@@ -15,7 +15,7 @@ from allo_mini.checkpoint import save_model
 from allo_mini.config import parse
 from allo_mini.data import ALPACA, Encoder, is_pairs, plain, read_pairs, read_tasks, steps_of
 from allo_mini.files import read_samples, read_weights
-from allo_mini.inputs import open_run
+from allo_mini.inputs import need_answers, open_run
 from allo_mini.tokenizer import Tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>",
@@ -120,7 +120,17 @@ def test_official_rows(tmp_path):
 
 def test_test_rows_need_only_an_answer(tmp_path):
     rows = [{"input": "a", "answer": "5"}, {"input": "b", "output": "So\nthe answer is: 7."}]
-    assert len(read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False, need_answer=True)) == 2
+    assert len(need_answers(read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False))) == 2
+
+
+@pytest.mark.parametrize("name, row", [("t", {"output": "So. The answer is "}), ("t", {"output": "\\boxed{4}"}),
+                                       ("math_x", {"output": "So"})])
+def test_a_test_row_without_an_answer_is_named(tmp_path, name, row):
+    path = write(tmp_path / f"{name}.jsonl", {"input": "a", **row})
+    with pytest.raises(UserError, match=rf"{name}.jsonl:1: a test row needs 'answer'"):
+        need_answers(read_tasks([path], need_output=False))
+    boxed = write(tmp_path / "math_y.jsonl", {"input": "a", "output": "thus \\boxed{4}"})
+    assert need_answers(read_tasks([boxed], need_output=False))
 
 
 def test_samples_of_a_question_on_several_lines(tmp_path):
@@ -171,7 +181,7 @@ def test_the_data_sets():
         if "chosen" in keys:
             assert is_pairs(path) and read_pairs(path)
         elif "input" in keys:
-            assert not is_pairs(path) and read_tasks([path], need_output=False, need_answer=True)
+            assert not is_pairs(path) and need_answers(read_tasks([path], need_output=False))
 
 
 # ---- encoding ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from allo_mini.data import Task, read_tasks
+from allo_mini.inputs import need_answers
 from allo_mini.tasks import (RULES, bare, extract_math, gold_answer, grader_for, is_correct, official_correct,
                              same_math, same_plain, task_name)
 
@@ -255,7 +256,7 @@ def test_gold_solutions_are_accepted_and_other_answers_refused(name):
     files = sorted(Path(os.environ["ALLO_DATA"]).glob(f"{name}*_t*.jsonl"))
     assert files
     for path in files:
-        rows = read_tasks([path], need_output=False, need_answer=True)
+        rows = need_answers(read_tasks([path], need_output=False))
         accepted = sum(is_correct(t.output or A + t.answer, t) for t in rows) / len(rows)
         answers = [t.answer for t in rows]
         random.Random(0).shuffle(answers)

@@ -635,7 +635,7 @@ def test_varlen_kernel_speaks_every_torchs_dialect(monkeypatch, names):
     fake.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
     monkeypatch.setattr(varlen, "varlen_attn", fake)
     model_module.varlen_kernel.cache_clear()
-    model_module.varlen_kernel()(torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), 0, 0, 3, 3)
+    model_module.varlen_kernel(torch.device("cpu"))(torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), 0, 0, 3, 3)
     model_module.varlen_kernel.cache_clear()
     assert seen["heads"] == (2 if "enable_gqa" in names else 4)
     assert seen.get("is_causal") is True or seen["window_size"] == (-1, 0)

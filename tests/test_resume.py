@@ -18,6 +18,7 @@ from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.inputs import open_run
 from allo_mini.loop import Objective, dpo_objective, run_stage
+from allo_mini.mask import select_neurons
 
 OPTIONS = ["--sft", "--sft-batch", "2", "--max-steps", "3", "--reward-batch", "5", "--dpo-batch", "5",
            "--warmup-batch", "5", "--forget-batch", "5", "--improve-batch", "5", "--save-minutes", "0",
@@ -331,6 +332,12 @@ def test_a_read_only_folder(world, cut, tmp_path, capsys):
     assert difference(before, results_of(tmp_path / "run")) == []
 
 
+def test_keep_1_leaves_the_model_even_of_a_method_that_located_by_movement(world, tmp_path):
+    assert train.main(arguments(world, tmp_path / "run", "--method", "dpo", "--mask-source", "top", "--p", "10", "--no-eval",
+                                "--max-steps", "1", "--keep", "1")) == 0
+    assert (tmp_path / "run/dpo/model.safetensors").is_file() and not (tmp_path / "run/movement.safetensors").exists()
+
+
 def test_keep_deletes_only_what_can_be_made_again(world, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     before = results_of(tmp_path / "run")
@@ -425,7 +432,9 @@ def test_deterministic_asks_torch_for_it(world, tmp_path, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
         run, examples = start(world, tmp_path, "--deterministic", "--max-steps", "1")
-        run_stage(run, "dpo", run.load(run.base), examples, dpo_objective(0.1))
+        masked = select_neurons({n: torch.rand(s) for n, s in run.shapes.items()}, 0.1)
+        for stage, mask in (("dpo", None), ("improve", masked)):
+            run_stage(run, stage, run.load(run.base, mask), examples, dpo_objective(0.1), mask)
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)

@@ -13,7 +13,7 @@ from allo_mini import UserError, demo
 from allo_mini.checkpoint import load_model, load_tokenizer
 from allo_mini.config import parse
 from allo_mini.data import Encoder, Task, read_tasks
-from allo_mini.inputs import read_rows
+from allo_mini.inputs import need_answers, read_rows
 from allo_mini.logprobs import score
 from allo_mini.report import summary, summary_row, wilson
 from allo_mini.tasks import JUDGED, RULES, extract_answer, gold_answer, is_correct, label, normalize
@@ -299,7 +299,7 @@ def test_prepare_makes_rows_that_the_grader_accepts(name, file, content, row, tm
     prepare(name, source_file(tmp_path / file.replace("a.", "source."), content), out)
     assert [json.loads(line) for line in out.read_text().splitlines()] == [row]
     if name not in JUDGED:
-        [task] = read_tasks([out], need_output=False, need_answer=True)
+        [task] = need_answers(read_tasks([out], need_output=False))
         assert is_correct(task.output or f"The answer is {task.answer}", task)
 
 

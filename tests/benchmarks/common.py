@@ -122,7 +122,8 @@ class RandomMask(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         number = list(self.shapes).index(name)
         generator = torch.Generator(self.device).manual_seed(1_000_003 * self.seed + number)
-        return torch.rand(self.shapes[name], device=self.device, generator=generator) < self.share
+        chosen = torch.empty(self.shapes[name], dtype=torch.bool, device=self.device)
+        return chosen.bernoulli_(self.share, generator=generator)
 
     def __iter__(self):
         return iter(self.shapes)

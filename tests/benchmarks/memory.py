@@ -52,11 +52,19 @@ def settings(name: str, card: str, p: float, tokens: int):
     return memory.plan(cfg, parse_config(SHAPES[name]), shapes_of(name))[0]
 
 
+def one_or_none(name: str, stage: str, cfg, *more) -> dict:
+    """one_stage, or, when memory runs out, a row that says so."""
+    try:
+        return one_stage(name, stage, cfg, *more)
+    except (torch.OutOfMemoryError, UserError) as e:
+        return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "failed": str(e)[:200]}
+
+
 def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, cap: float = 0.0) -> dict:
     """Run a stage's work on one pair (or response, or batch of samples); estimate and peaks in bytes."""
     if device.startswith("cuda") and cap:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap * 2**30 / total), torch.device(device).index or 0)
     shapes, config, folder = shapes_of(name), parse_config(SHAPES[name]), Path(tempfile.mkdtemp())
     (folder / "config.json").write_text("{}")  # a run folder has one
     prompt, (a, b) = random_pairs(1, tokens, config.vocab_size)[0]
@@ -78,7 +86,8 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
         if stage == "locate":
             gradient_importance(run, folder, examples, dpo_objective(0.1))
         elif stage == "sample":
-            sample(run.load(folder), [prompt[:256]] * 2, cfg.sample_batch, min(8, cfg.max_new_tokens), slots=cfg.sample_batch)
+            sample(run.load(folder), [prompt[:256]] * 2, cfg.sample_batch,
+                   cfg.max_new_tokens if device.startswith("cuda") else 8, slots=cfg.sample_batch)
         elif stage == "score":
             score(run.load(folder), examples, cfg.micro_tokens)
         else:
@@ -113,13 +122,15 @@ def main() -> None:
             for rung in RUNGS:
                 cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 16, "locate_groups": 3, **rung})
                 jobs += [(name, stage, cfg, "fp32", 0.0) for stage in ("improve", "forget", "locate", "score")]
-    done = [(fresh_process(one_stage, name, stage, cfg, dtype, device, args.tokens, cap) if cap else
+    done = [(fresh_process(one_or_none, name, stage, cfg, dtype, device, args.tokens, cap) if cap else
              one_stage(name, stage, cfg, dtype, device, args.tokens)) | {"settings": {k: getattr(cfg, k) for k in (
                  "int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")}}
             for name, stage, cfg, dtype, cap in jobs]
     rows = [[f"{d['shape']}, {d['stage']}", f"{d['memory'] or ' '.join(f'{k}={v}' for k, v in d['settings'].items())}",
-             f"{d['p']:g}", gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-",
-             f"{d['ratio']:.3f}"] for d in done]
+             f"{d['p']:g}", *(["-", "failed", "-", "-"] if "failed" in d else [
+                 gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-", f"{d['ratio']:.3f}"])]
+            for d in done]
+    notes += [f"{d['shape']}, {d['memory']}, {d['stage']}: {d['failed']}" for d in done if "failed" in d]
     finish(args, ["GB", "settings", "p %", "estimate", "allocated" if device.startswith("cuda") else "metered", "reserved",
                   "of estimate"], rows, notes, stages=done)
 

@@ -56,7 +56,8 @@ def masked_step(shape: str, dtype: str, device: str, repeat: int, p: float, bits
     seconds = min(timed(optimizer.step, device, repeat, before=lambda: optimizer.grad.fill_(1e-3)))
     scatter = min(timed(optimizer.write_back, device, repeat))
     n, size = len(optimizer.master), DTYPES[dtype].itemsize
-    positions = sum(s.selection.offsets.nbytes + s.selection.counts.nbytes for s in optimizer.slots if not s.selection.all)
+    positions = sum((s.selection.offsets.nbytes + s.selection.counts.nbytes) if device.startswith("cuda") else 8 * len(s.selection)
+                    for s in optimizer.slots if not s.selection.all)
     moved = n * (8 + 8 + (16 if bits == 32 else 4) + size) + positions  # gradient, master, moments, weights
     return {"p": p, "state_bits": bits, "offload": offload, "selected": n, "seconds": seconds, "scatter_seconds": scatter,
             "scatter_share": scatter / seconds, "bytes": moved, "held_bytes": held}
