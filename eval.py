@@ -37,8 +37,8 @@ def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
-    alone = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
-    alone.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
+    patch_or_int8 = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
+    patch_or_int8.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
                        "not with --int8: apply it first, python -m allo_mini.checkpoint apply")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
@@ -51,7 +51,7 @@ def make_parser() -> Parser:
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
-        add_knob(alone if name == "int8" else parser, name)
+        add_knob(patch_or_int8 if name == "int8" else parser, name)
     return parser
 
 

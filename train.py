@@ -4,13 +4,13 @@
     sample   n responses per question, labelled by their final answer -> pairs (y+, y-), negatives y-
     warmup   one epoch of DPO; how far each weight moves is its importance
     locate   the top p % of all weights are the "neurons" that may change; theta returns to theta_ref
-    reward   a small rewriting model scores every token of y-: low means unaligned
+    reward   a rewriting model (a copy of theta_ref, unless --reward-base) scores the tokens of y-: low means unaligned
     forget   token-weighted NPO on the unaligned tokens, masked weights only
     improve  DPO whose rejected side counts only the most useful tokens, masked weights only
     patch    what that changed of theta_ref, as a small file; other --methods: baselines.py
 
 Departures from the official code, and why:
- a. It cuts each tensor to its own top 2p % first, so 5 % can become 21 %; our top p % is exact and global.
+ a. It first cuts each tensor to its own top 2p %: 5 % became 21 % in our test; our top p % is exact and global.
  b. It keeps epsilon x padded width tokens and takes a log-ratio of 0 for padding; we count response tokens.
  c. Its forgetting collator shifts the prompt mask in ragged batches and loses tokens; we never pad.
  d. Its optimizer keeps full-size moments and decays unselected weights; ours knows selected weights only.
@@ -18,7 +18,7 @@ Departures from the official code, and why:
  f. It averages losses per micro-batch; we normalise over the whole step.
  g. Its rewards/* are per token at equal index; ours are per sequence, with TRL's names and meanings.
  h. Its AdamW adds eps before bias correction; ours follows torch.optim.AdamW.
- i. It rewrites with GPT-4; we use the policy's own nearest correct sample, unless the data brings rewrites.
+ i. It rewrites with GPT-4; we use the data's rewrite, else the policy's nearest correct sample, else the reference.
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
@@ -35,7 +35,7 @@ from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
 from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
-from allo_mini.locate import COMPARE, gradient_importance, importance_mask, located, random_importance
+from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask, overlap
@@ -143,7 +143,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" and not by_chance else None
         with run.stage("locate", next(path.name for path in paths.values() if not path.exists())) as target:
             if target:
-                compare = run.parameters < COMPARE and not by_chance
+                compare = run.parameters < COMPARE_BELOW and not by_chance
                 gradient, *halves = [random_importance(run)] if by_chance else gradient_importance(
                     run, theta, some, dpo_objective(cfg.beta), compare)
                 masks = {p: importance_mask(run, movement or gradient, p) for p in paths}

@@ -1,8 +1,4 @@
-"""allo_mini: ALLO (arXiv 2406.12606) on one GPU in plain PyTorch.
-
-Read in this order: losses.py (the equations), optim.py and mask.py (which weights move), logprobs.py and
-model.py (how log-probabilities are made), scoring.py (which tokens count), then train.py from top to bottom.
-"""
+"""allo_mini: ALLO (arXiv 2406.12606) on one GPU in plain PyTorch. README has the order to read it in."""
 
 import os
 

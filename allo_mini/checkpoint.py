@@ -15,12 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allo_mini import UserError
+from allo_mini.architecture import parse_config
 from allo_mini.disk import atomic
 from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
 from allo_mini.log import say
 from allo_mini.selection import put
-from allo_mini.model import CausalLM, build, parse_config
+from allo_mini.model import CausalLM, build
 from allo_mini.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -61,7 +62,9 @@ def shard_files(folder: Path) -> dict[str, Path]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         table = read_json(index).get("weight_map")
-        names = list(table.values()) if isinstance(table, dict) else ["weight_map"]
+        if not isinstance(table, dict):
+            raise UserError(f"{index}: weight_map is {type(table).__name__}, expected a table of file names")
+        names = list(table.values())
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise UserError(f"{index}: {name!r} is not a plain file name (NAME.safetensors)")

@@ -93,7 +93,7 @@ def messages_of(row: dict, key: str, where: str) -> Text:
     """row[key]: a string that can be encoded, or a list of {"role", "content"}. Raises UserError."""
     if not isinstance(row.get(key), list):
         return text_of(row, key, where)
-    for m in row[key] or ["nothing"]:
+    for m in row[key] or ["nothing"]:  # an empty list is refused, too
         if not isinstance(m, dict):
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         for part in ("role", "content"):
@@ -127,7 +127,7 @@ def split_implicit(chosen: Text, rejected: Text, where: str) -> tuple[Text, Text
     """
     cut = in_common(chosen, rejected)
     if isinstance(chosen, list):
-        cut -= chosen == rejected
+        cut = cut - 1 if chosen == rejected else cut
     else:
         turn = chosen.rfind(HH_TURN, 0, cut)
         cut = turn + len(HH_TURN) if turn >= 0 else max(chosen.rfind(" ", 0, cut), chosen.rfind("\n", 0, cut), 0)
@@ -177,7 +177,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
-        self.closing = self._closing()
+        self.bos, self.closing = style != "chat", self._closing()  # a template writes its own BOS
         self.clear()
 
     def _closing(self) -> int:
@@ -222,7 +222,7 @@ class Encoder:
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; of a prompt that leaves no room for a response, the last half of max_length."""
-        ids = self.tokenizer.encode(self.frame(prompt), bos=self.style != "chat")
+        ids = self.tokenizer.encode(self.frame(prompt), bos=self.bos)
         return self.trim(ids, self.max_length // 2) if len(ids) >= self.max_length else ids
 
     def trim(self, ids: list[int], room: int) -> list[int]:
@@ -247,7 +247,8 @@ class Encoder:
         room = self.max_length - max(map(len, answers))
         if room < 1 + len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
-        self.trimmed += len(ids) > room
+        if len(ids) > room:
+            self.trimmed += 1
         return Example(self.trim(ids, room), answers)
 
     def split(self, prompt: Text, responses: list[Text]) -> tuple[list[int], list[list[int]]]:
@@ -256,7 +257,7 @@ class Encoder:
         A response ends with its closing token, which is added where the text did not bring it.
         """
         texts = [self.answer(prompt, r) for r in responses]
-        ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.style != "chat")
+        ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.bos)
         return ids, [a[:a.index(self.closing) + 1] if self.closing in a else [*a, self.closing] for a in answers]
 
     def response_ids(self, prompt: Text, response: Text) -> list[int]:

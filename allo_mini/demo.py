@@ -14,7 +14,8 @@ from allo_mini.checkpoint import save_model
 from allo_mini.config import Config
 from allo_mini.data import Task
 from allo_mini.disk import write_jsonl
-from allo_mini.model import CausalLM, parse_config
+from allo_mini.architecture import parse_config
+from allo_mini.model import CausalLM
 
 FOLDER = Path(__file__).parent / "demo"  # trained by this project's own sft stage, see the README
 NAMES = "Mia Tom Ann Leo Zoe Sam Eva Max Lily Ben".split()

@@ -122,7 +122,8 @@ def line_of(run: Run, stage: str, rows: dict[str, int], m: Measured) -> Line:
 def plan_of(run: Run) -> dict[str, Line]:
     """The stages in their order, then the test of every model."""
     cfg, rows, m = run.cfg, rows_of(run), measure(run)
-    tested = run.test * (1 + len(cfg.method) * (not cfg.only_sft)) * cfg.eval
+    models = 1 if cfg.only_sft else 1 + len(cfg.method)
+    tested = run.test * models if cfg.eval else []
     plan = {stage: line_of(run, stage, rows, m) for stage in memory.stages_of(cfg)}
     return plan | ({"test": Line(len(tested), evaluating(tested, m))} if tested else {})
 

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from allo_mini.architecture import cache_bytes
+from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
-from allo_mini.model import CausalLM, TreeAttention
+from allo_mini.model import CausalLM
 from allo_mini.selection import free_memory
 
 
@@ -34,7 +35,9 @@ class Cache:
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
         room = self.stores[0].shape[2]
-        for i in range(len(self.stores)) if needed > room else ():
+        if needed <= room:
+            return
+        for i in range(len(self.stores)):
             self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
 
     def move(self, source: int, target: int) -> None:

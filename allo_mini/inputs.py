@@ -37,7 +37,7 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch reads them at the first product
         os.environ.setdefault(cache, "64")
     there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     device = there[0] if device == "auto" else device
     if device not in there:
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")

@@ -84,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     slot = getattr(weight, "slot", None)
     if slot is None and weight.is_floating_point() and (weight.requires_grad or not slow_bf16(x)):
         return F.linear(x, weight, bias)
-    y = MaskedLinear.apply(x.flatten(0, -2), weight, slot and slot.handle).unflatten(0, x.shape[:-1])
+    y = MaskedLinear.apply(x.flatten(0, -2), weight, None if slot is None else slot.handle).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 

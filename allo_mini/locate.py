@@ -21,7 +21,7 @@ from allo_mini.memory import tensor_groups
 from allo_mini.optim import FlatGradient
 from allo_mini.run import Run
 
-COMPARE = 10**9  # weights; above, the gradients of two halves are not kept apart: they would double the file
+COMPARE_BELOW = 10**9  # weights; above, the gradients of two halves are not kept apart: they would double the file
 
 
 def gradient_importance(run: Run, theta: Path, examples: list[Example], objective: Objective,
@@ -40,7 +40,7 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
         run.spend_memory(model, 0)
-        or_halve(run, lambda: backward(run, model, examples, objective, f"gradient {number}/{len(groups)}"), flat.grad.zero_)
+        or_halve(run, lambda: add_gradients(run, model, examples, objective, f"gradient {number}/{len(groups)}"), flat.grad.zero_)
         store[at:at + len(flat.grad)] = flat.grad
         at += len(flat.grad)
         flat.close()
@@ -48,7 +48,7 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     return [{name: part.view(shape) for (name, shape), part in zip(run.shapes.items(), parts)}]
 
 
-def backward(run: Run, model, examples: list[Example], objective: Objective, label: str) -> None:
+def add_gradients(run: Run, model, examples: list[Example], objective: Objective, label: str) -> None:
     """Add the gradient of the examples' summed loss to where the model's gradients gather; theta is its own reference."""
     for micro in progress(run.micro_batches(examples), label=label, unit="batch"):
         batch = pack(micro, run.device)

@@ -57,8 +57,8 @@ class Log:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned plain-text table; first column left, the others right; columns of nothing but "-" are left out."""
-    told = [i for i in range(len(header)) if not rows or any(row[i] != "-" for row in rows)]
-    header, *rows = [[row[i] for i in told] for row in (header, *rows)]
+    kept = [i for i in range(len(header)) if not rows or any(row[i] != "-" for row in rows)]
+    header, *rows = [[row[i] for i in kept] for row in (header, *rows)]
     widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
     lines = ["  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, widths)))
              for r in [header, *rows]]

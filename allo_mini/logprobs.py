@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
-from allo_mini.model import CausalLM, TreeAttention
+from allo_mini.model import CausalLM
 from allo_mini.selection import chunk_of
 
 

@@ -24,7 +24,7 @@ from allo_mini.resume import StageProgress
 from allo_mini.run import Run, peak_gb
 from allo_mini.scoring import with_reference
 
-LN2 = 0.6931471805599453
+LN2 = math.log(2)
 
 
 @dataclass
@@ -53,8 +53,8 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     """
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
     s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))  # baselines: sft's or dpo's flags
-    every = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
-    steps = [group for group in every if units_of(group, objective)]
+    planned = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    steps = [group for group in planned if units_of(group, objective)]
     if not steps:
         raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
     optimizer = MaskedAdamW(model.named_parameters(), mask, s.lr, weight_decay=cfg.weight_decay,
@@ -67,11 +67,11 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     if objective.step0:
         steps = or_halve(run, lambda: [with_references(run, model, group)
                                        for group in progress(steps, label=f"{name}: reference", unit="step")])
-    progress_of = StageProgress(run, name, len(steps), len(every) - len(steps), optimizer, examples, mask, objective.state)
+    place = StageProgress(run, name, len(steps), len(planned) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
     run.log.note(name, rows=len(examples), steps=len(steps), lr=s.lr, batch=s.batch, epochs=s.epochs, warmup=s.warmup)
-    bar = progress(progress_of.steps(), total=len(steps) - progress_of.step, label=name, unit="step")
+    bar = progress(place.steps(), total=len(steps) - place.step, label=name, unit="step")
     for step in bar:
         began, group = time.monotonic(), steps[step]
         optimizer.lr = cosine_lr(step, len(steps), s.lr, s.warmup)
@@ -86,11 +86,11 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         values |= {"tokens/s": sum(map(size_of, group)) / (time.monotonic() - began), "mem/peak_gb": peak_gb(run.device)}
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
-            progress_of.keep_if_best(values["eval/score"])
+            place.keep_if_best(values["eval/score"])
         run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
         bar.set_postfix(loss=f"{values['loss']:.4g}")
-        progress_of.save(step + 1)
-    progress_of.finish()
+        place.save(step + 1)
+    place.finish()
     return optimizer
 
 

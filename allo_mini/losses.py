@@ -7,7 +7,7 @@
 
 ALLO's own come first, then those of the methods it is compared with.
 
-Every function returns one loss per row or token, never a mean: the loop in loop.py divides by the units of
+Every loss is one value per row or token, never a mean: the loop in loop.py divides by the units of
 the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
 """
 

@@ -33,31 +33,36 @@ def kth_largest(tensors: list[Tensor], k: int, device=None) -> tuple[int, int]:
     the values in the bin where the k-th falls. Exact, and never more than a chunk of memory beyond the inputs.
     Raises ValueError for a value that is inf or NaN.
     """
-    found = None  # the upper 16 bits of the k-th
-    for _ in ("upper", "lower"):
-        histogram = torch.zeros(1 << 16, dtype=torch.int64)
-        for values in tensors:
-            for bits in bit_patterns(values, device):
-                digits = bits >> 16 if found is None else bits[bits >> 16 == found] & 0xFFFF
-                histogram += torch.bincount(digits, minlength=1 << 16).cpu()
-        above = histogram.flip(0).cumsum(0)  # above[i]: values in the top i+1 bins
-        i = int(torch.searchsorted(above, torch.tensor(k)))
-        k -= int(above[i - 1]) if i else 0
-        found = ((found or 0) << 16) | (0xFFFF - i)  # flipped: bin i counts from the top
-    return found, k
+    def every():
+        return (bits for values in tensors for bits in bit_patterns(values, device))
+
+    upper, k = kth_bin(k, (bits >> 16 for bits in every()))
+    lower, k = kth_bin(k, (bits[bits >> 16 == upper] & 0xFFFF for bits in every()))
+    return upper << 16 | lower, k
+
+
+def kth_bin(k: int, digits) -> tuple[int, int]:
+    """Of many digits below 65,536, tensors of them: the k-th largest, and as which of its equals it is counted."""
+    histogram = sum(torch.bincount(d, minlength=1 << 16).cpu() for d in digits)
+    above = histogram.flip(0).cumsum(0)  # above[i]: digits in the top i+1 bins
+    i = int(torch.searchsorted(above, torch.tensor(k)))
+    return 0xFFFF - i, k - (int(above[i - 1]) if i else 0)
 
 
 def each_selected(importance: dict[str, Tensor], fraction: float | Fraction, device=None, lowest: bool = False):
-    """As select_neurons, but yield (name, bool tensor on the CPU) one after the other, counting on `device`.
+    """The exact top `fraction` (0..1) of |importance| over all tensors together: yields (name, bool tensor on the CPU).
 
-    The importance may lie in a memory-mapped file: two passes count, a third selects, each holding a chunk at a time.
-    lowest: as many of the least important weights instead.
+    floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100; a Fraction is taken as it is); ties
+    at the threshold go to the earlier (tensor, flat index). Raises ValueError for a fraction outside (0, 1] or
+    non-finite importance. It may lie in a memory-mapped file: two passes count on `device`, a third selects, each
+    holding a chunk at a time. lowest: as many of the least important weights instead.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     total = sum(t.numel() for t in importance.values())
     count = math.floor(Fraction(str(fraction)) * total)
-    count = total - count if lowest else count  # the lowest are what the top of the others leaves
+    if lowest:  # they are what the top of the others leaves, so that ties go the same way from either end
+        count = total - count
     infinite = 0x7F800000  # above every finite value's bits
     threshold, ties = kth_largest(list(importance.values()), count, device) if count else (infinite, 0)
     for name, values in importance.items():
@@ -71,11 +76,7 @@ def each_selected(importance: dict[str, Tensor], fraction: float | Fraction, dev
 
 
 def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """The exact top `fraction` (0..1) of |importance| over all tensors together -> bool tensors of the same shapes.
-
-    floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100; a Fraction is taken as it is); ties at the threshold go to
-    the earlier (tensor, flat index). Raises ValueError for a fraction outside (0, 1] or non-finite importance.
-    """
+    """each_selected as a dict."""
     return dict(each_selected(importance, fraction))
 
 

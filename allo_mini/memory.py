@@ -1,6 +1,6 @@
 """What each stage needs of a GPU's memory, term by term, and the settings with which all of them fit a card.
 
-    python train.py --memory 12gb ...       prints the table below for the model at hand, and trains with what it chose
+    python train.py --memory 12gb ...       prints its estimate for the model at hand, and trains with what it chose
 
 All numbers here are estimates, in bytes, of what torch allocates at a stage's peak; what was measured is printed after
 each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n trained weights; see model.py for the rest.
@@ -69,9 +69,10 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage in TRAINING:
         n = int(every * percent_of(cfg, stage) / 100)
         if n < every:
-            terms |= {"positions": n + every / 128, "exact entries": n * size * cfg.int8}
-        terms["optimizer"] = n * (4 + (8 if cfg.state_bits == 32 else 2.04)) * (cfg.offload == "none")
-        terms["gradient"] = 4 * n * (cfg.offload != "gradient")
+            terms |= {"positions": n + every / 128, "exact entries": n * size if cfg.int8 else 0}
+        state = 4 + (8 if cfg.state_bits == 32 else 2 + 8 / 256)  # master and moments, with two scales for every 256
+        terms["optimizer"] = n * state if cfg.offload == "none" else 0
+        terms["gradient"] = 0 if cfg.offload == "gradient" else 4 * n
     if stage in LOCATING and cfg.offload != "gradient":
         terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
     if stage in TRAINING or stage in LOCATING:
@@ -100,19 +101,23 @@ def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
 def stages_of(cfg: Config) -> list[str]:
     """The stages of a run that hold a model on the device, in order."""
     located = bool(cfg.p_sft) and cfg.p_sft < 100  # what sft and the rewriting model train
-    stages = (["sft-locate"] * located + ["sft"]) if cfg.sft or cfg.only_sft else []
+    stages = []
+    if cfg.sft or cfg.only_sft:
+        stages += ["sft-locate", "sft"] if located else ["sft"]
     if not cfg.only_sft:
-        stages += ["sample"] if not (cfg.pairs or cfg.samples) else []
+        if not (cfg.pairs or cfg.samples):
+            stages += ["sample"]
         stages += ["more-sft" if method == "sft" else method for method in cfg.method if method != "allo"]
         measured = cfg.mask_source in ("auto", "top", "bottom") and not cfg.mask
         if measured and ("allo" in cfg.method or cfg.mask_source != "auto"):
-            stages += (["warmup"] if cfg.locate != "gradient" else []) + ["locate"]
+            stages += ["locate"] if cfg.locate == "gradient" else ["warmup", "locate"]
         if "allo" in cfg.method:
             scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
             if scored and not cfg.reward_model:
-                stages += ["reward-locate"] * (located and not cfg.reward_base) + ["reward"]
-            stages += ["score"] * scored
-            stages += ["forget"] * cfg.forget + ["improve"]
+                stages += ["reward-locate", "reward"] if located and not cfg.reward_base else ["reward"]
+            if scored:
+                stages += ["score"]
+            stages += ["forget", "improve"] if cfg.forget else ["improve"]
     return stages
 
 
@@ -178,9 +183,10 @@ def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str,
     """How many blocks must recompute their activations, given what is free now, with the model in place; 0 on a CPU."""
     if not device.startswith("cuda"):
         return 0
-    free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True)
+    state = 0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12
+    gradient = 0 if cfg.offload == "gradient" else 4
+    free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True) - trained * (state + gradient)
     free -= size * c.hidden_size * c.num_hidden_layers * cfg.micro_tokens  # every block's input
-    free -= trained * ((0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12) + 4 * (cfg.offload != "gradient"))
     return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, size) * cfg.micro_tokens))))
 
 

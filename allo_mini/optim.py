@@ -109,8 +109,9 @@ class FlatGradient:
     def _gather(self, slot: Slot):
         def hook(p):  # for parameters outside linear.py: norms, biases, and any other module's
             dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
-            for rows, entries, index in slot.selection.chunks() if dense is not None else ():
-                slot.add(entries, take(dense[rows], index))
+            if dense is not None:
+                for rows, entries, index in slot.selection.chunks():
+                    slot.add(entries, take(dense[rows], index))
         return hook
 
     def gather_weights(self, flat: Tensor | None = None) -> Tensor:
@@ -178,10 +179,11 @@ class MaskedAdamW(FlatGradient):
         self.gather_weights(self.master)
         self.start = self.master.to("cpu", copy=True)  # to say at the end how far the weights have come
         kind = torch.uint8 if state_bits == 8 else torch.float32
-        self.exp_avg, self.exp_avg_sq = (torch.zeros_like(self.master, dtype=kind) for _ in "mv")
+        self.exp_avg = torch.zeros_like(self.master, dtype=kind)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         if state_bits == 8:
-            self.exp_avg_scale, self.exp_avg_sq_scale = (
-                torch.zeros(-(-size // BLOCK), device=self.master.device) for _ in "mv")
+            self.exp_avg_scale = torch.zeros(-(-size // BLOCK), device=self.master.device)
+            self.exp_avg_sq_scale = torch.zeros_like(self.exp_avg_scale)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
@@ -256,18 +258,20 @@ class MaskedAdamW(FlatGradient):
             offsets, counts, values = (exact.get(f"{slot.name}.{part}") for part in ("offsets", "counts", "values"))
             theirs = Selection(slot.p.shape, device=slot.p.device) if offsets is None else Selection.from_parts(
                 slot.p.shape, offsets.to(slot.p.device), counts.to(slot.p.device))
-            for (rows, mine, index), (_, some, other) in zip(slot.selection.chunks(), theirs.chunks()):
+            for (rows, ours, our_index), (_, given, their_index) in zip(slot.selection.chunks(), theirs.chunks()):
                 dense = torch.zeros(slot.p[rows].shape, device=slot.p.device)
-                put(dense, index, self.master[slot.where][mine])
-                put(dense, other, values[some])
-                self.master[slot.where][mine] = take(dense, index).to(device)
+                put(dense, our_index, self.master[slot.where][ours])
+                put(dense, their_index, values[given])
+                self.master[slot.where][ours] = take(dense, our_index).to(device)
             if not torch.equal(self.master[slot.where].to(slot.dtype).float(), self.start[slot.where].to(device)):
                 raise ValueError(f"it holds other values of {slot.name}")
         self.start = self.master.to("cpu", copy=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on: flat tensors and the step count."""
-        names = ["master", "start", "exp_avg", "exp_avg_sq"] + ["exp_avg_scale", "exp_avg_sq_scale"] * (self.bits == 8)
+        names = ["master", "start", "exp_avg", "exp_avg_sq"]
+        if self.bits == 8:
+            names += ["exp_avg_scale", "exp_avg_sq_scale"]
         return {**{name: getattr(self, name) for name in names}, "steps": torch.tensor(self.steps)}
 
     @torch.no_grad()

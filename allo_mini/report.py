@@ -84,7 +84,7 @@ def watch_tokens(run: Run, model, examples: list[Example]):
     rows = []
     for e, [ref], [now] in zip(shown, before, score(model, shown, run.cfg.micro_tokens)):
         [kept] = useful_token_mask(now[None], ref[None], torch.ones_like(now[None]).bool(), run.cfg.epsilon)
-        trimmed = "... " * (len(e.prompt) + len(e.responses[0]) >= run.encoder.max_length)
+        trimmed = "... " if len(e.prompt) + len(e.responses[0]) >= run.encoder.max_length else ""
         rows.append({"prompt": trimmed + t.decode(e.prompt).removeprefix(head).removesuffix(tail),
                      "tokens": pieces(t, e.responses[0]), "weights": e.weights, "scores": e.scores,
                      "log_ratios": (now - ref).tolist(), "kept": kept.tolist()})

@@ -36,7 +36,7 @@ def rewrite_prompt(encoder: Encoder, negative: Negative, response: list[int]) ->
     """Ids of the rewriting prompt; trimmed on the left, so that with `response` it keeps to max_length tokens."""
     text = REWRITE_PROMPT.format(*map(plain, (negative.prompt, negative.reference, negative.response)))
     framed = encoder.tokenizer.render([{"role": "user", "content": text}], True) if encoder.style == "chat" else text
-    ids = encoder.tokenizer.encode(framed, bos=encoder.style != "chat")
+    ids = encoder.tokenizer.encode(framed, bos=encoder.bos)
     # at least BOS and one token
     return encoder.trim(ids, max(1 + len(encoder.tokenizer.prefix), encoder.max_length - len(response)))
 

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from allo_mini.checkpoint import load_model, save_model
-from allo_mini.model import CausalLM, parse_config
+from allo_mini.architecture import parse_config
+from allo_mini.model import CausalLM
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 HF = ("llama_mha", "llama_gqa_tied", "mistral", "qwen2", "qwen3", "llama3_rope")

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from allo_mini import UserError, checkpoint, logprobs, model as model_module, selection
-from allo_mini import selection
+from allo_mini import UserError, attention, checkpoint, logprobs, selection
+from allo_mini.architecture import parse_config
+from allo_mini.attention import TreeAttention, causal_attention
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
-from allo_mini.model import TreeAttention, causal_attention, parse_config
 from allo_mini.pointwise import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
 from helpers import (FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
@@ -593,6 +593,24 @@ def test_lengths_the_model_was_not_made_for_are_refused():
             parse_config(raw).length(tokens)
 
 
+@pytest.mark.parametrize("trees", [[(60, (40, 70)), (1, (1, 1)), (90, (30,))], [(20, (30, 10, 40))], [(5, (0,))]])
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (2, 1)])
+def test_bf16_attention_on_a_cpu_is_fp32s_but_for_rounding(trees, heads):
+    """Values and gradients: within a few bf16 roundings (2^-9 each)."""
+    (h, g), size = heads, sum(p + sum(r) for p, r in trees)
+    generator = torch.Generator().manual_seed(h)
+    q, k, v, up = (torch.randn(size, n, 16, generator=generator).bfloat16() for n in (h, g, g, h))
+
+    def all_of(kind):
+        inputs = [x.to(kind).requires_grad_() for x in (q, k, v)]
+        out = TreeAttention(trees)(*inputs, 0)
+        assert out.dtype == kind
+        return [x.double() for x in (out, *torch.autograd.grad(out, inputs, up.to(kind)))]
+    exact = all_of(torch.float64)
+    for ours, theirs in zip(all_of(torch.bfloat16), exact):
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()
+
+
 def test_initialize_is_seeded_and_scaled():
     a, b, c = tiny_model(seed=1, std=0.02), tiny_model(seed=1, std=0.02), tiny_model(seed=2, std=0.02)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
@@ -634,8 +652,8 @@ def test_varlen_kernel_speaks_every_torchs_dialect(monkeypatch, names):
         return q
     fake.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
     monkeypatch.setattr(varlen, "varlen_attn", fake)
-    model_module.varlen_kernel.cache_clear()
-    model_module.varlen_kernel(torch.device("cpu"))(torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), 0, 0, 3, 3)
-    model_module.varlen_kernel.cache_clear()
+    attention.varlen_kernel.cache_clear()
+    attention.varlen_kernel(torch.device("cpu"))(torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 2, 8), 0, 0, 3, 3)
+    attention.varlen_kernel.cache_clear()
     assert seen["heads"] == (2 if "enable_gqa" in names else 4)
     assert seen.get("is_causal") is True or seen["window_size"] == (-1, 0)

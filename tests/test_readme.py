@@ -34,7 +34,7 @@ OTHERS = ("vllm serve ", "hf upload ")  # other people's tools
 
 def words_of(command: str) -> list[str]:
     """What follows python in a command of ours, torchrun's own flags left out."""
-    command = re.sub(r"^torchrun --nproc_per_node=\d+ ", ".venv/bin/python ", command.removeprefix(SETUP))
+    command = re.sub(r"^\.venv/bin/torchrun --nproc_per_node=\d+ ", ".venv/bin/python ", command.removeprefix(SETUP))
     assert PYTHON.match(command), f"no test knows the README's command {command}"
     return shlex.split(PYTHON.sub("", command, count=1))
 

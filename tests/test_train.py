@@ -42,7 +42,8 @@ def world(tmp_path_factory):
 
 
 def random_model(raw, tokenizer_folder):
-    from allo_mini.model import CausalLM, parse_config
+    from allo_mini.architecture import parse_config
+    from allo_mini.model import CausalLM
     model = CausalLM(parse_config(raw)).initialize(seed=1)
     model.folder = tokenizer_folder
     return model
