@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import reproduce  # noqa: E402
@@ -94,11 +95,14 @@ def test_tables(tmp_path):
 def test_one_small_study_from_samples_to_table(tmp_path, capsys):
     argv = sys.argv
     sys.argv = ["reproduce.py", str(tmp_path / "out"), "--rows", str(tmp_path / "rows.jsonl"), "--seeds", "1", "--tune", "--cells",
-                "start", "DPO", "--test-limit", "8", "--more", "--limit", "40", "--n", "6", "--max-steps", "1", "--token-weights",
+                "start", "DPO", "DPO, top 10 %", "DPO, last 10 %", "--test-limit", "8", "--more", "--limit", "40", "--n", "6", "--max-steps", "1", "--token-weights",
                 "edit", "--locate", "gradient"]
     try:
         reproduce.main()
     finally:
         sys.argv = argv
     assert (tmp_path / "out/demo-study/report.html").is_file() and "| DPO |" in (tmp_path / "rows.md").read_text()
-    assert {json.loads(line)["cell"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()} == {"start", "DPO"}
+    assert {json.loads(line)["cell"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()} == {
+        "start", "DPO", "DPO, top 10 %", "DPO, last 10 %"}
+    top, last = (load_file(tmp_path / f"out/demo-1-{source}-10.safetensors") for source in ("top", "bottom"))
+    assert top.keys() == last.keys() and not any((top[n] & last[n]).any() for n in top)

@@ -27,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from allo_mini.config import Config  # noqa: E402
+from allo_mini.files import load_tensors, save_mask  # noqa: E402
 from allo_mini.jsonio import read_json, read_jsonl  # noqa: E402
 from allo_mini.log import say  # noqa: E402
 from allo_mini.loop import resolve_stage  # noqa: E402
+from allo_mini.mask import each_selected, pack_mask  # noqa: E402
 from allo_mini.report import summary, write_report  # noqa: E402
 
 ALLO = ["--method", "allo"]
@@ -101,6 +103,18 @@ class Study:
                   "--forget-epochs", "0.02", "--improve-epochs", "0.02"])  # what these two make is not used
         return out
 
+    def moved_mask(self, seed: int, samples: Path, source: str) -> Path:
+        """The 10 % that the warm-up moves most, or least; one warm-up serves both, and with --share all seeds."""
+        owner = [*self.tune, *self.seeds][0] if self.share else seed
+        path = self.out / f"{self.name}-{owner}-{source}-10.safetensors"
+        if not path.exists():
+            run = self.out / f"{self.name}-{owner}-moved"
+            call([*self.data(owner, owner in self.tune), "--method", "dpo", "--mask-source", "top", "--p", "10", "--no-eval",
+                  "--samples", str(samples), "--locate", "movement", "--dpo-epochs", "0.02", "--out", str(run)])
+            movement = load_tensors(run / "movement.safetensors")[0]
+            save_mask(pack_mask(each_selected(movement, 0.1, lowest=source == "bottom")), path)
+        return path
+
     def cell(self, part: str, cell: str, seed: int, flags: list[str]) -> dict:
         """One finished row, made now if it is not there."""
         if row := self.find(part, cell, seed, flags):
@@ -111,6 +125,10 @@ class Study:
             own = {"--token-weights-file": "token_weights.jsonl"} if "--token-weights" not in more else {}
             own |= {"--mask": "mask.safetensors"} if not {"--mask-source", "--locate"} & set(more) else {}
             more += [word for flag, name in own.items() for word in (flag, str(base / name))]
+        elif "%" in cell and "random" not in cell:
+            source = more[more.index("--mask-source") + 1]
+            more[more.index("--mask-source") + 1] = "top"  # of the mask given
+            more += ["--mask", str(self.moved_mask(seed, base / "samples.jsonl", source))]
         began = time.monotonic()
         out = self.out / "-".join([self.name, str(seed), part, *cell.replace("%", "").replace(",", "").split(), *flags[1::2]])
         call([*self.data(seed, part == "tune"), *more, *flags, "--no-eval", "--keep", "1", "--out", str(out)])
