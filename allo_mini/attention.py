@@ -44,7 +44,9 @@ class TreeAttention:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
         if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and varlen_kernel(q.device):
             return self.in_one_call(q, k, v, varlen_kernel(q.device))
-        out, sizes = [], [prompt + sum(responses) for prompt, responses in self.trees]
+        kind, out, sizes = q.dtype, [], [prompt + sum(responses) for prompt, responses in self.trees]
+        if q.device.type == "cpu" and kind == torch.bfloat16:  # whose backward takes 2-3 times as long as fp32's
+            q, k, v = q.float(), k.float(), v.float()
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
         for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
             (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P | C], R, ...
@@ -52,13 +54,11 @@ class TreeAttention:
             k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
             for q, *own in zip(queries, keys, values):
                 out.append(self.last(q, *(torch.cat(pair) for pair in zip((k, v), own))))  # [P | R]
-        return torch.cat(out)
+        return torch.cat(out).to(kind)
 
     def last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T,h,d] of the last T of S tokens, k and v [S,g,d] of all -> [T,h,d]; each sees itself and what is before it."""
         before = len(k) - len(q)
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # its backward takes 2-3 times as long as in fp32
-            return self.last(q.float(), k.float(), v.float()).to(q.dtype)
         return sdpa(q, k, v, attn_mask=self.lower_right(len(q), before, q)) if before else sdpa(q, k, v, is_causal=True)
 
     def lower_right(self, length: int, prompt: int, q: Tensor):
