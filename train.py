@@ -38,9 +38,9 @@ from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
-from allo_mini.mask import PackedMask, overlap
+from allo_mini.mask import PackedMask
 from allo_mini.patch import save_patch
-from allo_mini.report import describe_mask, finish, reprint, watch_tokens
+from allo_mini.report import describe_mask, describe_noise, finish, reprint, watch_tokens
 from allo_mini.run import Run
 from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
 
@@ -143,21 +143,17 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" and not by_chance else None
         with run.stage("locate", next(path.name for path in paths.values() if not path.exists())) as target:
             if target:
-                compare = run.parameters < COMPARE_BELOW and not by_chance
-                gradient, *halves = [random_importance(run)] if by_chance else gradient_importance(
-                    run, theta, some, dpo_objective(cfg.beta), compare)
-                masks = {p: importance_mask(run, movement or gradient, p) for p in paths}
-                p = shares["improve"]
-                other = overlap(masks[p], importance_mask(run, gradient, p)) if movement else None
-                noise = overlap(*(importance_mask(run, h, p) for h in halves)) if compare else None
-                if movement:
-                    say(f"overlap of movement and gradient masks: {100 * other:.1f} % (chance {p:g} %)")
-                if compare:
-                    say(f"overlap of gradient masks from two halves of {len(some)} pairs: {100 * noise:.1f} % (chance {p:g} %)")
-                run.log.note("locate", movement_gradient_overlap=other, halves_overlap=noise)
-                for share, path in paths.items():
-                    describe_mask(run, masks[share], share)
-                    save_mask(masks[share], path)
+                if by_chance:
+                    importance = random_importance(run)
+                else:
+                    gradient, *halves = gradient_importance(run, theta, some, dpo_objective(cfg.beta),
+                                                            compare=run.parameters < COMPARE_BELOW)
+                    importance = movement or gradient
+                    describe_noise(run, movement, gradient, halves, shares["improve"])
+                for percent, path in paths.items():
+                    mask = importance_mask(run, importance, percent)
+                    describe_mask(run, mask, percent)
+                    save_mask(mask, path)
     loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 

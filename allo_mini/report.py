@@ -22,10 +22,11 @@ from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
 from allo_mini.files import EXACT, load_tensors
 from allo_mini.jsonio import read_json, read_jsonl
+from allo_mini.locate import importance_mask
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
-from allo_mini.mask import PackedMask, kind_of, layer_of, mask_hash, selected
+from allo_mini.mask import PackedMask, kind_of, layer_of, mask_hash, overlap, selected
 from allo_mini.run import Run
 
 BIG = ("movement.safetensors", "reward", "sft", *SETTINGS, "dpo", "forget", "improve")  # as large as a model
@@ -68,6 +69,17 @@ def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
     say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
     for label, groups in (("by kind, % ", kinds), ("by layer, %", layers)):
         say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
+
+
+def describe_noise(run: Run, movement: dict | None, gradient: dict, halves: list[dict], percent: float) -> None:
+    """How far the location can be trusted: what masks of two kinds, or of two halves of the pairs, have in common."""
+    pairs = {"movement_gradient": [movement, gradient] if movement else [], "halves": halves}
+    shares = {name: overlap(*(importance_mask(run, one, percent) for one in two)) for name, two in pairs.items() if two}
+    for name, what in (("movement_gradient", "of movement and gradient masks"),
+                       ("halves", "of gradient masks from two halves of the pairs")):
+        if name in shares:
+            say(f"overlap {what}: {100 * shares[name]:.1f} % (chance {percent:g} %)")
+    run.log.note("locate", **{f"{name}_overlap": share for name, share in shares.items()})
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strat
     said = capsys.readouterr().out
     gradient, *halves = importance_of(run, examples[:6])
     noise = overlap(*(select_neurons(h, 0.04) for h in halves))
-    assert f"overlap of gradient masks from two halves of 6 pairs: {100 * noise:.1f} % (chance 4 %)" in said
+    assert f"overlap of gradient masks from two halves of the pairs: {100 * noise:.1f} % (chance 4 %)" in said
     other = 100 * overlap(masks["improve"], select_neurons(gradient, 0.04))
     assert (f"overlap of movement and gradient masks: {other:.1f} %" in said) == (strategy == "movement")
     if strategy == "gradient":
