@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,9 +67,9 @@ def settings_of(args) -> Config:
     return Config(**own, **{k: given[k] for k in SHARED if k in given})
 
 
-def read_rows(file: str, args) -> tuple[str, list]:
+def read_rows(file: Path, args) -> tuple[str, list]:
     """(task, rows) of a --test file; the task of preference rows and of rows that are none of the ten is ""."""
-    task = task_name(args.task or file)
+    task = task_name(args.task or str(file))
     if is_pairs(file):
         return "", read_pairs(file, args.limit)
     if task in JUDGED:
@@ -130,7 +131,7 @@ def compare(path: Path, other: Path) -> list[str]:
     return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
 
 
-def write_for_judges(task: str, file: str, items: list[dict], folder: Path) -> None:
+def write_for_judges(task: str, file: Path, items: list[dict], folder: Path) -> None:
     """AlpacaEval's model_outputs.json (github.com/tatsu-lab/alpaca_eval), or Arena-Hard's answers as now and as in
     2024 (github.com/lmarena/arena-hard-auto; its add_markdown_info.py prepares style control), in a folder beside
     the per-item file. Files that are there already stay."""
@@ -185,23 +186,48 @@ def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int],
     return [row for _, row in read_jsonl(target)]
 
 
+class Job(NamedTuple):
+    """A --test file, its task ("": none of the ten) and rows, where its answers go, and those to compare them with."""
+    file: Path
+    task: str
+    rows: list
+    target: Path
+    other: Path | None
+
+
+def jobs_of(args) -> list[Job]:
+    """What there is to answer, read before the model, so that a bad file shows at once."""
+    jobs, out = [], Path(args.out or Path("eval") / Path(args.model).name)
+    for file in map(Path, args.test or []):
+        task, rows = read_rows(file, args)
+        target = out / f"{file.stem}.jsonl"
+        if any(job.target == target for job in jobs):
+            raise UserError(f"{target}: two --test files would be answered in one file; rename one")
+        other = Path(args.against) / target.name if args.against and task not in JUDGED else None
+        if other and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
+            raise UserError(f"{other}: has no question in common with the --test file of that name")
+        jobs.append(Job(file, task, rows, target, other))
+    return jobs
+
+
+def grade(job: Job, items: list[dict], seconds: float) -> list[str] | None:
+    """The table's row for a job's answers; None for prompts that judges grade, whose files are written."""
+    if job.task in JUDGED:
+        return write_for_judges(job.task, job.file, items, job.target.with_suffix(""))
+    s = summary(items)
+    return [*summary_row(f"{job.file.name} ({job.task or 'generic'})", s)[:4],
+            f"{100 * s['official']:.1f} %" if "official" in s else "-", f"{s['margin']:.2f}" if "margin" in s else "-",
+            f"{seconds:.0f}"]
+
+
 def run(args) -> None:
+    """Answer every --test file and print the table, or talk."""
     check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
     if args.task not in ("", *TASKS):
         raise UserError(f"--task is {args.task}, expected one of {', '.join(TASKS)}{similar(args.task, TASKS)}")
-    settings, files = settings_of(args), args.test or []
+    settings = settings_of(args)
     device, dtype = pick_device(settings.device, settings.dtype)
-    jobs = [read_rows(file, args) for file in files]  # before the model: a bad file shows at once
-    out = Path(args.out or Path("eval") / Path(args.model).name)
-    targets = [out / f"{Path(file).stem}.jsonl" for file in files]
-    if len(set(targets)) < len(targets):
-        raise UserError(f"{', '.join(map(str, targets))}: two --test files would be answered in one file; rename one")
-    others = {target: Path(args.against) / target.name for (task, _), target in zip(jobs, targets)
-              if args.against and task not in JUDGED}
-    for (_, rows), target in zip(jobs, targets):
-        if target in others and not verdicts(others[target]).keys() & {key_of(vars(row)) for row in rows}:
-            raise UserError(f"{others[target]}: has no question in common with the --test file of that name")
-    folder = find_folder(args.model, settings.revision)
+    jobs, folder = jobs_of(args), find_folder(args.model, settings.revision)
     model = load_model(str(folder), dtype, device, int8=settings.int8)
     if args.patch:
         apply_patch(model, args.patch)
@@ -211,29 +237,24 @@ def run(args) -> None:
     if args.chat:
         encoder = encoder_for(tokenizer, settings)
         return talk(model, encoder, settings, {*ends, encoder.closing})
-    encoders = [encoder_for(tokenizer, settings, None if task in JUDGED else rows[0]) for task, rows in jobs]
-    for encoder, (_, rows), file in zip(encoders, jobs, files):
-        need_usable(encoder, both_sides(rows), file)
+    encoders = [encoder_for(tokenizer, settings, None if job.task in JUDGED else job.rows[0]) for job in jobs]
+    for job, encoder in zip(jobs, encoders):
+        need_usable(encoder, both_sides(job.rows), str(job.file))
     weights = [state_of(path) for path in [*sorted(set(shard_files(folder).values())), Path(args.patch)] if path.is_file()]
     asked = {"model": weights, **{k: getattr(settings, k) for k in SHARED}, "device": device, "dtype": str(dtype)}
-    claim(out, {target.name: {**asked, "limit": args.limit, "task": task, "test file": state_of(Path(file))}
-                for target, (task, _), file in zip(targets, jobs, files)})
+    claim(jobs[0].target.parent, {job.target.name: {**asked, "limit": args.limit, "task": job.task,
+                                                    "test file": state_of(job.file)} for job in jobs})
     lines = []
-    for encoder, (task, rows), target, file in zip(encoders, jobs, targets, files):
+    for job, encoder in zip(jobs, encoders):
         began = time.monotonic()
-        items = answer(model, encoder, rows, settings, {*ends, encoder.closing}, target)
-        if task in JUDGED:
-            write_for_judges(task, file, items, target.with_suffix(""))
-        else:
-            name, s = f"{Path(file).name} ({task or 'generic'})", summary(items)
-            lines.append([*summary_row(name, s)[:4], f"{100 * s['official']:.1f} %" if "official" in s else "-",
-                          f"{s['margin']:.2f}" if "margin" in s else "-", f"{time.monotonic() - began:.0f}"])
-    if lines:
+        items = answer(model, encoder, job.rows, settings, {*ends, encoder.closing}, job.target)
+        lines.append(grade(job, items, time.monotonic() - began))
+    if lines := [line for line in lines if line]:
         say("\n" + table(["file", "accuracy", "95 % interval", "rows", "official", "margin", "seconds"], lines))
     if args.against:
         say(f"\nagainst {args.against}:\n" + table(["file", "difference", "95 % interval", "p", "rows"], [
-            compare(target, other) for target, other in others.items()]))
-    say("\noutputs: " + ", ".join(map(str, targets)))
+            compare(job.target, job.other) for job in jobs if job.other]))
+    say("\noutputs: " + ", ".join(str(job.target) for job in jobs))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,12 @@ def writing(path: Path, size: int = 0):
         raise UserError(f"{path}: cannot be written: {why}; what was saved before stays as it is") from None
 
 
+def need_room(path: Path, size: int) -> None:
+    """Raises UserError when `size` bytes have no room beside `path`."""
+    with writing(path, size):
+        pass
+
+
 @contextlib.contextmanager
 def atomic(target: Path, size: int = 0):
     """Yield a temporary path beside `target` to make a file or a folder of files at; it becomes `target` in one

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from allo_mini import UserError, parallel
 from allo_mini.config import rate_flag
-from allo_mini.disk import writing
+from allo_mini.disk import need_room
 from allo_mini.files import load_tensors, save_tensors
 from allo_mini.log import say
 from allo_mini.mask import mask_hash
@@ -38,8 +38,8 @@ class StageProgress:
             self._load()
             say(f"{stage}: goes on after step {self.step} of {total}")
         size = sum(t.nbytes for t in self.tensors().values())
-        with writing(self.path, size * (1 if self.step else 2) + run.parameters * run.dtype.itemsize):
-            pass  # there is room for the last checkpoint, the next one and the model
+        # for the last checkpoint, the next one and the model
+        need_room(self.path, size * (1 if self.step else 2) + run.parameters * run.dtype.itemsize)
         run.log.rewind(stage, self.step)
 
     def _load(self) -> None:
