@@ -149,7 +149,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
                     gradient, *halves = gradient_importance(run, theta, some, dpo_objective(cfg.beta),
                                                             compare=run.parameters < COMPARE_BELOW)
                     importance = movement or gradient
-                    describe_noise(run, movement, gradient, halves, shares["improve"])
+                    describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
                 for percent, path in paths.items():
                     mask = importance_mask(run, importance, percent)
                     describe_mask(run, mask, percent)

@@ -140,7 +140,7 @@ class Config:
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
-                       "this group's flags, --micro-tokens and --sample-batch, whatever else is said of them")
+                       "this group's flags, --micro-tokens and --sample-batch, beginning from what is said of them")
     int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
     state_bits: int = knob(32, "memory", (8, 32), "of an optimizer moment; 8 are blockwise")
     offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's "

@@ -30,7 +30,6 @@ class Cache:
         c, like = model.config, model.model.embed_tokens.weight  # never int8
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
         self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for every new length, half a second each
 
     def grow(self, needed: int) -> None:
         """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
@@ -145,12 +144,14 @@ def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
 @contextmanager
 def freely():
     """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it always gives the same."""
-    strict = torch.are_deterministic_algorithms_enabled()
+    if not torch.are_deterministic_algorithms_enabled():  # asking for what is so anyway would import torch's compiler
+        yield
+        return
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict)
+        torch.use_deterministic_algorithms(True)
 
 
 @freely()

@@ -34,6 +34,7 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     steps have the same sizes: the last 64 are enough.
     """
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a plan for every new length, half a second each
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch reads them at the first product
         os.environ.setdefault(cache, "64")
     there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
@@ -53,7 +54,7 @@ def keep_freed_memory() -> None:
     M_TRIM_THRESHOLD."""
     with contextlib.suppress(OSError, AttributeError):  # another system, another C library
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**31 - 1)
+        libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 32 << 20)  # older ones take no more
         libc.mallopt(-1, 2**31 - 1)
 
 
@@ -149,14 +150,14 @@ def held_rows(cfg: Config, flag: str) -> list[Task] | list[Pair]:
                         "and then no others")
     if True in kinds:
         return [p for path in files for p in read_pairs(path)]
-    return need_answers(read_tasks(files, need_output=False))
+    return need_answers(read_tasks(files, need_output=False), flag=flag)
 
 
-def need_answers(tasks: list[Task], task: str = "") -> list[Task]:
+def need_answers(tasks: list[Task], task: str | None = None, flag: str = "test") -> list[Task]:
     """The rows, of the task that their file is named after or of `task`. Raises UserError for one without an answer."""
     for row in tasks:
-        if not (gold_answer(replace(row, source=task or row.source)) or "").strip():
-            raise UserError(f"{row.source}: a test row needs 'answer', or 'output' ending in \"The answer is X\"")
+        if not (gold_answer(row if task is None else replace(row, source=task)) or "").strip():
+            raise UserError(f"{row.source}: a --{flag} row needs 'answer', or 'output' ending in \"The answer is X\"")
     return tasks
 
 

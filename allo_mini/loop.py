@@ -62,7 +62,9 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     if exact:
         try:
             optimizer.begin_at(load_tensors(exact)[0])
-        except (LookupError, ValueError, RuntimeError, AttributeError) as e:
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, LookupError, ValueError, RuntimeError, AttributeError) as e:
             raise UserError(f"{exact}: broken, or of another model ({e}); delete it and the folder forget") from None
     if objective.step0:
         steps = or_halve(run, lambda: [with_references(run, model, group)
@@ -133,8 +135,8 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
 
 def with_references(run: Run, model, group: list[Example]) -> list[Example]:
     """A step's examples, in their order, with reference log-probs; under torchrun those that this rank computes on."""
-    mine = {id(e.prompt): e for e in with_reference(model, run.micro_batches(group, parallel.share))}
-    return [mine.get(id(e.prompt), e) for e in group]
+    mine = {id(e.responses): e for e in with_reference(model, run.micro_batches(group, parallel.share))}
+    return [mine.get(id(e.responses), e) for e in group]
 
 
 def or_halve(run: Run, work: Callable, undo: Callable = lambda: None):

@@ -22,7 +22,6 @@ from allo_mini.data import Example, plain
 from allo_mini.disk import remove, write_jsonl, write_text
 from allo_mini.files import EXACT, load_tensors
 from allo_mini.jsonio import read_json, read_jsonl
-from allo_mini.locate import importance_mask
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
@@ -71,10 +70,13 @@ def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
         say(f"  {label}  " + "  ".join(f"{name} {100 * share:.1f}" for name, share in groups.items()))
 
 
-def describe_noise(run: Run, movement: dict | None, gradient: dict, halves: list[dict], percent: float) -> None:
-    """How far the location can be trusted: what masks of two kinds, or of two halves of the pairs, have in common."""
+def describe_noise(run: Run, rule, movement: dict | None, gradient: dict, halves: list[dict], percent: float) -> None:
+    """How far the location can be trusted: what masks of two kinds, or of two halves of the pairs, have in common.
+
+    rule: locate.importance_mask, or what a fork has in its place.
+    """
     pairs = {"movement_gradient": [movement, gradient] if movement else [], "halves": halves}
-    shares = {name: overlap(*(importance_mask(run, one, percent) for one in two)) for name, two in pairs.items() if two}
+    shares = {name: overlap(*(rule(run, one, percent) for one in two)) for name, two in pairs.items() if two}
     for name, what in (("movement_gradient", "of movement and gradient masks"),
                        ("halves", "of gradient masks from two halves of the pairs")):
         if name in shares:
@@ -137,9 +139,9 @@ def prune(run: Run) -> None:
     there = [path for name in BIG if (path := run.folder / name).exists()]
     for path in there[:-run.cfg.keep] if run.cfg.keep else ():
         remove(path)
-        if path.name == "forget":
-            remove(run.folder / EXACT)
         say(f"--keep {run.cfg.keep}: deleted {path}")
+    if run.cfg.keep:
+        remove(run.folder / EXACT)
 
 
 def finish(run: Run, models: dict[str, Path]) -> None:

@@ -58,7 +58,7 @@ class Run:
         """
         model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
-        self.spend_memory(model, selected(mask) if mask else self.parameters)
+        self.spend_memory(model, selected(mask) if mask else sum(p.numel() for p in model.parameters()))
         return model
 
     def spend_memory(self, model: CausalLM, trained: int) -> None:

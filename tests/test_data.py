@@ -127,8 +127,10 @@ def test_test_rows_need_only_an_answer(tmp_path):
                                        ("math_x", {"output": "So"})])
 def test_a_test_row_without_an_answer_is_named(tmp_path, name, row):
     path = write(tmp_path / f"{name}.jsonl", {"input": "a", **row})
-    with pytest.raises(UserError, match=rf"{name}.jsonl:1: a test row needs 'answer'"):
+    with pytest.raises(UserError, match=rf"{name}.jsonl:1: a --test row needs 'answer'"):
         need_answers(read_tasks([path], need_output=False))
+    with pytest.raises(UserError, match="math_x.jsonl:1"):  # a box is no answer to the generic grader
+        need_answers(read_tasks([write(tmp_path / "math_x.jsonl", {"input": "a", "output": "\\boxed{4}"})], need_output=False), "")
     boxed = write(tmp_path / "math_y.jsonl", {"input": "a", "output": "thus \\boxed{4}"})
     assert need_answers(read_tasks([boxed], need_output=False))
 

@@ -23,6 +23,7 @@ from allo_mini import UserError, memory
 from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.generate import sample
+from allo_mini.inputs import pick_device
 from allo_mini.locate import gradient_importance
 from allo_mini.log import Log
 from allo_mini.logprobs import score
@@ -55,6 +56,7 @@ def settings(name: str, card: str, p: float, tokens: int):
 def one_or_none(name: str, stage: str, cfg, *more) -> dict:
     """one_stage, or, when memory runs out, a row that says so."""
     try:
+        pick_device(more[1], more[0])
         return one_stage(name, stage, cfg, *more)
     except (torch.OutOfMemoryError, UserError) as e:
         return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "failed": str(e)[:200]}
