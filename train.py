@@ -98,7 +98,8 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
     return pairs, negatives
 
 
-def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative], examples: list[Example]) -> list[Example]:
+def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative],
+             examples: list[Example]) -> list[Example]:
     """What a method trains on: solutions, correct samples, wrong samples, or (the others) the pairs as `examples`."""
     if method == "npo":
         return run.encode(((n.prompt, [n.response]) for n in negatives), "negatives")
@@ -202,7 +203,7 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
                 scores = token_scores(model, run.encoder, wrong, examples, run.cfg.micro_tokens, bar.update)
             low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
             say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
-            write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for (n, _), s in zip(kept, scores)))
+            write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))
     return [n.scores for n in read_weights(run.folder / "token_weights.jsonl")]
 
 
@@ -238,7 +239,7 @@ def patch(run: Run, theta: Path, improved: Path) -> None:
 
 
 def baseline(run: Run, method: str, theta: Path, examples: list[Example], mask) -> Path:
-    """A method to compare with, from the same model on the same samples: all weights, unless --mask-source says else."""
+    """A method to compare with, from the same model on the same samples; all weights, unless --mask-source is given."""
     name = "more-sft" if method == "sft" else method
     with run.stage(name, ranks=True) as target:
         if target:

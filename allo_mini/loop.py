@@ -52,8 +52,10 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
     exact: file of the fp32 weights with which the stage before ended, of which `model` holds the rounded ones.
     """
     cfg, size = run.cfg, sum(p.numel() for p in model.parameters())
-    s = resolve_stage(name, cfg.stages[SETTINGS.get(name, name)], size, len(examples))  # baselines: sft's or dpo's flags
-    planned = [[examples[i] for i in rows] for rows in steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)]
+    flags = cfg.stages[SETTINGS.get(name, name)]  # baselines have sft's or dpo's
+    s = resolve_stage(name, flags, size, len(examples))
+    order = steps_of(len(examples), s.batch, s.epochs, cfg.seed, cfg.max_steps)
+    planned = [[examples[i] for i in rows] for rows in order]
     steps = [group for group in planned if units_of(group, objective)]
     if not steps:
         raise UserError(f"{name}: no token of {len(examples)} rows has a weight; nothing to train on")
@@ -85,11 +87,13 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         run.check_numbers(name, step, values, examples, group, objective.step0)
         optimizer.step()
         objective.after(values)
-        values |= {"tokens/s": sum(map(size_of, group)) / (time.monotonic() - began), "mem/peak_gb": peak_gb(run.device)}
+        values["tokens/s"] = sum(map(size_of, group)) / (time.monotonic() - began)
+        values["mem/peak_gb"] = peak_gb(run.device)
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
             place.keep_if_best(values["eval/score"])
-        run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown) if validate else objective.shown)
+        shown = ("eval/score", *objective.shown) if validate else objective.shown
+        run.log.step(name, step + 1, len(steps), values, shown)
         bar.set_postfix(loss=f"{values['loss']:.4g}")
         place.save(step + 1)
     place.finish()
