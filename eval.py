@@ -213,7 +213,8 @@ def jobs_of(args) -> list[Job]:
 def grade(job: Job, items: list[dict], seconds: float) -> list[str] | None:
     """The table's row for a job's answers; None for prompts that judges grade, whose files are written."""
     if job.task in JUDGED:
-        return write_for_judges(job.task, job.file, items, job.target.with_suffix(""))
+        write_for_judges(job.task, job.file, items, job.target.with_suffix(""))
+        return None
     s = summary(items)
     return [*summary_row(f"{job.file.name} ({job.task or 'generic'})", s)[:4],
             f"{100 * s['official']:.1f} %" if "official" in s else "-", f"{s['margin']:.2f}" if "margin" in s else "-",

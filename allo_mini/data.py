@@ -78,8 +78,7 @@ def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | No
     if value is None and optional:
         return None
     if key not in row:
-        hint = " (preference rows go to --pairs)" if key == "input" and "chosen" in row else ""
-        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}{hint}")
+        raise UserError(f"{where}: missing key {key!r} beside {', '.join(map(repr, list(row)[:6])) or 'no keys'}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
     if not isinstance(value, str):
@@ -111,6 +110,8 @@ def read_tasks(paths: list[str], limit: int = 0, need_output: bool = True) -> li
     """Task rows of several files, at most `limit` in all; `question`/`prediction` and bare `answer` rows too."""
     tasks = []
     for where, row in islice(chain.from_iterable(map(read_jsonl, paths)), limit or None):
+        if "input" not in row and "chosen" in row:
+            raise UserError(f"{where}: missing key 'input': a preference row, which train.py takes as --pairs")
         question = text_of(row, "question" if "question" in row and "input" not in row else "input", where)
         output = text_of(row, "output", where, optional=not need_output)
         answer, rewrite = (text_of(row, key, where, optional=True) for key in ("answer", "rewrite"))

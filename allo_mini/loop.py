@@ -69,7 +69,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         except (UserError, LookupError, ValueError, RuntimeError, AttributeError) as e:
             raise UserError(f"{exact}: broken, or of another model ({e}); delete it and the folder forget") from None
     if objective.step0:
-        steps = or_halve(run, lambda: [with_references(run, model, group)
+        steps = or_halve(run, lambda: [add_references(run, model, group)
                                        for group in progress(steps, label=f"{name}: reference", unit="step")])
     place = StageProgress(run, name, len(steps), len(planned) - len(steps), optimizer, examples, mask, objective.state)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {s.batch}, lr {s.lr:g}, "
@@ -137,7 +137,7 @@ def accumulate(run: Run, model, group: list[Example], objective: Objective) -> d
     return dict(zip(total, sums.tolist()))  # the step's first wait for the device
 
 
-def with_references(run: Run, model, group: list[Example]) -> list[Example]:
+def add_references(run: Run, model, group: list[Example]) -> list[Example]:
     """A step's examples, in their order, with reference log-probs; under torchrun those that this rank computes on."""
     mine = {id(e.responses): e for e in with_reference(model, run.micro_batches(group, parallel.share))}
     return [mine.get(id(e.responses), e) for e in group]

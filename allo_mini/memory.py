@@ -14,7 +14,7 @@ from allo_mini import UserError
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.log import say, table
-from allo_mini.selection import CHUNK, free_memory
+from allo_mini.selection import CHUNK
 
 CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
@@ -70,9 +70,8 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         n = int(every * percent_of(cfg, stage) / 100)
         if n < every:
             terms |= {"positions": n + every / 128, "exact entries": n * size if cfg.int8 else 0}
-        state = 4 + (8 if cfg.state_bits == 32 else 2 + 8 / 256)  # master and moments, with two scales for every 256
-        terms["optimizer"] = n * state if cfg.offload == "none" else 0
-        terms["gradient"] = 0 if cfg.offload == "gradient" else 4 * n
+        state, gradient = trained_bytes(cfg)
+        terms |= {"optimizer": n * state, "gradient": n * gradient}
     if stage in LOCATING and cfg.offload != "gradient":
         terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
     if stage in TRAINING or stage in LOCATING:
@@ -183,11 +182,22 @@ def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str,
     """How many blocks must recompute their activations, given what is free now, with the model in place; 0 on a CPU."""
     if not device.startswith("cuda"):
         return 0
-    state = 0 if cfg.offload != "none" else 6 if cfg.state_bits == 8 else 12
-    gradient = 0 if cfg.offload == "gradient" else 4
-    free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True) - trained * (state + gradient)
+    free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True) - trained * sum(trained_bytes(cfg))
     free -= size * c.hidden_size * c.num_hidden_layers * cfg.micro_tokens  # every block's input
     return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, size) * cfg.micro_tokens))))
+
+
+def free_memory(device) -> int:
+    """Bytes of a GPU that can still be allocated; what torch keeps of earlier work is given back first."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def trained_bytes(cfg: Config) -> tuple[float, int]:
+    """Bytes on the card for a weight in training: of master and moments (8-bit ones have two scales for every 256), of
+    its gradient."""
+    state = 4 + (8 if cfg.state_bits == 32 else 2 + 8 / 256)
+    return state if cfg.offload == "none" else 0, 0 if cfg.offload == "gradient" else 4
 
 
 def advice(cfg: Config) -> str:

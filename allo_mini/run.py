@@ -20,7 +20,6 @@ from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.mask import selected
 from allo_mini.model import CausalLM
-from allo_mini.selection import free_memory
 from allo_mini.tasks import evaluate
 from allo_mini.tokenizer import Tokenizer
 
@@ -126,7 +125,7 @@ class Run:
         """In how many passes the fp32 gradient of all weights is made."""
         if self.cfg.locate_groups or not self.device.startswith("cuda"):
             return self.cfg.locate_groups or 1
-        half = free_memory(self.device) // 2  # beside the model; the rest is for activations
+        half = memory.free_memory(self.device) // 2  # beside the model; the rest is for activations
         return -(-4 * self.parameters // half)
 
     def state_file(self, name: str) -> Path:

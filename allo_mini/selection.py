@@ -97,9 +97,3 @@ def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:
         flat.index_copy_(0, index.long(), values)
     else:
         flat.put_(index.long(), values)
-
-
-def free_memory(device) -> int:
-    """Bytes of a GPU that can still be allocated; what torch keeps of earlier work is given back first."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
