@@ -22,8 +22,6 @@ from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # before CUDA starts, here and in children
-
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
