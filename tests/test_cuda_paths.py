@@ -1,0 +1,73 @@
+"""The lines for CUDA on a pretended GPU (pretend_cuda.py): no tensor on the wrong device, the host waits where it must
+and nowhere else, and what comes out is what a CPU gives. Each run is a process of its own, all at once."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+SMALL = ["--limit", "12", "--n", "4", "--max-new-tokens", "70", "--seed", "7", "--no-eval", "--method", "allo"]
+RUNS = {  # name -> device, flags
+    "cpu": ("cpu", ["--dtype", "fp32"]), "plain": ("cuda", ["--dtype", "fp32"]),
+    "lean": ("cuda", ["--int8", "--offload", "gradient", "--state-bits", "8", "--sft", "--sft-epochs", "1", "--p-sft", "10",
+                      "--locate", "gradient", "--locate-groups", "3", "--checkpoint-blocks", "2", "--deterministic"]),
+    "card": ("cuda", ["--memory", "12gb", "--eval-every", "1", "--val-rows", "2"])}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, tuple[Path, str, dict[str, int]]]:
+    """name -> (run folder, what it printed, {where the host waited: how often}), of runs that ended well."""
+    folder, started = tmp_path_factory.mktemp("runs"), {}
+    for name, (device, flags) in RUNS.items():
+        command = ["tests/pretend_cuda.py"] if device == "cuda" else []
+        command += ["train.py", "--device", device, "--out", str(folder / name), *SMALL, *flags]
+        started[name] = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
+    found = {}
+    for name, process in started.items():
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0, f"{name}: {out[-2000:]}{err[-4000:]}"
+        waits = {where: int(count) for count, where in re.findall(r"waited +(\d+) times at (.*)", err)}
+        found[name] = folder / name, out, waits
+    return found
+
+
+def test_a_gpu_gives_what_a_cpu_gives(runs):
+    """Samples, mask and every logged loss; only sums may round differently."""
+    cpu, gpu = (runs[name][0] for name in ("cpu", "plain"))
+    assert (cpu / "samples.jsonl").read_text() == (gpu / "samples.jsonl").read_text()
+    masks = [load_file(folder / "mask.safetensors") for folder in (cpu, gpu)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    steps = [[row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "step" in row]
+             for folder in (cpu, gpu)]
+    assert len(steps[0]) == len(steps[1]) > 5
+    for a, b in zip(*steps):
+        assert a["stage"] == b["stage"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "lean", "card"])
+def test_training_waits_for_the_gpu_twice_a_step(runs, name):
+    """For the step's sums and for the gradient's norm, which are printed; with the gradient in host memory a tensor's
+    part of it is waited for as it arrives there."""
+    _, out, waits = runs[name]
+    steps = len(re.findall(r"^ +[\w-]+ +\d+/\d+  ", out, re.MULTILINE))
+    assert steps and waits["loop.py:accumulate tolist"] == steps
+    assert waits.get("optim.py:clip _local_scalar_dense", 0) == (0 if name == "lean" else steps)
+    inside = ("model.py", "attention.py", "pointwise.py", "linear.py", "losses.py", "logprobs.py:head", "logprobs.py:token")
+    assert not [where for where in waits if where.startswith(inside)]
+
+
+@pytest.mark.parametrize("name", ["lean", "card"])
+def test_settings_for_small_cards_train_too(runs, name):
+    """int8 weights, 8-bit moments and host memory in every stage; the first losses are what they must be."""
+    folder, out, _ = runs[name]
+    assert "improve: first loss 0.693147" in out and "WARNING" not in out
+    assert (folder / "improve" / "model.safetensors").exists() and (folder / "results.json").exists()
