@@ -48,34 +48,36 @@ from allo_mini.scoring import rewrite_examples, token_scores, weights_from_score
 # Stages, in the order they run. Each writes one artefact and is skipped when that exists.
 def sft(run: Run, theta: Path) -> Path:
     """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
-    with run.stage("sft", ranks=True) as target:
-        if target:
-            examples = run.encode(solutions(run), "training rows")
-            mask = located(run, theta, "sft", examples)
-            model = run.load(theta, mask, train_all=mask is None)
-            run_stage(run, "sft", model, examples, sft_objective(), mask, run.validator())
-            run.save(model, target)
-    return run.folder / "sft"
+    examples = run.encode(solutions(run), "training rows")
+    return trained(run, "sft", theta, examples, sft_objective(), located(run, theta, "sft", examples), run.validator())
+
+
+def trained(run: Run, name: str, theta: Path, examples: list[Example], objective, mask=None, validate=None) -> Path:
+    """The model that training theta on `examples` ends in; of its weights those in `mask` (None: all) move."""
+    def make(target):
+        model = run.load(theta, mask, train_all=mask is None)
+        run_stage(run, name, model, examples, objective, mask, validate)
+        run.save(model, target)
+    return run.stage(name, make, ranks=True)
 
 
 def sample(run: Run, theta: Path) -> Path:
     """n responses per training question, in fixed groups of questions so that a restart changes nothing."""
-    with run.stage("sample", "samples.jsonl") as target:
-        if target:
-            model, part = run.load(theta), run.folder / "samples.part.jsonl"
-            asked = run.tasks[:run.cfg.sample_questions or None]
-            done = keep_whole(part, tasks.GROUP, len(asked))
-            with progress(total=len(asked) * run.cfg.n, label="sample", unit="response") as bar:
-                bar.update(done * run.cfg.n)
-                for at in range(done, len(asked), tasks.GROUP):
-                    rows = asked[at:at + tasks.GROUP]
-                    said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
-                                         n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
-                    append_rows(part, ({"input": t.input, "samples": [text for text, finished in texts if finished],
-                                        "unfinished": sum(not finished for _, finished in texts)}
-                                       for t, texts in zip(rows, said)))
-            part.rename(target)
-    return run.folder / "samples.jsonl"
+    def make(target):
+        model, part = run.load(theta), run.folder / "samples.part.jsonl"
+        asked = run.tasks[:run.cfg.sample_questions or None]
+        done = keep_whole(part, tasks.GROUP, len(asked))
+        with progress(total=len(asked) * run.cfg.n, label="sample", unit="response") as bar:
+            bar.update(done * run.cfg.n)
+            for at in range(done, len(asked), tasks.GROUP):
+                rows = asked[at:at + tasks.GROUP]
+                said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
+                                     n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
+                append_rows(part, ({"input": t.input, "samples": [text for text, finished in texts if finished],
+                                    "unfinished": sum(not finished for _, finished in texts)}
+                                   for t, texts in zip(rows, said)))
+        part.rename(target)
+    return run.stage("sample", make, "samples.jsonl")
 
 
 def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
@@ -123,12 +125,11 @@ def correct_samples(run: Run, pairs: list[Pair]) -> list[tuple[str, str]]:
 
 def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
     """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
-    with run.stage("warmup", "movement.safetensors", ranks=True) as target:
-        if target:
-            model = run.load(theta, train_all=True)
-            optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
-            run.save(optimizer.movement(), target)
-    return run.folder / "movement.safetensors"
+    def make(target):
+        model = run.load(theta, train_all=True)
+        optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
+        run.save(optimizer.movement(), target)
+    return run.stage("warmup", make, "movement.safetensors", ranks=True)
 
 
 def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]:
@@ -139,22 +140,24 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes) if cfg.mask else None)
     paths = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
              for p in shares.values()}
-    if not all(path.exists() for path in paths.values()):
-        some, by_chance = pairs[:cfg.locate_pairs], cfg.mask_source == "random"
+    missing, by_chance = [path.name for path in paths.values() if not path.exists()], cfg.mask_source == "random"
+
+    def make(_):
+        if by_chance:
+            importance = random_importance(run)
+        else:
+            gradient, *halves = gradient_importance(run, theta, pairs[:cfg.locate_pairs], dpo_objective(cfg.beta),
+                                                    compare=run.parameters < COMPARE_BELOW)
+            importance = movement or gradient
+            describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
+        for percent, path in paths.items():
+            mask = importance_mask(run, importance, percent)
+            describe_mask(run, mask, percent)
+            save_mask(mask, path)
+
+    if missing:
         movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" and not by_chance else None
-        with run.stage("locate", next(path.name for path in paths.values() if not path.exists())) as target:
-            if target:
-                if by_chance:
-                    importance = random_importance(run)
-                else:
-                    gradient, *halves = gradient_importance(run, theta, some, dpo_objective(cfg.beta),
-                                                            compare=run.parameters < COMPARE_BELOW)
-                    importance = movement or gradient
-                    describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
-                for percent, path in paths.items():
-                    mask = importance_mask(run, importance, percent)
-                    describe_mask(run, mask, percent)
-                    save_mask(mask, path)
+        run.stage("locate", make, missing[0])
     loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 
@@ -183,70 +186,43 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
 
 def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
     """Train the rewriting model (unless one was given) and let it score every token of every negative."""
-    folder = Path(run.cfg.reward_model or run.folder / "reward")
-    if not run.cfg.reward_model:
-        with run.stage("reward", ranks=True) as target:
-            if target:
-                base = run.same_tokenizer(run.cfg.reward_base or theta)
-                examples = rewrite_examples(run.encoder, [n for n, _ in kept])
-                if len(examples) < len(kept):
-                    say(f"reward: {len(kept) - len(examples)} rewrites dropped: as long as --max-length")
-                mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
-                model = run.load(base, mask, train_all=mask is None)
-                run_stage(run, "reward", model, examples, sft_objective(), mask)
-                run.save(model, target)
-    with run.stage("score", "token_weights.jsonl") as target:
-        if target:
-            model = run.load(run.same_tokenizer(folder))
-            with progress(total=len(kept), label="score", unit="response") as bar:
-                wrong, examples = zip(*kept)
-                scores = token_scores(model, run.encoder, wrong, examples, run.cfg.micro_tokens, bar.update)
-            low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
-            say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
-            write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))
-    return [n.scores for n in read_weights(run.folder / "token_weights.jsonl")]
+    folder, (wrong, responses) = run.cfg.reward_model, zip(*kept)
+    if not folder:
+        base, examples = run.same_tokenizer(run.cfg.reward_base or theta), rewrite_examples(run.encoder, wrong)
+        if len(examples) < len(wrong):
+            say(f"reward: {len(wrong) - len(examples)} rewrites dropped: as long as --max-length")
+        mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
+        folder = trained(run, "reward", base, examples, sft_objective(), mask)
+
+    def make(target):
+        model = run.load(run.same_tokenizer(folder))
+        with progress(total=len(kept), label="score", unit="response") as bar:
+            scores = token_scores(model, run.encoder, wrong, responses, run.cfg.micro_tokens, bar.update)
+        low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
+        say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
+        write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))
+    return [n.scores for n in read_weights(run.stage("score", make, "token_weights.jsonl"))]
 
 
 def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
     """Phase 1: token-weighted NPO on what is unaligned, over the masked weights only."""
-    with run.stage("forget", ranks=True) as target:
-        if target:
-            model = run.load(theta, mask)
-            optimizer = run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
-            run.save(optimizer.exact(), run.folder / EXACT)
-            run.save(model, target)
-    return run.folder / "forget"
+    def make(target):
+        model = run.load(theta, mask)
+        optimizer = run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
+        run.save(optimizer.exact(), run.folder / EXACT)
+        run.save(model, target)
+    return run.stage("forget", make, ranks=True)
 
 
 def improve(run: Run, theta: Path, pairs: list[Example], mask, negatives: list[Example]) -> Path:
     """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
-    with run.stage("improve", ranks=True) as target:
-        if target:
-            model = run.load(theta, mask)
-            objective = dpo_objective(run.cfg.beta, run.cfg.epsilon)
-            exact = run.folder / EXACT if theta == run.folder / "forget" else None  # a bf16 folder lost the small steps
-            with watch_tokens(run, model, negatives):
-                run_stage(run, "improve", model, pairs, objective, mask, run.validator(), exact)
-            run.save(model, target)
-    return run.folder / "improve"
-
-
-def patch(run: Run, theta: Path, improved: Path) -> None:
-    """What ALLO changed of theta_ref, in a file of a few per cent of the model."""
-    with run.stage("patch", "patch.safetensors") as target:
-        if target:
-            save_patch(theta, improved, target)
-
-
-def baseline(run: Run, method: str, theta: Path, examples: list[Example], mask) -> Path:
-    """A method to compare with, from the same model on the same samples; all weights, unless --mask-source is given."""
-    name = "more-sft" if method == "sft" else method
-    with run.stage(name, ranks=True) as target:
-        if target:
-            model = run.load(theta, mask, train_all=mask is None)
-            run_stage(run, name, model, examples, OBJECTIVES[method](run.cfg), mask, run.validator())
-            run.save(model, target)
-    return run.folder / name
+    def make(target):
+        model, objective = run.load(theta, mask), dpo_objective(run.cfg.beta, run.cfg.epsilon)
+        exact = run.folder / EXACT if theta == run.folder / "forget" else None  # a bf16 folder lost the small steps
+        with watch_tokens(run, model, negatives):
+            run_stage(run, "improve", model, pairs, objective, mask, run.validator(), exact)
+        run.save(model, target)
+    return run.stage("improve", make, ranks=True)
 
 
 def run_all(run: Run) -> None:
@@ -266,11 +242,12 @@ def run_all(run: Run) -> None:
                 weighted = reward(run, theta, negatives)
                 forgotten = forget(run, theta, weighted, mask["forget"]) if cfg.forget else theta
                 models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
-                if mask["improve"]:
-                    patch(run, theta, models["ALLO"])
-            else:
-                rows = rows_for(run, method, pairs, negatives, examples)
-                models[NAMES[method]] = baseline(run, method, theta, rows, mask["improve"])
+                if mask["improve"]:  # what ALLO changed of theta_ref, in a file of a few per cent of the model
+                    run.stage("patch", lambda target: save_patch(theta, models["ALLO"], target), "patch.safetensors")
+            else:  # from the same model on the same samples; all weights, unless --mask-source is given
+                rows, name = rows_for(run, method, pairs, negatives, examples), "more-sft" if method == "sft" else method
+                models[NAMES[method]] = trained(run, name, theta, rows, OBJECTIVES[method](cfg), mask["improve"],
+                                                run.validator())
     if not parallel.RANK:
         finish(run, models)
 

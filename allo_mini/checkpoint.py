@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError
 from allo_mini.architecture import parse_config
+from allo_mini.device import DTYPES
 from allo_mini.disk import atomic
 from allo_mini.jsonio import read_json
 from allo_mini.linear import to_int8
@@ -30,7 +31,6 @@ DOWNLOADS = ["config.json", "model.safetensors", "model-*-of-*.safetensors", "mo
              *TOKENIZER_FILES]
 NOT_KEPT = ("torch_dtype", "dtype", "_name_or_path", "auto_map")  # of config.json: somebody's paths, somebody's code
 SHARD = 4 << 30  # bytes of one weights file
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def find_folder(path_or_id: str, revision: str | None = None, download: bool = True) -> Path:

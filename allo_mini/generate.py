@@ -19,7 +19,7 @@ from torch import Tensor
 from allo_mini.architecture import cache_bytes
 from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
-from allo_mini.memory import free_memory
+from allo_mini.device import free_memory
 from allo_mini.model import CausalLM
 
 

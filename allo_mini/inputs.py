@@ -1,7 +1,5 @@
-"""What a run stands on: device, rows, tokenizer and the run folder, checked before the first stage starts."""
+"""What a run stands on: rows, tokenizer, own files and the run folder, checked before the first stage starts."""
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import os
@@ -12,9 +10,10 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError, demo, memory, parallel
-from allo_mini.checkpoint import DTYPES, TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
+from allo_mini.checkpoint import TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
 from allo_mini.config import HOME, Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.device import pick_device
 from allo_mini.disk import lock, move_aside, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.jsonio import open_bytes, read_json
@@ -24,38 +23,6 @@ from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
 
 NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
-
-
-def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """--device and --dtype -> what is really there, the best for "auto". Raises UserError when it is not.
-
-    Products of fp32 matrices stay exact on every device (no TF32, which rounds factors to 11 bits): the fast way is
-    --dtype bf16. For every new size of a bf16 product on a CPU oneDNN keeps a megabyte, a thousand times, and hardly two
-    steps have the same sizes: the last 64 are enough.
-    """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a plan for every new length, half a second each
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # torch reads them at the first product
-        os.environ.setdefault(cache, "64")
-    there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))] if torch.cuda.is_available() else []
-    there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    device = there[0] if device == "auto" else device
-    if device not in there:
-        raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
-    if device == "cpu":
-        keep_freed_memory()
-    best = "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return device, DTYPES[best if dtype == "auto" else dtype]
-
-
-def keep_freed_memory() -> None:
-    """On Linux: large tensors' memory is used again, not given back to the system and fetched anew, page by page and
-    filled with zeros, a thousand times a step: 5 % of a training step. -3 and -1 are glibc's M_MMAP_THRESHOLD and
-    M_TRIM_THRESHOLD."""
-    with contextlib.suppress(OSError, AttributeError):  # another system, another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**31 - 1) or libc.mallopt(-3, 32 << 20)  # older ones take no more
-        libc.mallopt(-1, 2**31 - 1)
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------

@@ -75,8 +75,7 @@ def located(run: Run, theta: Path, name: str, examples: list[Example]) -> Packed
     """The weights that sft or the rewriting model train: all (None), or --p-sft % by the gradient of their own loss."""
     if not run.cfg.p_sft or run.cfg.p_sft == 100:
         return None
-    with run.stage(f"{name}-locate", f"mask-{name}.safetensors") as target:
-        if target:
-            [gradient] = gradient_importance(run, theta, examples[:run.cfg.locate_pairs], sft_objective())
-            save_mask(importance_mask(run, gradient, run.cfg.p_sft), target)
-    return load_mask(run.folder / f"mask-{name}.safetensors", run.shapes)
+    def make(target):
+        [gradient] = gradient_importance(run, theta, examples[:run.cfg.locate_pairs], sft_objective())
+        save_mask(importance_mask(run, gradient, run.cfg.p_sft), target)
+    return load_mask(run.stage(f"{name}-locate", make, f"mask-{name}.safetensors"), run.shapes)

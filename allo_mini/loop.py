@@ -16,12 +16,13 @@ from torch import Tensor
 from allo_mini import UserError, losses, parallel
 from allo_mini.config import OFFICIAL, SETTINGS, Stage
 from allo_mini.data import Example, steps_of
+from allo_mini.device import peak_gb
 from allo_mini.files import load_tensors
 from allo_mini.log import progress, say
 from allo_mini.logprobs import by_response, pack, size_of, token_logps
 from allo_mini.optim import MaskedAdamW, cosine_lr
 from allo_mini.resume import StageProgress
-from allo_mini.run import Run, peak_gb
+from allo_mini.run import Run
 from allo_mini.scoring import with_reference
 
 LN2 = math.log(2)

@@ -8,11 +8,10 @@ each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n tra
 
 from dataclasses import replace
 
-import torch
-
 from allo_mini import UserError
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
+from allo_mini.device import free_memory
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK
 
@@ -185,12 +184,6 @@ def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str,
     free = free_memory(device) * SPARE - at_work(cfg, c, size, 0.1, True) - trained * sum(trained_bytes(cfg))
     free -= size * c.hidden_size * c.num_hidden_layers * cfg.micro_tokens  # every block's input
     return max(0, c.num_hidden_layers - max(0, int(free / (block_bytes(c, size) * cfg.micro_tokens))))
-
-
-def free_memory(device) -> int:
-    """Bytes of a GPU that can still be allocated; what torch keeps of earlier work is given back first."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
 
 
 def trained_bytes(cfg: Config) -> tuple[float, int]:

@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing: weights are read from a file or made by CausalLM.initialize."""
+        """Nothing: weights are read from a file."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -135,17 +135,6 @@ class CausalLM(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         """[B,T] -> [B,T,V]; for inspection and tests: training never builds the whole of it (logprobs.py)."""
         return linear(self(input_ids), self.head_weight)
-
-    @torch.no_grad()
-    def initialize(self, seed: int, std: float = 0.02) -> "CausalLM":
-        """Fresh normal(0, std) weights for every matrix, zeros for biases, ones for norms."""
-        generator = torch.Generator().manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                p.copy_(torch.randn(p.shape, generator=generator) * std)
-            else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
-        return self
 
 
 BUILDERS: dict[str, type[CausalLM]] = {}  # family -> its class, where that is not CausalLM itself

@@ -1,9 +1,8 @@
 """The run object that all stages share: folder, rows, clock, checks."""
 
 import math
-import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +14,7 @@ from allo_mini.architecture import ModelConfig
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, save_model
 from allo_mini.config import Config, rate_flag
 from allo_mini.data import Encoder, Example, Pair, Task
+from allo_mini.device import free_memory, peak_gb
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
@@ -86,26 +86,29 @@ class Run:
         torch.cuda.empty_cache()
         return True
 
-    @contextmanager
-    def stage(self, name: str, artefact: str | None = None, ranks: bool = False):
-        """Yield the artefact's path if it is still to be made, else None; say seconds and peak memory afterwards.
+    def stage(self, name: str, make: Callable[[Path], None], artefact: str | None = None, ranks: bool = False) -> Path:
+        """The path of a stage's artefact, made by make(path) unless it is there; says seconds and peak memory then.
 
-        Under torchrun all ranks take part if `ranks`, else the others get None and wait for rank 0.
+        Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
         """
         target = self.folder / (artefact or name)
         parallel.wait()
         found = target.exists()
         parallel.wait()  # all have looked, rank 0 may write
-        if found or (parallel.RANK and not ranks):
+        if found:
             say(f"{name}: found {target}, skipped")
-            yield None
-            parallel.wait()
-            return
+        elif ranks or not parallel.RANK:
+            self.measured(name, make, target)
+        parallel.wait()
+        return target
+
+    def measured(self, name: str, make: Callable[[Path], None], target: Path) -> None:
+        """make(target), with its seconds and peak memory printed and logged. Raises UserError when memory runs out."""
         if self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.monotonic()
         try:
-            yield target
+            make(target)
         except torch.OutOfMemoryError:
             raise UserError(f"{name}, peak {peak_gb(self.device):.2f} GB: {memory.advice(self.cfg)}") from None
         if not parallel.RANK:  # which may still have been writing when the others were done
@@ -114,7 +117,6 @@ class Run:
         self.log.note(name, seconds=round(self.seconds[name], 2), **{"mem/peak_gb": peak})
         estimate = f" (estimate {sum(self.needs[name].values()) / 1e9:.2f} GB)" if name in self.needs else ""
         say(f"{name}: {self.seconds[name]:.1f} s, peak memory {peak:.2f} GB{estimate}\n")
-        parallel.wait()
 
     def save(self, what, target: Path) -> None:
         """A model's folder, or a file of tensors; written by rank 0."""
@@ -125,7 +127,7 @@ class Run:
         """In how many passes the fp32 gradient of all weights is made."""
         if self.cfg.locate_groups or not self.device.startswith("cuda"):
             return self.cfg.locate_groups or 1
-        half = memory.free_memory(self.device) // 2  # beside the model; the rest is for activations
+        half = free_memory(self.device) // 2  # beside the model; the rest is for activations
         return -(-4 * self.parameters // half)
 
     def state_file(self, name: str) -> Path:
@@ -188,15 +190,3 @@ class Run:
         if Tokenizer(folder).inner.get_vocab() != self.encoder.tokenizer.inner.get_vocab():
             raise UserError(f"{folder}: not the policy's tokenizer; a rewriting model must share the vocabulary")
         return folder
-
-
-def peak_gb(device: str) -> float:
-    """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -27,9 +27,21 @@ def fixture_model(name: str, trainable: bool = False) -> CausalLM:
     return load_model(str(FIXTURES / "hf" / name)).requires_grad_(trainable)
 
 
+@torch.no_grad()
+def initialize(model: CausalLM, seed: int, std: float = 0.02) -> CausalLM:
+    """Fresh normal(0, std) weights for every matrix, zeros for biases, ones for norms."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+        else:
+            p.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
 def tiny_model(seed: int = 0, std: float = 0.3, trainable: bool = True, **changes) -> CausalLM:
     """A random model of RAW's shape; weights large enough that predictions differ from token to token."""
-    return CausalLM(parse_config({**RAW, **changes})).initialize(seed, std).requires_grad_(trainable)
+    return initialize(CausalLM(parse_config({**RAW, **changes})), seed, std).requires_grad_(trainable)
 
 
 def random_ids(count: int, seed: int, vocab: int = 120) -> list[int]:

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,21 @@ from safetensors.torch import load_file
 import eval as evaluation
 import train
 from allo_mini import run as run_module
-from allo_mini import demo, tasks
+from allo_mini import tasks
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.files import load_mask
+from helpers import initialize
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests/benchmarks"))
+from make_demo import make_demo  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A random 2-layer model, 24 problems, and samples for them: one right, two wrong ones each."""
     folder = tmp_path_factory.mktemp("world")
-    demo.make_demo(folder / "demo", 40)
+    make_demo(folder / "demo", 40)
     config = json.loads((folder / "demo/model/config.json").read_text())
     raw = {**config, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
     model = random_model(raw, folder / "demo/model")
@@ -44,7 +48,7 @@ def world(tmp_path_factory):
 def random_model(raw, tokenizer_folder):
     from allo_mini.architecture import parse_config
     from allo_mini.model import CausalLM
-    model = CausalLM(parse_config(raw)).initialize(seed=1)
+    model = initialize(CausalLM(parse_config(raw)), seed=1)
     model.folder = tokenizer_folder
     return model
 

@@ -28,8 +28,7 @@ from torch import Tensor  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from allo_mini import UserError  # noqa: E402
 from allo_mini.architecture import parse_config  # noqa: E402
-from allo_mini.checkpoint import DTYPES  # noqa: E402
-from allo_mini.inputs import pick_device  # noqa: E402
+from allo_mini.device import DTYPES, pick_device  # noqa: E402
 from allo_mini.linear import slow_bf16, to_int8  # noqa: E402
 from allo_mini.log import table  # noqa: E402
 from allo_mini.model import CausalLM  # noqa: E402

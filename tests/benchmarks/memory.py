@@ -23,7 +23,7 @@ from allo_mini import UserError, memory
 from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.generate import sample
-from allo_mini.inputs import pick_device
+from allo_mini.device import pick_device
 from allo_mini.locate import gradient_importance
 from allo_mini.log import Log
 from allo_mini.logprobs import score

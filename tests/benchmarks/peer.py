@@ -31,7 +31,8 @@ from allo_mini import UserError
 from allo_mini.checkpoint import find_folder, load_model, load_tokenizer
 from allo_mini.config import parse
 from allo_mini.data import Encoder, plain, read_pairs, steps_of
-from allo_mini.inputs import pick_device, style_of
+from allo_mini.device import pick_device
+from allo_mini.inputs import style_of
 from allo_mini.log import Log
 from allo_mini.loop import dpo_objective, run_stage
 from allo_mini.pointwise import compile_pointwise
