@@ -22,6 +22,8 @@ from allo_mini.linear import linear
 from allo_mini.device import free_memory
 from allo_mini.model import CausalLM
 
+PREFILL = 4096  # tokens of prompts that are read at a time: enough to keep a GPU busy, few enough for its memory
+
 
 class Cache:
     """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attends for one new token each."""
@@ -119,6 +121,17 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
 
 
+def readable(samples: list[Sample]) -> int:
+    """How many of the samples, at least one, can begin at once: their different prompts have PREFILL tokens at most."""
+    tokens, last = 0, None
+    for count, s in enumerate(samples):
+        if s.number != last:
+            tokens, last = tokens + len(s.prompt), s.number
+            if count and tokens > PREFILL:
+                return count
+    return len(samples)
+
+
 def read_prompts(model: CausalLM, cache: Cache, fresh: list[Sample], slot: int) -> Tensor:
     """Fill the slots from `slot` on with the prompts of new samples -> hidden [len(fresh), H] at each prompt's end.
 
@@ -182,7 +195,8 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
     while waiting or running:
         free = slots - len(running)
         if waiting and free * 8 >= slots:  # an eighth of the slots: reading is cheap in bulk
-            fresh, waiting = waiting[:free], waiting[free:]
+            count = readable(waiting[:free])
+            fresh, waiting = waiting[:count], waiting[count:]
             hidden = read_prompts(model, cache, fresh, len(running))
             running += fresh
         else:

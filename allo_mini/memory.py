@@ -12,6 +12,7 @@ from allo_mini import UserError
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.device import free_memory
+from allo_mini.generate import PREFILL
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK
 
@@ -81,6 +82,8 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage == "sample":
         terms["KV cache"] = cfg.sample_batch * cfg.max_length * cache_bytes(c, size)
         terms["logits"] = cfg.sample_batch * c.vocab_size * 10
+        reading = PREFILL * size * (3 * c.intermediate_size + 5 * c.hidden_size)  # the prompts of new samples
+        terms["at work"] = reading + 2 * size * CHUNK * cfg.int8
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}

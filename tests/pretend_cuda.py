@@ -4,13 +4,15 @@ Every tensor's memory remembers a device, "cuda" or "cpu"; everything is compute
 are on different devices fails, as it would on a GPU, and so do numpy() of a GPU's tensor, and a copy to the host that
 nobody waits for. At the end each place of our code that waited for the GPU is printed with how often it did.
 
-What it cannot show: speed, memory, rounding, and kernels (attention on a GPU takes others, varlen_attn is a plain twin).
+Peak memory is the most bytes that the GPU's tensors held at one time. What it cannot show: speed, what kernels take for
+themselves, fragments, rounding, and kernels that differ (attention on a GPU has others; varlen_attn is a plain twin).
 """
 
 import os
 import runpy
 import sys
 import traceback
+import weakref
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +33,29 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2
 MOVES = {"copy_", "_to_copy"}
 INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}  # their positions may stand on the host
 moving = []  # where the tensor that `to` is moving goes
+
+
+class Memory:
+    """Bytes that the GPU's tensors hold now, and held at most since `reset`."""
+    now = peak = 0
+
+    @classmethod
+    def put(cls, storage, place: str) -> None:
+        """Remember where a tensor's memory is."""
+        storage.place = place
+        if place == "cuda":
+            size = storage.nbytes()
+            cls.now += size
+            cls.peak = max(cls.peak, cls.now)
+            weakref.finalize(storage, cls.free, size)
+
+    @classmethod
+    def free(cls, size: int) -> None:
+        cls.now -= size
+
+    @classmethod
+    def reset(cls, *_) -> None:
+        cls.peak = cls.now
 
 
 def place_of(t) -> str:
@@ -68,7 +93,7 @@ class Pretend(TorchDispatchMode):
         made = func(*args, **kwargs)
         for t in tree_leaves(made):
             if isinstance(t, torch.Tensor) and real_device(t).type == "cpu" and not hasattr(t.untyped_storage(), "place"):
-                t.untyped_storage().place = place
+                Memory.put(t.untyped_storage(), place)
         return made
 
     def checked(self, name: str, tensors: list, args) -> str:
@@ -77,7 +102,8 @@ class Pretend(TorchDispatchMode):
         on_gpu = "cuda" in places
         for i, t in enumerate(tensors):
             if places[i] == "any" and {"cuda", "cpu"} & {*places}:
-                t.untyped_storage().place = places[i] = "cuda" if on_gpu else "cpu"
+                places[i] = "cuda" if on_gpu else "cpu"
+                Memory.put(t.untyped_storage(), places[i])
         if on_gpu and {*places} != {"cuda"} and name not in MOVES and not (name in INDEXED and places[0] == "cuda"):
             strict = "fused" in name or "foreach" in name  # elsewhere a number may stand on the host
             if any(place != "cuda" and (strict or t.dim()) for t, place in zip(tensors, places)):
@@ -146,12 +172,13 @@ def install() -> None:
     import torch.nn.attention.varlen as varlen
 
     from allo_mini import logprobs
-    nothing, number = (lambda *args: None), (lambda *args: 1 << 27)
+    nothing, peak = (lambda *args: None), (lambda *args: Memory.peak)
     for name, value in {
-            "_lazy_init": nothing, "empty_cache": nothing, "reset_peak_memory_stats": nothing, "synchronize": nothing,
+            "_lazy_init": nothing, "empty_cache": nothing, "reset_peak_memory_stats": Memory.reset, "synchronize": nothing,
             "set_per_process_memory_fraction": nothing, "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": lambda: 0, "mem_get_info": lambda *args: (60 << 30, 80 << 30), "memory_allocated": number,
-            "memory_reserved": number, "max_memory_allocated": number, "max_memory_reserved": number,
+            "current_device": lambda: 0, "mem_get_info": lambda *args: ((80 << 30) - Memory.now, 80 << 30),
+            "memory_allocated": lambda *args: Memory.now, "memory_reserved": lambda *args: Memory.now,
+            "max_memory_allocated": peak, "max_memory_reserved": peak,
             "get_device_capability": lambda *args: (9, 0), "is_bf16_supported": lambda **kind: True,
             "get_device_name": lambda *args: "a pretended GPU", "memory_stats": lambda *args: defaultdict(int),
             "get_device_properties": lambda *args: SimpleNamespace(total_memory=80 << 30)}.items():

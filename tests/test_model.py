@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from allo_mini import UserError, attention, checkpoint, logprobs, selection
+from allo_mini import generate as generate_module
 from allo_mini.architecture import parse_config
 from allo_mini.attention import TreeAttention, causal_attention
 from allo_mini.checkpoint import load_model, save_model
@@ -270,6 +271,22 @@ def test_cached_generation_equals_none(name, slots):
     assert len({len(t) for t in expected}) > 2
     assert generate(model, PROMPTS, 12, eos_ids=tuple(eos), slots=slots) == expected
     assert generate(model, PROMPTS, 1, slots=slots) == [t[:1] for t in free]
+
+
+@pytest.mark.parametrize("most", [1, 12, 30])
+def test_prompts_are_read_a_few_tokens_at_a_time(most, monkeypatch):
+    """A hundred long prompts at once would take more memory than the cache; what is said stays the same."""
+    model, sizes = fixture_model("llama_gqa_tied"), []
+    expected = sample(model, PROMPTS, 2, 6, 1.0, 0.9, seed=3)
+    real = generate_module.read_prompts
+
+    def read(model, cache, fresh, slot):
+        sizes.append(sum(len(p) for p in {s.number: s.prompt for s in fresh}.values()))
+        return real(model, cache, fresh, slot)
+    monkeypatch.setattr(generate_module, "read_prompts", read)
+    monkeypatch.setattr(generate_module, "PREFILL", most)
+    assert sample(model, PROMPTS, 2, 6, 1.0, 0.9, seed=3) == expected
+    assert len(sizes) > 1 and max(sizes) <= max(most, 23) and sum(sizes) == sum(map(len, PROMPTS))
 
 
 def test_the_cache_grows_past_its_first_size():
