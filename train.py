@@ -188,14 +188,14 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
     """Train the rewriting model (unless one was given) and let it score every token of every negative."""
     folder, (wrong, responses) = run.cfg.reward_model, zip(*kept)
     if not folder:
-        base, examples = run.same_tokenizer(run.cfg.reward_base or theta), rewrite_examples(run.encoder, wrong)
+        base, examples = run.cfg.reward_base or theta, rewrite_examples(run.encoder, wrong)
         if len(examples) < len(wrong):
             say(f"reward: {len(wrong) - len(examples)} rewrites dropped: as long as --max-length")
         mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
         folder = trained(run, "reward", base, examples, sft_objective(), mask)
 
     def make(target):
-        model = run.load(run.same_tokenizer(folder))
+        model = run.load(folder)
         with progress(total=len(kept), label="score", unit="response") as bar:
             scores = token_scores(model, run.encoder, wrong, responses, run.cfg.micro_tokens, bar.update)
         low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))

@@ -21,6 +21,7 @@ from allo_mini.log import Log, say
 from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 from allo_mini.tasks import gold_answer, is_correct
+from allo_mini.tokenizer import Tokenizer
 
 NOT_THE_RUN = ("dry_run", "out", "save_minutes", "restart", "keep", "revision")  # settings that change no result
 
@@ -208,7 +209,9 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     if cfg.mask:
         load_mask(cfg.mask, run.shapes)
     for folder in others:
-        other = load_model(str(run.same_tokenizer(folder)), run.dtype, "meta")
+        if Tokenizer(folder).inner.get_vocab() != encoder.tokenizer.inner.get_vocab():
+            raise UserError(f"{folder}: not the policy's tokenizer; a rewriting model must share the vocabulary")
+        other = load_model(str(folder), run.dtype, "meta")
         other.config.length(cfg.max_length, f"{folder}/config.json")
         run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 

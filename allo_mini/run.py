@@ -11,7 +11,7 @@ import torch
 
 from allo_mini import UserError, memory, parallel
 from allo_mini.architecture import ModelConfig
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, save_model
+from allo_mini.checkpoint import eos_ids, load_model, save_model
 from allo_mini.config import Config, rate_flag
 from allo_mini.data import Encoder, Example, Pair, Task
 from allo_mini.device import free_memory, peak_gb
@@ -21,7 +21,6 @@ from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.mask import selected
 from allo_mini.model import CausalLM
 from allo_mini.tasks import evaluate
-from allo_mini.tokenizer import Tokenizer
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Run:
     def parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
-    def load(self, folder: Path, mask=None, train_all: bool = False) -> CausalLM:
+    def load(self, folder: Path | str, mask=None, train_all: bool = False) -> CausalLM:
         """A model of this run, on its device, with its activation checkpointing.
 
         mask: what is going to be trained. Under --int8 all but that is kept in 8 bits: nothing, with `train_all`.
@@ -183,10 +182,3 @@ class Run:
         self.encoder.clear()
         if not kept:
             raise UserError(f"none of the {name} can be used; {report or 'there are none'}")
-
-    def same_tokenizer(self, folder: Path | str) -> Path:
-        """A reward model's folder, checked to use the policy's vocabulary."""
-        folder = find_folder(str(folder))
-        if Tokenizer(folder).inner.get_vocab() != self.encoder.tokenizer.inner.get_vocab():
-            raise UserError(f"{folder}: not the policy's tokenizer; a rewriting model must share the vocabulary")
-        return folder
