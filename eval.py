@@ -22,9 +22,8 @@ from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenize
 from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.device import pick_device
-from allo_mini.disk import rows_text, write_jsonl, write_text
+from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_answers, need_usable, style_of
-from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 from allo_mini import UserError
 from allo_mini.architecture import parse_config
 from allo_mini.device import DTYPES
-from allo_mini.disk import atomic
-from allo_mini.jsonio import read_json
+from allo_mini.disk import atomic, read_json
 from allo_mini.linear import to_int8
 from allo_mini.log import say
 from allo_mini.selection import put

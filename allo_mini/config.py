@@ -12,7 +12,7 @@ import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 
 from allo_mini import UserError
-from allo_mini.jsonio import read_json
+from allo_mini.disk import read_json
 
 HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train

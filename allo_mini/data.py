@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from allo_mini import UserError
-from allo_mini.jsonio import read_jsonl
+from allo_mini.disk import read_jsonl
 from allo_mini.tokenizer import Tokenizer, in_common
 
 # The form ALLO's official scripts use for its tasks (from WizardMath, arXiv 2308.09583; github.com/RUCAIBox/ALLO).

@@ -14,8 +14,7 @@ from torch import Tensor
 from allo_mini import UserError
 from allo_mini.checkpoint import open_safetensors
 from allo_mini.data import Negative, messages_of, text_of
-from allo_mini.disk import atomic, writing
-from allo_mini.jsonio import read_jsonl
+from allo_mini.disk import atomic, read_jsonl, writing
 from allo_mini.mask import PackedMask, pack_mask
 
 EXACT = "forget.exact.safetensors"  # the fp32 weights with which forgetting ended; its folder may have them in bf16

@@ -14,9 +14,8 @@ from allo_mini.checkpoint import TOKENIZER_FILES, eos_ids, find_folder, load_mod
 from allo_mini.config import HOME, Config, flat
 from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.device import pick_device
-from allo_mini.disk import lock, move_aside, write_jsonl, write_text
+from allo_mini.disk import lock, move_aside, open_bytes, read_json, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
-from allo_mini.jsonio import open_bytes, read_json
 from allo_mini.log import Log, say
 from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run

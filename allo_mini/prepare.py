@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from allo_mini import UserError
-from allo_mini.disk import write_jsonl
-from allo_mini.jsonio import read_jsonl
+from allo_mini.disk import read_jsonl, write_jsonl
 from allo_mini.log import say
 from allo_mini.tasks import extract_math
 

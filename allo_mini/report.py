@@ -19,9 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from allo_mini import UserError, parallel
 from allo_mini.config import HOME, SETTINGS
 from allo_mini.data import Example, plain
-from allo_mini.disk import remove, write_jsonl, write_text
+from allo_mini.disk import read_json, read_jsonl, remove, write_jsonl, write_text
 from allo_mini.files import EXACT, load_tensors
-from allo_mini.jsonio import read_json, read_jsonl
 from allo_mini.log import say, table
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask

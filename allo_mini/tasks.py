@@ -20,10 +20,9 @@ from pathlib import Path
 
 from allo_mini import UserError
 from allo_mini.data import Encoder, Negative, Pair, Task
-from allo_mini.disk import append_rows, keep_whole
+from allo_mini.disk import append_rows, keep_whole, read_jsonl
 from allo_mini.edits import nearest
 from allo_mini.generate import sample
-from allo_mini.jsonio import read_jsonl
 from allo_mini.log import progress, say
 from allo_mini.logprobs import score
 

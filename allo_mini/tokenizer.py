@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 
 from allo_mini import UserError
-from allo_mini.jsonio import open_bytes, read_json
+from allo_mini.disk import open_bytes, read_json
 from allo_mini.template import render
 
 

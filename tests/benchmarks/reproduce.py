@@ -28,7 +28,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from allo_mini.config import Config  # noqa: E402
 from allo_mini.files import load_tensors, save_mask  # noqa: E402
-from allo_mini.jsonio import read_json, read_jsonl  # noqa: E402
+from allo_mini.disk import read_json, read_jsonl  # noqa: E402
 from allo_mini.log import say  # noqa: E402
 from allo_mini.loop import resolve_stage  # noqa: E402
 from allo_mini.mask import each_selected, pack_mask  # noqa: E402
