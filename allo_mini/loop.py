@@ -148,14 +148,17 @@ def or_halve(run: Run, work: Callable, undo: Callable = lambda: None):
     """work(); when memory runs out, once more with micro-batches of half the size, which then stay so.
 
     `undo` takes back what the failed try left behind. Raises torch.OutOfMemoryError when the second try fails too, or
-    nothing can be halved.
+    nothing can be halved (any more).
     """
     try:
         return work()
     except torch.OutOfMemoryError:
-        if not run.halve():
+        if run.halved or run.cfg.micro_batch == 1:
             raise
-    undo()  # outside of `except`, where the failed try's tensors are gone
+    run.halved = True
+    say("out of memory: going on with micro-batches of half the size; lower --micro-tokens to keep it so")
+    torch.cuda.empty_cache()  # outside of `except`, where the failed try's tensors are gone
+    undo()
     return work()
 
 

@@ -76,15 +76,6 @@ class Run:
             return micros
         return [half for m in micros for half in (m[:len(m) // 2], m[len(m) // 2:]) if half]
 
-    def halve(self) -> bool:
-        """After memory ran out: micro-batches of half the size from now on. False when that was tried already."""
-        if self.halved or self.cfg.micro_batch == 1:
-            return False
-        self.halved = True
-        say("out of memory: going on with micro-batches of half the size; lower --micro-tokens to keep it so")
-        torch.cuda.empty_cache()
-        return True
-
     def stage(self, name: str, make: Callable[[Path], None], artefact: str | None = None, ranks: bool = False) -> Path:
         """The path of a stage's artefact, made by make(path) unless it is there; says seconds and peak memory then.
 
