@@ -171,17 +171,16 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
     kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
     run.report_dropped("negatives", len(kept))
     if cfg.token_weights == "uniform":
-        weights = [[1.0] * len(e.responses[0]) for _, e in kept]
-    elif cfg.token_weights == "edit":
-        weights = [edit_weights(e.responses[0], encoder.response_ids(n.prompt, n.rewrite)) for n, e in kept]
-    else:
-        scores = [n.scores for n, _ in kept] if cfg.token_weights_file else reward_scores(run, theta, kept)
-        fits = [len(s) == len(e.responses[0]) for s, (_, e) in zip(scores, kept)]
-        if not all(fits):
-            say(f"token weights: {fits.count(False)} rows dropped: as many scores as tokens (with EOS) were expected")
-        kept = [(n, e._replace(scores=s)) for (n, e), s, ok in zip(kept, scores, fits) if ok]
-        weights = [weights_from_scores(e.scores, cfg.token_weights, cfg.threshold) for _, e in kept]
-    return [e._replace(weights=w) for (_, e), w in zip(kept, weights)]
+        return [e._replace(weights=[1.0] * len(e.responses[0])) for _, e in kept]
+    if cfg.token_weights == "edit":
+        return [e._replace(weights=edit_weights(e.responses[0], encoder.response_ids(n.prompt, n.rewrite)))
+                for n, e in kept]
+    scores = [n.scores for n, _ in kept] if cfg.token_weights_file else reward_scores(run, theta, kept)
+    weighted = [e._replace(scores=s, weights=weights_from_scores(s, cfg.token_weights, cfg.threshold))
+                for (_, e), s in zip(kept, scores) if len(s) == len(e.responses[0])]
+    if dropped := len(kept) - len(weighted):
+        say(f"token weights: {dropped} rows dropped: as many scores as tokens (with EOS) were expected")
+    return weighted
 
 
 def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
