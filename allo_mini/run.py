@@ -161,7 +161,6 @@ class Run:
 
     def encode(self, rows, name: str) -> list[Example]:
         """(prompt, responses) rows -> examples; says what was dropped and why, refuses to go on with nothing."""
-        self.encoder.clear()
         examples = [e for prompt, responses in rows if (e := self.encoder.example(prompt, responses))]
         self.report_dropped(name, len(examples))
         return examples
