@@ -82,7 +82,6 @@ class Run:
         Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
         """
         target = self.folder / (artefact or name)
-        parallel.wait()
         found = target.exists()
         parallel.wait()  # all have looked, rank 0 may write
         if found:
