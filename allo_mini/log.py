@@ -17,10 +17,10 @@ def progress(items=None, total: int | None = None, label: str = "", unit: str = 
                 dynamic_ncols=True)
 
 
-def say(*parts) -> None:
+def say(text: str) -> None:
     """Print a line (rank 0 alone) without tearing a progress bar."""
     if not parallel.RANK:
-        tqdm.write(" ".join(str(p) for p in parts), file=sys.stdout)
+        tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
