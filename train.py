@@ -206,7 +206,7 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
 def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
     """Phase 1: token-weighted NPO on what is unaligned, over the masked weights only."""
     def make(target):
-        model = run.load(theta, mask)
+        model = run.load(theta, mask, train_all=mask is None)
         optimizer = run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
         run.save(optimizer.exact(), run.folder / EXACT)
         run.save(model, target)
@@ -216,7 +216,7 @@ def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
 def improve(run: Run, theta: Path, pairs: list[Example], mask, negatives: list[Example]) -> Path:
     """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
     def make(target):
-        model, objective = run.load(theta, mask), dpo_objective(run.cfg.beta, run.cfg.epsilon)
+        model, objective = run.load(theta, mask, train_all=mask is None), dpo_objective(run.cfg.beta, run.cfg.epsilon)
         exact = run.folder / EXACT if theta == run.folder / "forget" else None  # a bf16 folder lost the small steps
         with watch_tokens(run, model, negatives):
             run_stage(run, "improve", model, pairs, objective, mask, run.validator(), exact)

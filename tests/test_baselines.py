@@ -185,6 +185,16 @@ def test_allo_without_mask_and_without_forgetting(world, tmp_path):
     assert moved > 0.5
 
 
+def test_allo_without_mask_trains_exact_weights_under_int8(world, tmp_path):
+    """Forgetting and improving move all weights then, so none is kept in 8 bits: the same run, bit for bit."""
+    for name, more in (("plain", ()), ("int8", ("--int8",))):
+        assert train.main(arguments(world, tmp_path / name, *QUICK, "--method", "allo", "--mask-source", "none", "--no-eval",
+                                    *more)) == 0
+    for stage in ("forget", "improve"):
+        plain, int8 = (load_file(tmp_path / name / stage / "model.safetensors") for name in ("plain", "int8"))
+        assert all(torch.equal(plain[n], int8[n]) for n in plain)
+
+
 @pytest.mark.parametrize("more, says", [
     (["--method", "dpoo"], "did you mean dpo?"), (["--mask-source", "upper"], "expected one of auto, top"),
     (["--mask-source", "random", "--mask", "m.safetensors"], "leave out --mask")])
