@@ -93,8 +93,7 @@ def run_stage(run: Run, name: str, model, examples: list[Example], objective: Ob
         if validate and ((step + 1) % cfg.eval_every == 0 or step + 1 == len(steps)):
             values["eval/score"] = validate(model)
             place.keep_if_best(values["eval/score"])
-        shown = ("eval/score", *objective.shown) if validate else objective.shown
-        run.log.step(name, step + 1, len(steps), values, shown)
+        run.log.step(name, step + 1, len(steps), values, ("eval/score", *objective.shown))
         bar.set_postfix(loss=f"{values['loss']:.4g}")
         place.save(step + 1)
     place.finish()
