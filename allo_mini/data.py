@@ -179,7 +179,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.bos, self.closing = style != "chat", self._closing()  # a template writes its own BOS
-        self.clear()
+        self.dropped, self.trimmed = Counter(), 0
 
     def _closing(self) -> int:
         t = self.tokenizer
@@ -268,14 +268,14 @@ class Encoder:
     def drop(self, why: str) -> None:
         self.dropped[why] += 1
 
-    def clear(self) -> None:
-        """Start counting anew."""
-        self.dropped, self.trimmed = Counter(), 0
-
     def report(self) -> str:
-        """'dropped: 2 empty response, 4 identical pair; kept with a trimmed prompt: 3'; '' when all rows are whole."""
+        """'dropped: 2 empty response, 4 identical pair; kept with a trimmed prompt: 3'; '' when all rows are whole.
+
+        Of the rows since the last report.
+        """
         dropped = ", ".join(f"{n} {why}" for why, n in sorted(self.dropped.items()))
         notes = {"dropped": dropped, "kept with a trimmed prompt": self.trimmed}
+        self.dropped, self.trimmed = Counter(), 0
         return "; ".join(f"{what}: {count}" for what, count in notes.items() if count)
 
 

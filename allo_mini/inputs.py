@@ -163,9 +163,9 @@ def need_usable(encoder: Encoder, rows: list, where: str) -> None:
                 [encoder.answer(prompt, response) for response in responses]
             except UserError as e:
                 raise UserError(f"{where}: in the conversation that begins {plain(prompt)[:40]!r}: {e}") from None
-    if rows and not any(encoder.example(*row) for row in rows):
-        raise UserError(f"{where}: no row can be used; {encoder.report()}")
-    encoder.clear()
+    usable, report = any(encoder.example(*row) for row in rows), encoder.report()
+    if rows and not usable:
+        raise UserError(f"{where}: no row can be used; {report}")
 
 
 # ---- a run -------------------------------------------------------------------------------------------------

@@ -165,9 +165,8 @@ class Run:
         return examples
 
     def report_dropped(self, name: str, kept: int) -> None:
-        """Say what the encoder dropped or trimmed since it was last cleared. Raises UserError when nothing is left."""
+        """Say what the encoder dropped or trimmed since it was last asked. Raises UserError when nothing is left."""
         if report := self.encoder.report():
             say(f"{name}: {kept} kept; {report}")
-        self.encoder.clear()
         if not kept:
             raise UserError(f"none of the {name} can be used; {report or 'there are none'}")
