@@ -50,16 +50,12 @@ class TreeAttention:
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
         for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
             (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P | C], R, ...
-            out.append(self.last(q, k, v))
+            out.append(sdpa(q, k, v, is_causal=True))
             k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
             for q, *own in zip(queries, keys, values):
-                out.append(self.last(q, *(torch.cat(pair) for pair in zip((k, v), own))))  # [P | R]
+                whole = (torch.cat(pair) for pair in zip((k, v), own))  # [P | R]
+                out.append(sdpa(q, *whole, attn_mask=self.lower_right(len(q), prompt, q)))
         return torch.cat(out).to(kind)
-
-    def last(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T,h,d] of the last T of S tokens, k and v [S,g,d] of all -> [T,h,d]; each sees itself and what is before it."""
-        before = len(k) - len(q)
-        return sdpa(q, k, v, attn_mask=self.lower_right(len(q), before, q)) if before else sdpa(q, k, v, is_causal=True)
 
     def lower_right(self, length: int, prompt: int, q: Tensor):
         """Mask of `length` responses' tokens over [P | R]: each sees the prompt and what stands before it.
