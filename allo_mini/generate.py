@@ -157,14 +157,12 @@ def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
 @contextmanager
 def freely():
     """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it always gives the same."""
-    if not torch.are_deterministic_algorithms_enabled():  # asking for what is so anyway would import torch's compiler
-        yield
-        return
-    torch.use_deterministic_algorithms(False)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("default")  # use_deterministic_algorithms would import torch's compiler
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode(before)
 
 
 @freely()
