@@ -34,7 +34,7 @@ class TreeAttention:
 
     So the prompt is computed once per pair, and the result equals that of two separate sequences.
     `trees` is a list of (prompt length, (response length, ...)). On a GPU one call of a variable-length kernel does
-    all of it, where this torch has one.
+    all of it, where there is one for its kind.
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
@@ -93,15 +93,12 @@ class TreeAttention:
 
 @lru_cache
 def varlen_kernel(device):
-    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None without,
-    and on GPUs older than Ampere. Its arguments changed between torch 2.10 and 2.12.
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None on GPUs
+    older than Ampere. Its arguments changed between torch 2.10 and 2.12.
     """
-    try:
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            return None
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return None
+    from torch.nn.attention.varlen import varlen_attn
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
