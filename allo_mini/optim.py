@@ -244,9 +244,7 @@ class MaskedAdamW(FlatGradient):
         none): of a step of 1e-6 on a weight of 0.02, a model folder in bf16 keeps nothing."""
         parts = {}
         for slot in self.slots:
-            if not slot.selection.all:
-                parts |= {f"{slot.name}.offsets": slot.selection.offsets, f"{slot.name}.counts": slot.selection.counts}
-            parts[f"{slot.name}.values"] = self.master[slot.where]
+            parts |= slot.selection.named(slot.name, self.master[slot.where])
         return parts
 
     @torch.no_grad()
@@ -255,9 +253,7 @@ class MaskedAdamW(FlatGradient):
         the parameters are not what those round to."""
         device = self.master.device
         for slot in (s for s in self.slots if f"{s.name}.values" in exact):
-            offsets, counts, values = (exact.get(f"{slot.name}.{part}") for part in ("offsets", "counts", "values"))
-            theirs = Selection(slot.p.shape, device=slot.p.device) if offsets is None else Selection.from_parts(
-                slot.p.shape, offsets.to(slot.p.device), counts.to(slot.p.device))
+            values, theirs = exact[f"{slot.name}.values"], Selection.read(exact, slot.name, slot.p.shape, slot.p.device)
             for (rows, ours, our_index), (_, given, their_index) in zip(slot.selection.chunks(), theirs.chunks()):
                 dense = torch.zeros(slot.p[rows].shape, device=slot.p.device)
                 put(dense, our_index, self.master[slot.where][ours])

@@ -19,8 +19,6 @@ from allo_mini.files import load_tensors, save_tensors
 from allo_mini.model import CausalLM
 from allo_mini.selection import Selection, put, take
 
-PARTS = ("offsets", "counts", "values")
-
 
 def bytes_of(values: Tensor) -> bytes:
     """What a digest is made of: exact for every floating-point type up to fp32."""
@@ -34,8 +32,7 @@ def save_patch(base: Path, tuned: Path, path: Path) -> None:
         old, new = read_tensor(before[name], name), read_tensor(after[name], name)
         changed = old.to(new.dtype) != new
         if changed.any():
-            where = Selection(new.shape, changed)
-            tensors |= {f"{name}.{part}": t for part, t in zip(PARTS, (where.offsets, where.counts, new[changed]))}
+            tensors |= Selection(new.shape, changed).named(name, new[changed])
             digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
     save_tensors(tensors, path, {"digest": digest.hexdigest()})
 
@@ -49,9 +46,9 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
     try:
         for name in sorted(key.removesuffix(".values") for key in tensors if key.endswith(".values")):
             old, p = read_tensor(files[name], name), model.get_parameter(name)
-            offsets, counts, values = (tensors[f"{name}.{part}"] for part in PARTS)
+            values, where = tensors[f"{name}.values"], Selection.read(tensors, name, p.shape, "cpu")
             digest.update(name.encode())
-            for rows, entries, index in Selection.from_parts(p.shape, offsets, counts).chunks():
+            for rows, entries, index in where.chunks():
                 digest.update(bytes_of(take(old[rows], index)))
                 put(p[rows], index.to(p.device), values[entries])
             digest.update(bytes_of(values))

@@ -31,24 +31,31 @@ class Selection:
     """
 
     def __init__(self, shape, mask: Tensor | None = None, device="cpu"):
-        self.shape, self.width, self.edges = shape, math.prod(shape[1:]), row_edges(shape, device)
-        self.all, self.kept = mask is None, None
-        if self.all:
-            self.ends = [row * self.width for row in self.edges]
-            return
-        index = mask.reshape(-1).nonzero().squeeze(1)
-        self.offsets = (index & 255).to(device, torch.uint8)
-        self.counts = torch.bincount(index >> 8, minlength=-(-mask.numel() // 256)).to(device, torch.int16)
-        edges = torch.tensor(self.edges, device=index.device) * self.width
-        self.ends = torch.searchsorted(index, edges).tolist()
+        self.width, self.edges, self.all, self.kept = math.prod(shape[1:]), row_edges(shape, device), True, None
+        self.ends = [row * self.width for row in self.edges]  # how many are selected up to each edge
+        if mask is not None:
+            index = mask.reshape(-1).nonzero().squeeze(1)
+            counts = torch.bincount(index >> 8, minlength=-(-mask.numel() // 256))
+            self._narrow((index & 255).to(device, torch.uint8), counts.to(device, torch.int16))
+
+    def _narrow(self, offsets: Tensor, counts: Tensor) -> None:
+        """Of all entries select these alone."""
+        self.all, self.offsets, self.counts = False, offsets, counts
+        totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
+        self.ends = [totals[-(-end // 256)] for end in self.ends]
+
+    def named(self, name: str, values: Tensor) -> dict[str, Tensor]:
+        """What a file holds of entries with these values: NAME.values and, unless all are selected, NAME.offsets and
+        NAME.counts."""
+        parts = {} if self.all else {f"{name}.offsets": self.offsets, f"{name}.counts": self.counts}
+        return parts | {f"{name}.values": values}
 
     @classmethod
-    def from_parts(cls, shape, offsets: Tensor, counts: Tensor) -> "Selection":
-        """The inverse of reading `.offsets` and `.counts`."""
-        new = cls(shape, device=offsets.device)
-        new.all, new.offsets, new.counts = False, offsets, counts
-        totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
-        new.ends = [totals[-(-edge * new.width // 256)] for edge in new.edges]
+    def read(cls, tensors: dict[str, Tensor], name: str, shape, device) -> "Selection":
+        """The inverse: the selection among the tensors of a file; raises KeyError when half of it is missing."""
+        new = cls(shape, device=device)
+        if f"{name}.offsets" in tensors:
+            new._narrow(*(tensors[f"{name}.{part}"].to(device) for part in ("offsets", "counts")))
         return new
 
     def __len__(self) -> int:
