@@ -42,6 +42,13 @@ class Slot:
         """In which the selected weights are stored."""
         return self.p.int8.values.dtype if hasattr(self.p, "int8") else self.p.dtype
 
+    def gather(self, p: Tensor) -> None:
+        """Autograd's hook for parameters outside linear.py: norms, biases, and any other module's."""
+        dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
+        if dense is not None:
+            for rows, entries, index in self.selection.chunks():
+                self.add(entries, take(dense[rows], index))
+
     def add(self, entries: slice, values: Tensor) -> None:
         """Accumulate gradient values of some selected entries."""
         self.grad[entries].add_(values.to(self.grad.device))
@@ -102,17 +109,9 @@ class FlatGradient:
         for slot in self.slots:
             slot.p.slot = slot
             if slot.p.is_floating_point():
-                self.hooks.append(slot.p.register_post_accumulate_grad_hook(self._gather(slot)))
+                self.hooks.append(slot.p.register_post_accumulate_grad_hook(slot.gather))
             else:
                 slot.handle = torch.zeros(1, requires_grad=True, device=slot.p.device)
-
-    def _gather(self, slot: Slot):
-        def hook(p):  # for parameters outside linear.py: norms, biases, and any other module's
-            dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
-            if dense is not None:
-                for rows, entries, index in slot.selection.chunks():
-                    slot.add(entries, take(dense[rows], index))
-        return hook
 
     def gather_weights(self, flat: Tensor | None = None) -> Tensor:
         """The selected weights as they stand in the parameters, flat fp32 (into `flat` if given)."""
@@ -173,7 +172,7 @@ class MaskedAdamW(FlatGradient):
         super().__init__(named_parameters, mask, host=offload == "gradient")
         if mask is None and any(hasattr(slot.p, "int8") for slot in self.slots):
             raise ValueError("int8 weights can only be trained through a mask: load the model without int8 to train all")
-        self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, 0
+        self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, torch.tensor(0)
         self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
         self.master = flat_zeros(size, device, offload != "none")
         self.gather_weights(self.master)
@@ -199,26 +198,18 @@ class MaskedAdamW(FlatGradient):
         self.steps += 1
         size = SLICE.get(self.master.device.type, SLICE["cuda"])
         for at in range(0, len(self.master), size):
-            part = slice(at, min(at + size, len(self.master)))
-            m, v = self._moments(part)
-            adamw(self.master[part], self.grad[part].to(self.master.device), m, v, self.steps, self.lr, self.betas,
+            part, blocks = slice(at, at + size), slice(at // BLOCK, (at + size) // BLOCK)
+            m, v = self.exp_avg[part], self.exp_avg_sq[part]  # at 32 bits views, which the update changes in place
+            if self.bits == 8:  # copies, to be stored afterwards
+                m = decode(m, self.exp_avg_scale[blocks], True)
+                v = decode(v, self.exp_avg_sq_scale[blocks], False).square_()
+            adamw(self.master[part], self.grad[part].to(self.master.device), m, v, int(self.steps), self.lr, self.betas,
                   self.eps, self.weight_decay)
-            self._store(part, m, v)
+            if self.bits == 8:
+                self.exp_avg[part], self.exp_avg_scale[blocks] = encode(m, True)
+                self.exp_avg_sq[part], self.exp_avg_sq_scale[blocks] = encode(v.sqrt_(), False)
         self.write_back()
         self.grad.zero_()
-
-    def _moments(self, part: slice) -> tuple[Tensor, Tensor]:
-        """fp32 m and v of a slice: at 32 bits views, which the update changes in place, at 8 bits copies to be stored."""
-        m, v, blocks = self.exp_avg[part], self.exp_avg_sq[part], slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        if self.bits == 8:
-            m, v = decode(m, self.exp_avg_scale[blocks], True), decode(v, self.exp_avg_sq_scale[blocks], False).square_()
-        return m, v
-
-    def _store(self, part: slice, m: Tensor, v: Tensor) -> None:
-        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        if self.bits == 8:
-            self.exp_avg[part], self.exp_avg_scale[blocks] = encode(m, True)
-            self.exp_avg_sq[part], self.exp_avg_sq_scale[blocks] = encode(v.sqrt_(), False)
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -265,18 +256,16 @@ class MaskedAdamW(FlatGradient):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything needed to go on: flat tensors and the step count."""
-        names = ["master", "start", "exp_avg", "exp_avg_sq"]
+        names = ["master", "start", "exp_avg", "exp_avg_sq", "steps"]
         if self.bits == 8:
             names += ["exp_avg_scale", "exp_avg_sq_scale"]
-        return {**{name: getattr(self, name) for name in names}, "steps": torch.tensor(self.steps)}
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse of state_dict; the parameters get the master's values."""
         for name, mine in self.state_dict().items():  # the vectors themselves, not copies
-            if name != "steps":
-                mine.copy_(state[name])
-        self.steps = int(state["steps"])
+            mine.copy_(state[name])
         self.write_back()
 
 
