@@ -101,7 +101,7 @@ class MaskedEmbedding(torch.autograd.Function):
     def backward(ctx, dy):
         (ids,), slot = ctx.saved_tensors, ctx.weight.slot
         if slot.selection.all:
-            slot.add_rows(ids, dy)
+            slot.add_at(ids, dy)
             return None, None
         ends, columns, most = slot.by_row()
         reach = torch.arange(most, device=ids.device)
@@ -110,7 +110,8 @@ class MaskedEmbedding(torch.autograd.Function):
             entries = ends[ids, None] + reach  # [n,most]: the row's own, and then some of later rows, which count as 0
             real = entries < ends[ids + 1, None]
             entries = entries.clamp(max=len(columns) - 1)
-            slot.add_at(entries, torch.where(real, dy.gather(1, columns[entries].long()).float(), 0.0))
+            values = torch.where(real, dy.gather(1, columns[entries].long()).float(), 0.0)
+            slot.add_at(entries.flatten(), values.flatten())
         return None, None
 
 

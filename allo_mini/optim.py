@@ -37,11 +37,6 @@ class Slot:
     handle: Tensor | None = None  # stands in for an int8 parameter in autograd's graph
     rows: tuple | None = None  # of `by_row`
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which the selected weights are stored."""
-        return self.p.int8.values.dtype if hasattr(self.p, "int8") else self.p.dtype
-
     def gather(self, p: Tensor) -> None:
         """Autograd's hook for parameters outside linear.py: norms, biases, and any other module's."""
         dense, p.grad = p.grad, None  # the dense gradient ends here, even if memory runs out in the next lines
@@ -53,15 +48,11 @@ class Slot:
         """Accumulate gradient values of some selected entries."""
         self.grad[entries].add_(values.to(self.grad.device))
 
-    def add_at(self, entries: Tensor, values: Tensor) -> None:
-        """For an embedding: accumulate gradient values of selected entries by their numbers; one may occur often."""
-        device = self.grad.device
-        self.grad.index_add_(0, entries.flatten().to(device), values.flatten().to(device))
-
-    def add_rows(self, rows: Tensor, values: Tensor) -> None:
-        """For an embedding [V,H] all of whose entries are selected: accumulate rows [N,H] of its gradient."""
-        device = self.grad.device
-        self.grad.view(self.p.shape).index_add_(0, rows.to(device), values.float().to(device))
+    def add_at(self, places: Tensor, values: Tensor) -> None:
+        """For an embedding [V,H]: accumulate gradient values of selected entries by their numbers, both [n], or, all of
+        its entries being selected, rows [n,H] by theirs; one may occur often."""
+        grad = self.grad.view(-1, *values.shape[1:])
+        grad.index_add_(0, places.to(grad.device), values.float().to(grad.device))
 
     def by_row(self) -> tuple[Tensor, Tensor, int]:
         """Of a masked embedding [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
@@ -250,7 +241,8 @@ class MaskedAdamW(FlatGradient):
                 put(dense, our_index, self.master[slot.where][ours])
                 put(dense, their_index, values[given])
                 self.master[slot.where][ours] = take(dense, our_index).to(device)
-            if not torch.equal(self.master[slot.where].to(slot.dtype).float(), self.start[slot.where].to(device)):
+            stored = slot.p.int8.values if hasattr(slot.p, "int8") else slot.p
+            if not torch.equal(self.master[slot.where].to(stored.dtype).float(), self.start[slot.where].to(device)):
                 raise ValueError(f"it holds other values of {slot.name}")
         self.start = self.master.to("cpu", copy=True)
 
