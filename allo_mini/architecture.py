@@ -1,7 +1,7 @@
 """What a checkpoint's config.json says: ModelConfig, read and checked, and the rotary angles that follow from it."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -11,20 +11,17 @@ from allo_mini import UserError
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
             "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
-# Keys that are taken as they are: type, and what a missing key or null means (None: the key is needed).
-KEYS = {"vocab_size": (int, None), "hidden_size": (int, None), "intermediate_size": (int, None),
-        "num_hidden_layers": (int, None), "num_attention_heads": (int, None), "rms_norm_eps": (float, 1e-6),
-        "max_position_embeddings": (int, 2048), "tie_word_embeddings": (bool, False), "mlp_bias": (bool, False),
-        "attention_bias": (bool, False)}
 # rope_type -> the numbers it needs
 ROPE = {"default": (), "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What we read from a Hugging Face config.json; field names are Hugging Face's."""
-    family: str
+    """What we read from a Hugging Face config.json; field names are Hugging Face's.
+
+    Numbers and flags are taken as they are; where there is a default, a missing key or null means that.
+    """
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -32,13 +29,14 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    family: str
     rope_scaling: dict
-    tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
-    max_position_embeddings: int
     sliding_window: int | None
     raw: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -81,23 +79,23 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     need(family, "architectures", names, f"one of {', '.join(FAMILIES)}")
     need(act in (None, "silu"), "hidden_act", act, "silu, the only one supported")
     need(not raw.get("quantization_config"), "quantization_config", "set", "an unquantized model")
-    plain = {key: get(raw, key, kind, default) for key, (kind, default) in KEYS.items()}
-    heads = plain["num_attention_heads"]
-    kv_heads = get(raw, "num_key_value_heads", int, heads)
-    head_dim = get(raw, "head_dim", int, plain["hidden_size"] // heads)
-    if heads % kv_heads or head_dim % 2:
-        raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
-                        f"{head_dim} do not fit together")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     need(isinstance(rope, dict), "rope_scaling (or rope_parameters)", rope, "an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     need(isinstance(kind, str) and kind in ROPE, "rope_type", kind, f"one of {', '.join(ROPE)}")
     scaling = {"rope_type": kind, **{key: get(rope, key, float) for key in ROPE[kind]}}
+    heads = get(raw, "num_attention_heads", int)
+    derived = {"num_key_value_heads": heads, "head_dim": get(raw, "hidden_size", int) // heads}
+    usual = vars(ModelConfig) | derived  # what a missing key means; none of the others may be missing
+    plain = {f.name: get({**raw, **rope}, f.name, f.type, usual.get(f.name))
+             for f in fields(ModelConfig) if f.type in (int, float, bool)}
+    kv_heads, head_dim = plain["num_key_value_heads"], plain["head_dim"]
+    if heads % kv_heads or head_dim % 2:
+        raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
+                        f"{head_dim} do not fit together")
     windowed = raw.get("sliding_window") is not None and (family == "mistral" or raw.get("use_sliding_window"))
-    return ModelConfig(
-        **plain, family=family, num_key_value_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling,
-        rope_theta=get({**raw, **rope}, "rope_theta", float, 10000.0),
-        sliding_window=get(raw, "sliding_window", int) if windowed else None, raw=raw)
+    return ModelConfig(**plain, family=family, rope_scaling=scaling, raw=raw,
+                       sliding_window=get(raw, "sliding_window", int) if windowed else None)
 
 
 def cache_bytes(c: ModelConfig, size: int) -> int:
