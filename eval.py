@@ -18,14 +18,13 @@ import numpy as np
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, load_tokenizer, shard_files
+from allo_mini.checkpoint import apply_patch, eos_ids, find_folder, load_model, load_tokenizer, shard_files
 from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_answers, need_usable, style_of
 from allo_mini.log import say, table
-from allo_mini.patch import apply_patch
 from allo_mini.report import summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 

@@ -29,6 +29,7 @@ import torch
 
 from allo_mini import UserError, dry_run, memory, parallel, tasks
 from allo_mini.baselines import NAMES, OBJECTIVES
+from allo_mini.checkpoint import save_patch
 from allo_mini.config import parse
 from allo_mini.data import Example, Negative, Pair
 from allo_mini.disk import append_rows, keep_whole, write_jsonl
@@ -39,7 +40,6 @@ from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask
 from allo_mini.log import progress, say
 from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask
-from allo_mini.patch import save_patch
 from allo_mini.report import describe_mask, describe_noise, finish, reprint, watch_tokens
 from allo_mini.run import Run
 from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores

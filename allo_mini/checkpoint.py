@@ -1,8 +1,16 @@
 """Models in and out of Hugging Face folders: a path or hub id -> CausalLM, and back, atomically.
 
 Only safetensors, only the files we name, no code from anywhere. What is saved loads in transformers and vLLM.
+
+Patches: what training changed of a checkpoint, as positions and values: a few per cent of its size.
+
+    python -m allo_mini.checkpoint apply BASE PATCH OUT        the whole model again, as a Hugging Face folder
+    python eval.py --model BASE --patch FILE ...               or without writing it
+
+For each changed tensor, NAME.offsets and NAME.counts (selection.Selection) and NAME.values, in the trained model's dtype.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -11,16 +19,16 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from allo_mini import UserError
 from allo_mini.architecture import parse_config
 from allo_mini.device import DTYPES
 from allo_mini.disk import atomic, read_json
+from allo_mini.files import load_tensors, open_safetensors, save_tensors
 from allo_mini.linear import to_int8
 from allo_mini.log import say
-from allo_mini.selection import put
+from allo_mini.selection import Selection, put, take
 from allo_mini.model import CausalLM, build
 from allo_mini.tokenizer import Tokenizer
 
@@ -72,16 +80,6 @@ def shard_files(folder: Path) -> dict[str, Path]:
         with open_safetensors(path) as f:
             files |= dict.fromkeys(f.keys(), path)
     return files
-
-
-def open_safetensors(path: Path):
-    """safe_open with a one-line error."""
-    if not path.is_file():
-        raise UserError(f"{path}: file not found")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{path}: not a complete safetensors file: {e}") from None
 
 
 def read_tensor(path: Path, name: str) -> torch.Tensor:
@@ -183,6 +181,58 @@ def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
+# ---- patches -----------------------------------------------------------------------------------------------
+
+def bytes_of(values: torch.Tensor) -> bytes:
+    """What a digest is made of: exact for every floating-point type up to fp32."""
+    return values.float().numpy().tobytes()
+
+
+def save_patch(base: Path, tuned: Path, path: Path) -> None:
+    """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there now."""
+    before, after, tensors, digest = shard_files(base), shard_files(tuned), {}, hashlib.sha256()
+    for name in sorted(after):
+        old, new = read_tensor(before[name], name), read_tensor(after[name], name)
+        changed = old.to(new.dtype) != new
+        if changed.any():
+            tensors |= Selection(new.shape, changed).named(name, new[changed])
+            digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
+    save_tensors(tensors, path, {"digest": digest.hexdigest()})
+
+
+@torch.no_grad()
+def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
+    """Put a patch's values into a freshly loaded model. Raises UserError, the model then half changed, when it was made
+    for another base or is broken: the digest tells either."""
+    tensors, metadata = load_tensors(path)
+    files, digest = shard_files(model.folder), hashlib.sha256()
+    try:
+        for name in sorted(key.removesuffix(".values") for key in tensors if key.endswith(".values")):
+            old, p = read_tensor(files[name], name), model.get_parameter(name)
+            values, where = tensors[f"{name}.values"], Selection.read(tensors, name, p.shape, "cpu")
+            digest.update(name.encode())
+            for rows, entries, index in where.chunks():
+                digest.update(bytes_of(take(old[rows], index)))
+                put(p[rows], index.to(p.device), values[entries])
+            digest.update(bytes_of(values))
+        if digest.hexdigest() != metadata["digest"]:
+            raise ValueError("its digest differs")
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: no patch for {model.folder}, or broken ({' '.join(str(e).split())[:80]})") from None
+    return model
+
+
+def main(argv: list[str]) -> int:
+    """The command `python -m allo_mini.checkpoint apply BASE PATCH OUT`."""
+    try:
+        if len(argv) != 4 or argv[0] != "apply":
+            raise UserError("expected: python -m allo_mini.checkpoint apply BASE PATCH OUT")
+        save_model(apply_patch(load_model(argv[1], None), argv[2]), argv[3])
+        return 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    from allo_mini.patch import main  # which needs this module
     sys.exit(main(sys.argv[1:]))

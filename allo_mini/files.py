@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from allo_mini import UserError
-from allo_mini.checkpoint import open_safetensors
 from allo_mini.data import Negative, messages_of, text_of
 from allo_mini.disk import atomic, read_jsonl, writing
 from allo_mini.mask import PackedMask, pack_mask
@@ -49,6 +49,16 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write a safetensors file atomically."""
     with atomic(path, sum(t.nbytes for t in tensors.values())) as temporary:
         save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, temporary, metadata=metadata)
+
+
+def open_safetensors(path: Path):
+    """safe_open with a one-line error."""
+    if not path.is_file():
+        raise UserError(f"{path}: file not found")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path}: not a complete safetensors file: {e}") from None
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,8 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from allo_mini import UserError
-from allo_mini.checkpoint import load_model, save_model
-from allo_mini.patch import apply_patch, save_patch
+from allo_mini.checkpoint import apply_patch, load_model, save_model, save_patch
 from helpers import tiny_model
 
 
