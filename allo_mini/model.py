@@ -93,14 +93,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Backbone(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-
 class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
 
@@ -112,7 +104,10 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.checkpoint_blocks, self.head_bytes, self.folder = config, 0, 1 << 28, None
-        self.model = Backbone(config)
+        self.model = nn.ModuleDict({  # for its name in checkpoints
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
