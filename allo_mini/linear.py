@@ -103,7 +103,7 @@ class MaskedEmbedding(torch.autograd.Function):
         if slot.selection.all:
             slot.add_at(ids, dy)
             return None, None
-        ends, columns, most = slot.by_row()
+        ends, columns, most = slot.by_row
         reach = torch.arange(most, device=ids.device)
         step = max(1, chunk_of(ids.device) // (8 * most))  # an entry takes eight times the bytes of a value here
         for ids, dy in zip(*(x.split(step) for x in (ids, dy))):

@@ -14,6 +14,7 @@ moves master and moments ("state"), or these and the gradient ("gradient"), to h
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,6 @@ class Slot:
     where: slice  # in the flat vectors
     grad: Tensor  # the flat gradient's part, fp32
     handle: Tensor | None = None  # stands in for an int8 parameter in autograd's graph
-    rows: tuple | None = None  # of `by_row`
 
     def gather(self, p: Tensor) -> None:
         """Autograd's hook for parameters outside linear.py: norms, biases, and any other module's."""
@@ -54,16 +54,15 @@ class Slot:
         grad = self.grad.view(-1, *values.shape[1:])
         grad.index_add_(0, places.to(grad.device), values.float().to(grad.device))
 
+    @cached_property
     def by_row(self) -> tuple[Tensor, Tensor, int]:
         """Of a masked embedding [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
-        if self.rows is None:
-            width, columns, counts = self.selection.width, [], []
-            for rows, _, index in self.selection.chunks():
-                columns.append((index % width).to(torch.int16 if width < 1 << 15 else torch.int32))
-                counts.append(torch.bincount(index // width, minlength=rows.stop - rows.start))
-            ends = F.pad(torch.cat(counts).cumsum(0), (1, 0))
-            self.rows = ends, torch.cat(columns), int(ends.diff().max())
-        return self.rows
+        width, columns, counts = self.selection.width, [], []
+        for rows, _, index in self.selection.chunks():
+            columns.append((index % width).to(torch.int16 if width < 1 << 15 else torch.int32))
+            counts.append(torch.bincount(index // width, minlength=rows.stop - rows.start))
+        ends = F.pad(torch.cat(counts).cumsum(0), (1, 0))
+        return ends, torch.cat(columns), int(ends.diff().max())
 
 
 class FlatGradient:
