@@ -33,24 +33,18 @@ class Cache:
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
         self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
 
-    def grow(self, needed: int) -> None:
-        """Make room for samples of `needed` tokens; growing by half at a time keeps copying rare."""
-        room = self.stores[0].shape[2]
-        if needed <= room:
-            return
-        for i in range(len(self.stores)):
-            self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(needed, room * 3 // 2) - room))
-
     def move(self, source: int, target: int) -> None:
         """Let the sample in the slot `source` continue in the slot `target`."""
         for store in self.stores:
             store[target] = store[source]
 
     def prepare(self, lengths: list[int]) -> None:
-        """Be ready to attend, for one decoding step, to samples that hold `lengths` tokens."""
-        device = self.stores[0].device
+        """Be ready to attend, for one decoding step, to samples that hold `lengths` tokens, and make room for one more."""
+        device, room = self.stores[0].device, self.stores[0].shape[2]
         self.lengths, self.used = torch.tensor(lengths, device=device), max(lengths) + 1
-        self.grow(self.used)
+        if self.used > room:
+            for i in range(len(self.stores)):  # growing by half at a time keeps copying rare
+                self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(self.used, room * 3 // 2) - room))
         self.visible = (torch.arange(self.used, device=device) <= self.lengths[:, None])[:, None, None]  # [A,1,1,used]
         self.rows = torch.arange(len(lengths), device=device)
 
