@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1 << 24  # values looked at in one go: 64 MB of fp32
@@ -41,8 +42,8 @@ class Selection:
     def _narrow(self, offsets: Tensor, counts: Tensor) -> None:
         """Of all entries select these alone."""
         self.all, self.offsets, self.counts = False, offsets, counts
-        totals = [0, *counts.cumsum(0, dtype=torch.int64).tolist()]
-        self.ends = [totals[-(-end // 256)] for end in self.ends]
+        before = F.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))  # selected before each block
+        self.ends = before[[-(-end // 256) for end in self.ends]].tolist()
 
     def named(self, name: str, values: Tensor) -> dict[str, Tensor]:
         """What a file holds of entries with these values: NAME.values and, unless all are selected, NAME.offsets and
