@@ -101,25 +101,19 @@ def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
 
 def stages_of(cfg: Config) -> list[str]:
     """The stages of a run that hold a model on the device, in order."""
-    located = bool(cfg.p_sft) and cfg.p_sft < 100  # what sft and the rewriting model train
-    stages = []
-    if cfg.sft or cfg.only_sft:
-        stages += ["sft-locate", "sft"] if located else ["sft"]
+    sft, allo = cfg.sft or cfg.only_sft, "allo" in cfg.method
+    located = 0 < cfg.p_sft < 100  # what sft and the rewriting model train
+    measured = not cfg.mask and (cfg.mask_source in ("top", "bottom") or (cfg.mask_source == "auto" and allo))
+    scored = allo and cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
+    rewriter = scored and not cfg.reward_model
+    wanted = {"sft-locate": sft and located, "sft": sft}
     if not cfg.only_sft:
-        if not (cfg.pairs or cfg.samples):
-            stages += ["sample"]
-        stages += ["more-sft" if method == "sft" else method for method in cfg.method if method != "allo"]
-        measured = cfg.mask_source in ("auto", "top", "bottom") and not cfg.mask
-        if measured and ("allo" in cfg.method or cfg.mask_source != "auto"):
-            stages += ["locate"] if cfg.locate == "gradient" else ["warmup", "locate"]
-        if "allo" in cfg.method:
-            scored = cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
-            if scored and not cfg.reward_model:
-                stages += ["reward-locate", "reward"] if located and not cfg.reward_base else ["reward"]
-            if scored:
-                stages += ["score"]
-            stages += ["forget", "improve"] if cfg.forget else ["improve"]
-    return stages
+        wanted |= {"sample": not (cfg.pairs or cfg.samples)}
+        wanted |= {"more-sft" if method == "sft" else method: method != "allo" for method in cfg.method}
+        wanted |= {"warmup": measured and cfg.locate != "gradient", "locate": measured,
+                   "reward-locate": rewriter and located and not cfg.reward_base, "reward": rewriter,
+                   "score": scored, "forget": allo and cfg.forget, "improve": allo}
+    return [stage for stage, runs in wanted.items() if runs]
 
 
 def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
