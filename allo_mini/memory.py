@@ -123,30 +123,37 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
     c, shapes, size: the policy's config, its parameters' shapes by name, bytes of a weight; rewriter: as in needs_of.
     Raises UserError naming the stage, what it needs and the flag to change when none does.
     """
-    room, worst = SPARE * CARDS[cfg.memory] * 2**30, None
+    room = SPARE * CARDS[cfg.memory] * 2**30
     cfg = replace(cfg, locate="gradient" if cfg.locate == "auto" else cfg.locate)
     every = sum(s.numel() for s in shapes.values())
     p_sft = cfg.p_sft or (100.0 if room > 18 * every else 10.0)  # bytes: bf16 weight, fp32 master, gradient and moments
+
+    def needs(tried):
+        return needs_of(tried, c, shapes, size, rewriter)
+
+    def fits(tried):
+        return all(sum(terms.values()) <= room for terms in needs(tried).values())
+
     for rung in LADDER:
         rung = {"p_sft": p_sft, **rung} if not cfg.p_sft else {**rung, "p_sft": p_sft}  # what was asked for stays
         tried = replace(cfg, **rung, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
-        free = room - sum(estimate("sample", replace(tried, sample_batch=0), c, shapes, size).values())
-        slots = int(free / (cfg.max_length * cache_bytes(c, size) + 10 * c.vocab_size))
+        one = estimate("sample", replace(tried, sample_batch=1), c, shapes, size)
+        slots = int((room - one["weights"]) / (one["KV cache"] + one["logits"]))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
         groups = -(-4 * every // max(1, int(room - beside)))
         tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
-        needs = needs_of(tried, c, shapes, size, rewriter)
-        worst = max(needs, key=lambda s: sum(needs[s].values()))
-        if sum(needs[worst].values()) <= room:
-            chosen = spend(tried, c, shapes, size, room, rewriter)
-            return chosen, needs_of(chosen, c, shapes, size, rewriter)
+        if fits(tried):
+            chosen = spend(tried, fits, c.num_hidden_layers)
+            return chosen, needs(chosen)
+    sums = {stage: sum(terms.values()) for stage, terms in needs(tried).items()}
+    worst = max(sums, key=sums.get)
     smaller = "take a smaller --reward-base" if cfg.reward_base else "lower --p-sft"
     hints = dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)") | {
         "warmup": "use --locate gradient", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
         "reward": f"{smaller}, or use --token-weights edit"}
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
-                    f"{sum(needs[worst].values()) / 1e9:.1f} GB of it at best: "
+                    f"{sums[worst] / 1e9:.1f} GB of it at best: "
                     + hints.get(worst, "lower --p or --max-length, or take a larger --memory"))
 
 
@@ -161,17 +168,14 @@ def needs_of(cfg: Config, c: ModelConfig, shapes: dict, size: int,
             for stage in stages_of(cfg)}
 
 
-def spend(cfg: Config, c: ModelConfig, shapes: dict, size: int, room: float, rewriter) -> Config:
-    """Use what is left: larger micro-batches first, then fewer blocks that recompute their activations."""
-    def fits(tried):
-        return all(sum(terms.values()) <= room for terms in needs_of(tried, c, shapes, size, rewriter).values())
+def spend(cfg: Config, fits, layers: int) -> Config:
+    """Use what is left: larger micro-batches first, then fewer blocks that recompute their activations.
 
-    for tokens in (16384, 8192, 4096):
-        if tokens > cfg.micro_tokens and fits(replace(cfg, micro_tokens=tokens)):
-            cfg = replace(cfg, micro_tokens=tokens)
-    every = c.num_hidden_layers
-    fewest = next((n for n in range(every) if fits(replace(cfg, checkpoint_blocks=n))), every)
-    return replace(cfg, checkpoint_blocks=fewest)
+    fits: whether every stage does with the settings it is given; with `cfg`, in which all blocks recompute, it is so.
+    """
+    larger = (replace(cfg, micro_tokens=tokens) for tokens in (16384, 8192, 4096) if tokens > cfg.micro_tokens)
+    cfg = next(filter(fits, larger), cfg)
+    return next(filter(fits, (replace(cfg, checkpoint_blocks=blocks) for blocks in range(layers + 1))))
 
 
 def blocks_to_checkpoint(cfg: Config, c: ModelConfig, trained: int, device: str, size: int) -> int:
