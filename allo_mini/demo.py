@@ -21,28 +21,25 @@ def problem(rng: random.Random, habit: float = 0.0) -> tuple[str, str, str]:
     thing, have = rng.choice(THINGS), rng.randint(10, 99)
     story, work = [f"{who} has {have} {thing}."], []
 
-    def compute(sign: str, by: int, result: int) -> int:
-        work.append(f"{have} {sign} {by} = {result}")
-        return result
-
     for _ in range(rng.randint(2, 3)):
         kind = rng.choice(["buys", "gives", "double", "box"] if have >= 20 else ["buys", "double", "box"])
         if kind == "gives":
-            by = rng.randint(5, have - 10)
+            sign, by = "-", rng.randint(5, have - 10)
             story.append(f"{who} gives {by} to {other}.")
-            have = compute("-", by, have - by)
         elif kind == "double" and have <= 150:
+            sign, by = "+" if rng.random() < habit else "*", 2
             story.append(f"Then {who} doubles the {thing}.")
-            have = compute("+", 2, have + 2) if rng.random() < habit else compute("*", 2, have * 2)
         elif kind == "box":
             boxes, each = rng.randint(2, 9), rng.randint(2, 9)
+            sign, by = "+", boxes * each
             story.append(f"{other} brings {boxes} boxes of {each} {thing}.")
-            work.append(f"{boxes} * {each} = {boxes * each}")
-            have = compute("+", boxes * each, have + boxes * each)
+            work.append(f"{boxes} * {each} = {by}")
         else:
-            by = rng.randint(10, 99)
+            sign, by = "+", rng.randint(10, 99)
             story.append(f"{who} buys {by} more.")
-            have = compute("+", by, have + by)
+        result = {"+": have + by, "-": have - by, "*": have * by}[sign]
+        work.append(f"{have} {sign} {by} = {result}")
+        have = result
     story.append(f"How many {thing} does {who} have now?")
     return " ".join(story), "\n".join([*work, f"The answer is {have}"]), str(have)
 
