@@ -25,7 +25,7 @@ from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_answers, need_usable, style_of
 from allo_mini.log import say, table
-from allo_mini.report import summary, summary_row
+from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
@@ -209,17 +209,6 @@ def jobs_of(args) -> list[Job]:
     return jobs
 
 
-def grade(job: Job, items: list[dict], seconds: float) -> list[str] | None:
-    """The table's row for a job's answers; None for prompts that judges grade, whose files are written."""
-    if job.task in JUDGED:
-        write_for_judges(job.task, job.file, items, job.target.with_suffix(""))
-        return None
-    s = summary(items)
-    return [*summary_row(f"{job.file.name} ({job.task or 'generic'})", s)[:4],
-            f"{100 * s['official']:.1f} %" if "official" in s else "-", f"{s['margin']:.2f}" if "margin" in s else "-",
-            f"{seconds:.0f}"]
-
-
 def run(args) -> None:
     """Answer every --test file and print the table, or talk."""
     check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
@@ -248,9 +237,13 @@ def run(args) -> None:
     for job, encoder in zip(jobs, encoders):
         began = time.monotonic()
         items = answer(model, encoder, job.rows, settings, {*ends, encoder.closing}, job.target)
-        lines.append(grade(job, items, time.monotonic() - began))
-    if lines := [line for line in lines if line]:
-        say("\n" + table(["file", "accuracy", "95 % interval", "rows", "official", "margin", "seconds"], lines))
+        if job.task in JUDGED:
+            write_for_judges(job.task, job.file, items, job.target.with_suffix(""))
+        else:
+            row = summary_row(f"{job.file.name} ({job.task or 'generic'})", summary(items))
+            lines.append([*row, f"{time.monotonic() - began:.0f}"])
+    if lines:
+        say("\n" + table(["file", *COLUMNS, "seconds"], lines))
     if args.against:
         say(f"\nagainst {args.against}:\n" + table(["file", "difference", "95 % interval", "p", "rows"], [
             compare(job.target, job.other) for job in jobs if job.other]))

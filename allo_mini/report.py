@@ -29,6 +29,7 @@ from allo_mini.run import Run
 
 BIG = ("movement.safetensors", "reward", "sft", *SETTINGS, "dpo", "forget", "improve")  # as large as a model
 SHOWN = 12  # negatives, and rows where the models differ
+COLUMNS = ("accuracy", "95 % interval", "rows", "official", "margin")  # of the result table
 CHART = {"width": 300, "height": 110, "points": 240}  # plotting area in SVG units; more steps are averaged
 CURVES = (("loss", ("loss",), ()),  # title, metrics, values the axis must hold
           ("rewards", ("rewards/margins", "rewards/chosen", "rewards/rejected"), (0.0,)),
@@ -52,9 +53,9 @@ def summary(items: list[dict]) -> dict[str, float]:
 
 
 def summary_row(name: str, s: dict[str, float]) -> list[str]:
-    """One line of the result table."""
+    """One line of the result table: the name, then COLUMNS, "-" for what was not measured."""
     return [name, f"{100 * s['accuracy']:.1f} %", f"[{100 * s['low']:.1f}, {100 * s['high']:.1f}]", str(s["n"]),
-            *([f"{s['margin']:.2f}"] if "margin" in s else [])]
+            f"{100 * s['official']:.1f} %" if "official" in s else "-", f"{s['margin']:.2f}" if "margin" in s else "-"]
 
 
 def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
@@ -157,8 +158,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         except (LookupError, TypeError, ValueError, ArithmeticError) as e:
             raise UserError(f"{path}: holds no answers of ours ({e!r}); delete it to evaluate again") from None
     rows = [summary_row(name, s) for name, s in results.items()]
-    columns = ["model", "accuracy", "95 % interval", "rows", "margin"]
-    text = table(columns[:len(rows[0])], rows) if rows else "no test rows: nothing was evaluated (--test)"
+    text = table(["model", *COLUMNS], rows) if rows else "no test rows: nothing was evaluated (--test)"
     final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
                         "table": text, "seconds": run.seconds}, indent=2)
     write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
