@@ -122,9 +122,9 @@ def bootstrap(mine: list[bool], theirs: list[bool], draws: int = 10_000, seed: i
     return differences.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * (tail + 1) / (draws + 1))
 
 
-def compare(path: Path, other: Path) -> list[str]:
-    """Table row: accuracy here minus accuracy there over the questions that both have, its interval and p."""
-    mine, theirs = verdicts(path), verdicts(other)
+def compare(path: Path, folder: Path) -> list[str]:
+    """Table row: accuracy here minus accuracy in the other folder over the questions that both have, interval and p."""
+    mine, theirs = verdicts(path), verdicts(folder / path.name)
     both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
     return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
@@ -137,8 +137,9 @@ def write_for_judges(task: str, file: Path, items: list[dict], folder: Path) -> 
     both = [(row, item) for (_, row), item in zip(read_jsonl(file), items)]
     name, tstamp = folder.parent.name, time.time()
     if task == "alpaca_eval":
-        files = {"model_outputs.json": [{"dataset": r.get("dataset", ""), "instruction": r["instruction"],
-                                         "output": i["response"], "generator": name} for r, i in both]}
+        rows = [{"dataset": r.get("dataset", ""), "instruction": r["instruction"], "output": i["response"],
+                 "generator": name} for r, i in both]
+        files = {"model_outputs.json": json.dumps(rows, ensure_ascii=False, indent=1) + "\n"}
     else:
         now = [{"uid": r["uid"], "ans_id": f"{name}-{r['uid']}", "model": name, "tstamp": tstamp, "messages": [
             {"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": {"answer": i["response"]}}]}
@@ -146,11 +147,10 @@ def write_for_judges(task: str, file: Path, items: list[dict], folder: Path) -> 
         old = [{"question_id": r["uid"], "answer_id": f"{name}-{r['uid']}", "model_id": name, "tstamp": tstamp,
                 "choices": [{"index": 0, "turns": [{"content": i["response"], "token_len": i["tokens"]}]}]}
                for r, i in both]
-        files = {f"model_answer/{name}.jsonl": now, f"model_answer_2024/{name}.jsonl": old}
-    for path, rows in files.items():
+        files = {f"model_answer/{name}.jsonl": rows_text(now), f"model_answer_2024/{name}.jsonl": rows_text(old)}
+    for path, text in files.items():
         if not (folder / path).exists():
-            text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-            write_text(folder / path, rows_text(rows) if path.endswith(".jsonl") else text)
+            write_text(folder / path, text)
         say(f"{file}: for its judge: {folder / path}")
 
 
@@ -186,12 +186,11 @@ def answer(model, encoder: Encoder, rows: list, settings: Config, eos: set[int],
 
 
 class Job(NamedTuple):
-    """A --test file, its task ("": none of the ten) and rows, where its answers go, and those to compare them with."""
+    """A --test file, its task ("": none of the ten) and rows, and where its answers go."""
     file: Path
     task: str
     rows: list
     target: Path
-    other: Path | None
 
 
 def jobs_of(args) -> list[Job]:
@@ -202,10 +201,10 @@ def jobs_of(args) -> list[Job]:
         target = out / f"{file.stem}.jsonl"
         if any(job.target == target for job in jobs):
             raise UserError(f"{target}: two --test files would be answered in one file; rename one")
-        other = Path(args.against) / target.name if args.against and task not in JUDGED else None
-        if other and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
+        other, compared = Path(args.against) / target.name, args.against and task not in JUDGED
+        if compared and not verdicts(other).keys() & {key_of(vars(row)) for row in rows}:
             raise UserError(f"{other}: has no question in common with the --test file of that name")
-        jobs.append(Job(file, task, rows, target, other))
+        jobs.append(Job(file, task, rows, target))
     return jobs
 
 
@@ -246,13 +245,13 @@ def run(args) -> None:
         say("\n" + table(["file", *COLUMNS, "seconds"], lines))
     if args.against:
         say(f"\nagainst {args.against}:\n" + table(["file", "difference", "95 % interval", "p", "rows"], [
-            compare(job.target, job.other) for job in jobs if job.other]))
+            compare(job.target, Path(args.against)) for job in jobs if job.task not in JUDGED]))
     say("\noutputs: " + ", ".join(str(job.target) for job in jobs))
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        run(make_parser().parse_args(sys.argv[1:] if argv is None else argv))
+        run(make_parser().parse_args(argv))
         return 0
     except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
