@@ -138,7 +138,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         rung = {"p_sft": p_sft, **rung} if not cfg.p_sft else {**rung, "p_sft": p_sft}  # what was asked for stays
         tried = replace(cfg, **rung, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
         one = estimate("sample", replace(tried, sample_batch=1), c, shapes, size)
-        slots = int((room - one["weights"]) / (one["KV cache"] + one["logits"]))
+        slots = int((room - one["weights"] - one["at work"]) / (one["KV cache"] + one["logits"]))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
         groups = -(-4 * every // max(1, int(room - beside)))
