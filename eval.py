@@ -46,7 +46,7 @@ def make_parser() -> Parser:
     parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: "
                         "what each one's name says, generic if that is none of the ten tasks)")
     parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' "
-                        "files, in which its name is the model's (default: eval/<model folder's name>)")
+                        "files, in which its name is the model's (default: eval/RUN-STAGE of --model runs/RUN/STAGE)")
     parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
@@ -86,7 +86,8 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
         if os.path.exists(target) or os.path.exists(target.with_suffix(PART)):
             if not isinstance(old, dict):
                 raise UserError(f"{target}: exists already, and eval.py did not write it; choose another --out")
-            if other := [f"{k} ({old.get(k)!r}, now {v!r})" for k, v in mine.items() if old.get(k) != v]:
+            if other := [k if isinstance(v, list) else f"{k} ({old.get(k)!r}, now {v!r})"  # a list is of sizes and times
+                         for k, v in mine.items() if old.get(k) != v]:
                 raise UserError(f"{target}: made with another {', another '.join(other)}; choose another --out")
     write_text(path, json.dumps({**record, **asked}, indent=2) + "\n")
 
@@ -195,7 +196,7 @@ class Job(NamedTuple):
 
 def jobs_of(args) -> list[Job]:
     """What there is to answer, read before the model, so that a bad file shows at once."""
-    jobs, out = [], Path(args.out or Path("eval") / Path(args.model).name)
+    jobs, out = [], Path(args.out or "eval/" + "-".join(Path(args.model).resolve().parts[-2:]))
     for file in map(Path, args.test or []):
         task, rows = read_rows(file, args)
         target = out / f"{file.stem}.jsonl"
@@ -227,6 +228,7 @@ def run(args) -> None:
         return talk(model, encoder, settings, {*ends, encoder.closing})
     encoders = [encoder_for(tokenizer, settings, None if job.task in JUDGED else job.rows[0]) for job in jobs]
     for job, encoder in zip(jobs, encoders):
+        say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}")
         need_usable(encoder, both_sides(job.rows), str(job.file))
     weights = [state_of(path) for path in [*sorted(set(shard_files(folder).values())), Path(args.patch)] if path.is_file()]
     asked = {"model": weights, **{k: getattr(settings, k) for k in SHARED}, "device": device, "dtype": str(dtype)}

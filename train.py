@@ -65,8 +65,10 @@ def sample(run: Run, theta: Path) -> Path:
     """n responses per training question, in fixed groups of questions so that a restart changes nothing."""
     def make(target):
         model, part = run.load(theta), run.folder / "samples.part.jsonl"
-        asked = run.tasks[:run.cfg.sample_questions or None]
+        asked = run.questions[:run.cfg.sample_questions or None]
         done = keep_whole(part, tasks.GROUP, len(asked))
+        if done:
+            say(f"sample: goes on after {done} of {len(asked)} questions")
         with progress(total=len(asked) * run.cfg.n, label="sample", unit="response") as bar:
             bar.update(done * run.cfg.n)
             for at in range(done, len(asked), tasks.GROUP):
@@ -86,7 +88,7 @@ def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
         negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
         return run.pairs, negatives
     samples, unfinished = read_samples(run.cfg.samples or sample(run, theta))
-    asked = [t for t in run.tasks if t.input in samples and tasks.gold_answer(t) is not None]
+    asked = [t for t in run.questions if t.input in samples and tasks.gold_answer(t) is not None]
     pairs, negatives, report = tasks.label(asked, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
     say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
     if not pairs:
@@ -120,7 +122,8 @@ def correct_samples(run: Run, pairs: list[Pair]) -> list[tuple[str, str]]:
     if run.cfg.pairs:
         return [(p.prompt, p.chosen) for p in pairs]
     samples, _ = read_samples(run.cfg.samples or run.folder / "samples.jsonl")
-    return [(t.input, s) for t in run.tasks for s in dict.fromkeys(samples.get(t.input, [])) if tasks.is_correct(s, t)]
+    return [(t.input, s) for t in run.questions for s in dict.fromkeys(samples.get(t.input, []))
+            if tasks.is_correct(s, t)]
 
 
 def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
@@ -140,7 +143,10 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes) if cfg.mask else None)
     paths = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
              for p in shares.values()}
-    missing, by_chance = [path.name for path in paths.values() if not path.exists()], cfg.mask_source == "random"
+    missing, movement = [path for path in paths.values() if not path.exists()], None
+    by_chance = cfg.mask_source == "random"
+    if missing and cfg.locate != "gradient" and not by_chance:
+        movement = load_tensors(warmup(run, theta, pairs))[0]
 
     def make(_):
         if by_chance:
@@ -156,8 +162,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
             save_mask(mask, path)
 
     if missing:
-        movement = load_tensors(warmup(run, theta, pairs))[0] if cfg.locate != "gradient" and not by_chance else None
-        run.stage("locate", make, missing[0])
+        run.stage("locate", make, missing[0].name)
     loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 
@@ -231,7 +236,7 @@ def run_all(run: Run) -> None:
         return
     if cfg.sft or cfg.only_sft:
         theta = sft(run, theta)
-    models["SFT" if run.tasks else "reference"] = theta
+    models["start" if theta == run.base and cfg.model else "SFT"] = theta  # the demo's model was fine-tuned
     if not cfg.only_sft:
         pairs, negatives = preferences(run, theta)
         examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")

@@ -204,7 +204,7 @@ def add_knob(group, name: str) -> None:
     if f.type is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = unit if isinstance(unit, str) else "{" + ",".join(map(str, unit)) + "}"
+        options["metavar"] = unit if isinstance(unit, str) else "{" + ",".join(str(u) for u in unit if u) + "}"
         options["type"] = f.type if f.type in (int, float) else str
         options["nargs"] = "+" if f.type == list[str] else None
     group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **options)
@@ -231,7 +231,7 @@ def expected(f: Field, value) -> str:
     values = value if isinstance(value, list) else [value]
     odd = [v for v in values if v not in unit] if isinstance(unit, tuple) else []
     if odd:
-        return "one of " + ", ".join(map(str, unit)) + similar(str(odd[0]), map(str, unit))
+        return "one of " + ", ".join(str(u) for u in unit if u) + similar(str(odd[0]), map(str, unit))
     if is_kind(value) and all(LIMITS[limit](value, bound) for limit, bound in limits):
         return ""
     return words + " and".join(f" {limit.replace('_', ' ')} {bound}" for limit, bound in limits)

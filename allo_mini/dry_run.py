@@ -72,12 +72,12 @@ def measure(run: Run) -> Measured:
 
 def rows_of(run: Run) -> dict[str, int]:
     """How many rows of each kind there are at most; a question counts once for each of its responses."""
-    cfg, asked = run.cfg, run.tasks[:run.cfg.sample_questions or None]
+    cfg, asked = run.cfg, run.questions[:run.cfg.sample_questions or None]
     pairs = len(run.pairs) or len(asked) * min(cfg.pairs_per_question, cfg.n**2 // 4)  # where half is right
     right = wrong = len(run.pairs) or len(asked) * cfg.n
     if cfg.samples or is_made(run, "sample"):
         samples, _ = read_samples(cfg.samples or run.folder / "samples.jsonl")
-        graded = [[tasks.is_correct(s, t) for s in {*samples[t.input]}] for t in run.tasks if t.input in samples]
+        graded = [[tasks.is_correct(s, t) for s in {*samples[t.input]}] for t in run.questions if t.input in samples]
         right, wrong = (sum(row.count(side) for row in graded) for side in (True, False))
         pairs = sum(min(cfg.pairs_per_question, row.count(True) * row.count(False)) for row in graded)
     weighted = len(read_weights(cfg.token_weights_file)) if cfg.token_weights_file else wrong
@@ -130,10 +130,9 @@ def plan_of(run: Run) -> dict[str, Line]:
 
 def show(run: Run) -> None:
     """Print the plan of a run that open_run has checked: stages, time, disk and memory."""
-    cfg, dtype = run.cfg, str(run.dtype).removeprefix("torch.")
+    cfg = run.cfg
     state = "new" if not run.folder.exists() else "would be renamed" if cfg.restart else "there already"
-    say(f"dry run: nothing is written. {run.parameters:,} weights, {dtype}, {run.device}, prompts: "
-        f"{run.encoder.style}\nrun folder: {run.folder} ({state})\n")
+    say(f"dry run: nothing is written. Run folder: {run.folder} ({state})\n")
     if is_made(run, "results.json"):
         return say("this run is finished: the same command prints its table again")
     plan = plan_of(run)

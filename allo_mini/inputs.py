@@ -46,8 +46,10 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
         theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not all(isinstance(theirs.get(part), dict) for part in mine):
             raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
-        differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part in mine
-                  for key in {**theirs[part], **mine[part]} if theirs[part].get(key) != mine[part].get(key)]
+        other = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
+                 if theirs[part].get(key) != mine[part].get(key)]
+        differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in other
+                  if part != "files"] or [f"another content of {file}" for _, file in other]
         if differ and compare:
             raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
 
@@ -177,7 +179,7 @@ def check_rows(run: Run) -> None:
     if silent and len(silent) == len(run.tasks):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
     if silent:
-        say(f"{len(silent)} training rows, the first {silent[0]}, give no answer to grade by: they make no pairs")
+        say(f"training rows without an answer to grade by: {len(silent)}, the first {silent[0]}; they make no pairs")
     for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
         need_usable(encoder, both_sides(rows), ", ".join(files or cfg.pairs))
     if cfg.sft or cfg.only_sft:
@@ -243,6 +245,8 @@ def open_run(cfg: Config) -> Run:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,
               config=model.config)
+    say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, {str(dtype).removeprefix('torch.')} on "
+        f"{device}; prompts: {encoder.style}")
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:

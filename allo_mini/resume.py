@@ -105,7 +105,7 @@ class StageProgress:
         begun = self.optimizer.start.to(self.run.dtype).float()
         moved = float((stored != begun).float().mean())
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
-            f"{100 * moved:.1f} % of the trained weights differ as stored")
+            f"{100 * moved:.1f} % of the trained weights changed, rounded to how they are stored")
         if not math.isfinite(change):
             raise UserError(f"{self.stage}: the weights are no longer finite; lower {rate_flag(self.stage)}; nothing was saved")
         if moved == 0:

@@ -46,6 +46,11 @@ class Run:
     warned: set[str] = field(default_factory=set)  # stages that have been warned about
 
     @property
+    def questions(self) -> list[Task]:
+        """What is sampled: of training rows with the same question the first."""
+        return list({t.input: t for t in reversed(self.tasks)}.values())[::-1]
+
+    @property
     def parameters(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
@@ -135,7 +140,7 @@ class Run:
             expected = step0(group)
             close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
             say(f"{name}: first loss {values['loss']:.6f}, expected {expected:.6f} where theta = theta_ref"
-                + ("" if close else "   <-- WARNING: reference and policy do not agree"))
+                + ("" if close else "   <-- WARNING: reference and policy do not agree, or the objective's step0 is wrong"))
         fallen = -values.get("rewards/chosen", 0.0) / self.cfg.beta  # nats
         if step0 and fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in (*self.warned, "warmup"):
             self.warned.add(name)

@@ -66,7 +66,8 @@ def place_of(t) -> str:
 
 def line() -> str:
     """The line of our code that is at work."""
-    ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT)) and "/tests/" not in f.filename]
+    ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT))
+            and not {"tests", "site-packages"} & {*Path(f.filename).relative_to(ROOT).parts}]
     return f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "?"
 
 

@@ -130,12 +130,12 @@ def test_every_method_in_one_run(world, tmp_path, capsys):
     assert train.main(arguments(world, tmp_path / "run", *QUICK, "--method", *METHODS)) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "run/results.json").read_text())
-    assert list(results["results"]) == ["SFT", *NAMES.values(), "ALLO"]
+    assert list(results["results"]) == ["start", *NAMES.values(), "ALLO"]
     assert "do not agree" not in said and "first loss 1.386294, expected 1.386294" in said
     base = load_file(world / "model/model.safetensors")
     for name, folder in results["models"].items():
         changed = any(not torch.equal(base[n], w) for n, w in load_file(f"{folder}/model.safetensors").items())
-        assert changed == (name != "SFT"), name
+        assert changed == (name != "start"), name
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     trained = {row["stage"]: row["rows"] for row in rows if "rows" in row and "steps" in row}
     assert trained["more-sft"] == trained["rft"] == 20  # 24 rows, four of which are test rows; one right sample each

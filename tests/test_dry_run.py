@@ -87,7 +87,7 @@ def test_what_is_not_sampled_yet_is_at_most_so_much(world, tmp_path, capsys):  #
 def test_the_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     said = dry([], capsys, tmp_path, ROOT / "allo_mini/demo")
-    assert table_of(said)["sample"][0] == "4000" and "run folder: runs/demo-2023 (new)" in said
+    assert table_of(said)["sample"][0] == "4000" and "Run folder: runs/demo-2023 (new)" in said
 
 
 def test_what_is_there_already_is_skipped(world, tmp_path, capsys):  # noqa: F811

@@ -172,9 +172,12 @@ def test_another_model_needs_another_folder(model, place, tmp_path, capsys, monk
     save_model(tiny_model(seed=1), other)
     write_tokenizer(other, chat_template=TEMPLATE)
     run(model, "--test", "rows.jsonl")
-    before = Path("eval/model/rows.jsonl").read_bytes()
-    run(other, "--test", "rows.jsonl", code=2)  # the same name, other weights
-    assert "another model" in capsys.readouterr().err and Path("eval/model/rows.jsonl").read_bytes() == before
+    mine = Path("eval") / f"{model.resolve().parent.name}-model/rows.jsonl"
+    before = mine.read_bytes()
+    run(other, "--test", "rows.jsonl", "--out", str(mine.parent), code=2)
+    assert "another model;" in capsys.readouterr().err and mine.read_bytes() == before
+    run(other, "--test", "rows.jsonl")  # a folder of the same name in another place
+    assert Path("eval/other-model/rows.jsonl").exists()
 
 
 # ---- comparison --------------------------------------------------------------------------------------------

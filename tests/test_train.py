@@ -111,8 +111,8 @@ def test_pairs_run_reports_preference_accuracy(world, tmp_path):
             "300", "--token-weights", "edit", "--out", str(tmp_path / "run"), "--improve-lr", "1e-3"]
     assert train.main(argv) == 0
     results = json.loads((tmp_path / "run/results.json").read_text())["results"]
-    assert set(results) == {"reference", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
-    assert results["ALLO"]["margin"] > results["reference"]["margin"]
+    assert set(results) == {"start", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
+    assert results["ALLO"]["margin"] > results["start"]["margin"]
 
 
 def test_bf16_run_with_checkpointing(world, tmp_path, capsys):
@@ -227,3 +227,15 @@ def test_readme_first_command_runs(tmp_path, monkeypatch, capsys):
     for name in ("SFT", "DPO", "ALLO"):
         assert re.search(rf"^{name} +[\d.]+ % +\[[\d.]+, [\d.]+\] +16$", said, re.M)
     assert (tmp_path / "runs/demo-2023/improve/model.safetensors").exists()
+
+
+def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_path):
+    rows = (world / "train.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows + rows)
+    made = []
+    for file in (world / "train.jsonl", tmp_path / "twice.jsonl"):
+        argv = arguments(world, tmp_path / file.stem, "--method", "dpo", "--max-steps", "1", "--no-eval")
+        argv[argv.index("--train") + 1] = str(file)
+        assert train.main(argv) == 0
+        made.append((tmp_path / file.stem / "negatives.jsonl").read_text().splitlines())
+    assert sorted(made[0]) == sorted(made[1])
