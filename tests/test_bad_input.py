@@ -478,8 +478,8 @@ def started(place):
 
 
 OTHERS = [(T + OUT + " --n 4", {}, "another n"), (T + OUT + " --sft-lr 1e-3", {}, "another sft_lr"),
-          (T + OUT, {"t.jsonl": lines(task("7 + 7?", "14"))}, "another t.jsonl ("),
-          (T + OUT, {"model/tokenizer.json": None}, "another model/tokenizer.json ("), (P + OUT, {}, "another"),
+          (T + OUT, {"t.jsonl": lines(task("7 + 7?", "14"))}, "another content of t.jsonl;"),
+          (T + OUT, {"model/tokenizer.json": None}, "another content of model/tokenizer.json;"), (P + OUT, {}, "another"),
           (T + OUT + " --test test.jsonl", {}, "another test")]
 
 
@@ -684,8 +684,8 @@ def finished(model_folder, tmp_path_factory):
 CHANGED = [("config.json", "[]"), ("config.json", '{"config": 5, "files": 5, "machine": 5}'),
            ("config.json", '{"config": {}}'), ("config.json", "{"),
            ("results.json", "{"), ("results.json", "[]"), ("results.json", b"\xff"),
-           ("eval-SFT.jsonl", "{}\n"), ("eval-SFT.jsonl", '{"correct": "yes"}\n'), ("eval-SFT.jsonl", ""),
-           ("eval-SFT.jsonl", '{"correct": tr'),
+           ("eval-start.jsonl", "{}\n"), ("eval-start.jsonl", '{"correct": "yes"}\n'), ("eval-start.jsonl", ""),
+           ("eval-start.jsonl", '{"correct": tr'),
            ("token_weights.jsonl", "{}\n"), ("token_weights.jsonl", ""),
            ("token_weights.jsonl", '{"input": "a", "output": "b", "reward": ["x"]}\n'),
            ("mask.safetensors", ""), ("mask.safetensors", b"\x08\0\0\0\0\0\0\0{}      "),

@@ -188,10 +188,10 @@ def test_changed_settings_data_and_model_are_named(world, cut, tmp_path, capsys)
                         "--token-weights", "edit")
     assert in_child(lambda: train.main(command), at_step("warmup", 1)) == -signal.SIGKILL
     for change, says in ((["--beta", "0.2", "--n", "3"], ["another beta (0.1, now 0.2)", "another n (10, now 3)"]),
-                         ("train.jsonl", [f"another {tmp_path}/train.jsonl ("]),
-                         ("model/tokenizer_config.json", [f"another {tmp_path}/model/tokenizer_config.json ("]),
-                         ("model/config.json", [f"another {tmp_path}/model/config.json ("]),
-                         ("model/model.safetensors", [f"another {tmp_path}/model/model.safetensors ("])):
+                         ("train.jsonl", [f"another content of {tmp_path}/train.jsonl"]),
+                         ("model/tokenizer_config.json", [f"another content of {tmp_path}/model/tokenizer_config.json"]),
+                         ("model/config.json", [f"another content of {tmp_path}/model/config.json"]),
+                         ("model/model.safetensors", [f"another content of {tmp_path}/model/model.safetensors"])):
         more = change if isinstance(change, list) else []
         if not more and "safetensors" in change:  # one bit, in the middle
             data = bytearray((tmp_path / change).read_bytes())

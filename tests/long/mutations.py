@@ -99,7 +99,7 @@ KINDS = {
     "mask of the run": ("begun/mask.safetensors", B + " --out begun"),
     "metrics of the run": ("begun/metrics.jsonl", B + " --out begun"),
     "results of the run": ("done/results.json", B + " --out done"),
-    "answers of the run": ("half/eval-SFT.jsonl", B + " --out half --test test.jsonl"),
+    "answers of the run": ("half/eval-start.jsonl", B + " --out half --test test.jsonl"),
     "report": ("done/metrics.jsonl", "report done"), "patch": ("done/patch.safetensors",
                                                                "apply model done/patch.safetensors out"),
     "stage of the run": ("begun/forget/model.safetensors", B + " --out begun"),
