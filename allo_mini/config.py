@@ -215,6 +215,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="train.py", allow_abbrev=False, description=(
         "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose own "
         "settings --print-config shows. In brackets: the default and where it comes from."))
+    parser.usage = "train.py [--model FOLDER --train FILE --test FILE] [...]"
     parser.add_argument("--config", metavar="FILE.json", help="read settings from a file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}

@@ -192,8 +192,8 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     Raises UserError naming what does not fit.
     """
     cfg, encoder = run.cfg, run.encoder
-    for flag in ("p", "p_forget", "p_improve"):
-        if 0 < getattr(cfg, flag) < 100 / run.parameters and not (cfg.mask or cfg.only_sft):
+    for flag in ("p_sft", *(() if cfg.mask or cfg.only_sft else ("p", "p_forget", "p_improve"))):
+        if 0 < getattr(cfg, flag) < 100 / run.parameters:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(cfg, flag):g}, which selects none of the model's "
                             f"{run.parameters:,} weights; expected at least {100 / run.parameters:.2g}")
     if cfg.samples:

@@ -1,6 +1,7 @@
 """The README is checked line by line: its commands, printed blocks, examples and the list of files."""
 
 import ast
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,30 @@ def test_the_reading_order_names_every_file_once():
     named = re.findall(r"^\| ((?:allo_mini/)?\w+\.py) \|", section, re.M)
     there = {str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *ROOT.glob("allo_mini/*.py")]} - {"allo_mini/__init__.py"}
     assert len(named) == len(set(named)) and set(named) == there
+
+
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file that hold more than comments and docstrings."""
+    text, lines = path.read_text(), set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in NO_CODE:
+            lines |= {*range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            lines -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    return len(lines)
+
+
+def test_the_parts_are_as_long_as_the_reading_order_says():
+    section = README[README.index("## Read it in this order"):README.index("## Change it")]
+    parts = re.findall(r"about ([\d,]+) lines(.*?)(?=\*\*[A-Z]|\Z)", section, re.S)
+    assert len(parts) == 3
+    for said, table in parts:
+        files = re.findall(r"^\| ((?:allo_mini/)?\w+\.py) \|", table, re.M)
+        assert sum(code_lines(ROOT / file) for file in files) == pytest.approx(int(said.replace(",", "")), rel=0.04)
 
 
 def test_no_link_leads_to_a_file_that_is_not_there():
