@@ -28,7 +28,8 @@ from allo_mini.log import say, table
 from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
-SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device", "int8")
+SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device",
+          "int8")  # flags that train.py has too
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 

@@ -73,7 +73,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         return value
 
     if {"config", "files", "machine"} <= raw.keys():
-        raise UserError(f"{where}: belongs to a run, not to a model; name one of the run's models, such as its folder improve")
+        raise UserError(f"{where}: belongs to a run, not to a model; name one of the run's models, such as its folder "
+                        "improve")
     names, act = raw.get("architectures"), raw.get("hidden_act")
     family = next((family for name, family in FAMILIES.items() if names == [name]), None)
     need(family, "architectures", names, f"one of {', '.join(FAMILIES)}")

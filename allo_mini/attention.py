@@ -13,7 +13,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, **kind) -> Tensor:
     """Scaled dot-product attention of [..., T, heads, d] tensors (heads next to d, as the projections make them)."""
     if q.dim() == 3:
         return sdpa(q[None], k[None], v[None], **kind)[0]
-    if q.is_cuda and q.dtype == torch.float32 and q.shape[2] != k.shape[2]:  # where no fused kernel shares heads, and the plain one keeps [T,T]
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[2] != k.shape[2]:
+        # there no fused kernel shares heads, and the plain one would keep [T,T]
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),  # [B,heads,T,d]
                                          enable_gqa=q.shape[2] != k.shape[2], **kind)

@@ -40,7 +40,8 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
         run.spend_memory(model, 0)
-        or_halve(run, lambda: add_gradients(run, model, examples, objective, f"gradient {number}/{len(groups)}"), flat.grad.zero_)
+        label = f"gradient {number}/{len(groups)}"
+        or_halve(run, lambda: add_gradients(run, model, examples, objective, label), flat.grad.zero_)
         store[at:at + len(flat.grad)] = flat.grad
         at += len(flat.grad)
         flat.close()
