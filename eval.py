@@ -87,7 +87,7 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
         if os.path.exists(target) or os.path.exists(target.with_suffix(PART)):
             if not isinstance(old, dict):
                 raise UserError(f"{target}: exists already, and eval.py did not write it; choose another --out")
-            if other := [k if isinstance(v, list) else f"{k} ({old.get(k)!r}, now {v!r})"  # a list is of sizes and times
+            if other := [k if k in ("model", "test file") else f"{k} ({old.get(k)!r}, now {v!r})"
                          for k, v in mine.items() if old.get(k) != v]:
                 raise UserError(f"{target}: made with another {', another '.join(other)}; choose another --out")
     write_text(path, json.dumps({**record, **asked}, indent=2) + "\n")
@@ -197,7 +197,7 @@ class Job(NamedTuple):
 
 def jobs_of(args) -> list[Job]:
     """What there is to answer, read before the model, so that a bad file shows at once."""
-    jobs, out = [], Path(args.out or "eval/" + "-".join(Path(args.model).resolve().parts[-2:]))
+    jobs, out = [], Path(args.out or "eval/" + "-".join(Path(os.path.abspath(args.model)).parts[-2:]))
     for file in map(Path, args.test or []):
         task, rows = read_rows(file, args)
         target = out / f"{file.stem}.jsonl"

@@ -48,13 +48,16 @@ from allo_mini.scoring import rewrite_examples, token_scores, weights_from_score
 # Stages, in the order they run. Each writes one artefact and is skipped when that exists.
 def sft(run: Run, theta: Path) -> Path:
     """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
-    examples = run.encode(solutions(run), "training rows")
-    return trained(run, "sft", theta, examples, sft_objective(), located(run, theta, "sft", examples), run.validator())
+    def prepare():
+        examples = run.encode(solutions(run), "training rows")
+        return examples, located(run, theta, "sft", examples)
+    return trained(run, "sft", theta, prepare, sft_objective(), run.validator())
 
 
-def trained(run: Run, name: str, theta: Path, examples: list[Example], objective, mask=None, validate=None) -> Path:
-    """The model that training theta on `examples` ends in; of its weights those in `mask` (None: all) move."""
+def trained(run: Run, name: str, theta: Path, prepare, objective, validate=None) -> Path:
+    """The model that training theta ends in. prepare() -> (examples, mask of the weights that move; None: all)."""
     def make(target):
+        examples, mask = prepare()
         model = run.load(theta, mask, train_all=mask is None)
         run_stage(run, name, model, examples, objective, mask, validate)
         run.save(model, target)
@@ -191,12 +194,15 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
 def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
     """Train the rewriting model (unless one was given) and let it score every token of every negative."""
     folder, (wrong, responses) = run.cfg.reward_model, zip(*kept)
-    if not folder:
-        base, examples = run.cfg.reward_base or theta, rewrite_examples(run.encoder, wrong)
+
+    def prepare():
+        examples = rewrite_examples(run.encoder, wrong)
         if len(examples) < len(wrong):
             say(f"reward: {len(wrong) - len(examples)} rewrites dropped: as long as --max-length")
-        mask = None if run.cfg.reward_base else located(run, base, "reward", examples)
-        folder = trained(run, "reward", base, examples, sft_objective(), mask)
+        return examples, None if run.cfg.reward_base else located(run, theta, "reward", examples)
+
+    if not folder:
+        folder = trained(run, "reward", run.cfg.reward_base or theta, prepare, sft_objective())
 
     def make(target):
         model = run.load(folder)
@@ -249,9 +255,10 @@ def run_all(run: Run) -> None:
                 if mask["improve"]:  # what ALLO changed of theta_ref, in a file of a few per cent of the model
                     run.stage("patch", lambda target: save_patch(theta, models["ALLO"], target), "patch.safetensors")
             else:  # from the same model on the same samples; all weights, unless --mask-source is given
-                rows, name = rows_for(run, method, pairs, negatives, examples), "more-sft" if method == "sft" else method
-                models[NAMES[method]] = trained(run, name, theta, rows, OBJECTIVES[method](cfg), mask["improve"],
-                                                run.validator())
+                models[NAMES[method]] = trained(
+                    run, "more-sft" if method == "sft" else method, theta,
+                    lambda: (rows_for(run, method, pairs, negatives, examples), mask["improve"]),
+                    OBJECTIVES[method](cfg), run.validator())
     if not parallel.RANK:
         finish(run, models)
 

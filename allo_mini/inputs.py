@@ -49,7 +49,10 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
         other = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
                  if theirs[part].get(key) != mine[part].get(key)]
         differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in other
-                  if part != "files"] or [f"another content of {file}" for _, file in other]
+                  if part != "files"]
+        files = [file for part, file in other if part == "files"]  # those of one side follow from other settings
+        differ += [f"another content of {file}" for file in files
+                   if not differ or {file} <= theirs["files"].keys() & mine["files"].keys()]
         if differ and compare:
             raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
 
@@ -198,7 +201,7 @@ def check_own_files(run: Run, others: list[Path]) -> None:
                             f"{run.parameters:,} weights; expected at least {100 / run.parameters:.2g}")
     if cfg.samples:
         samples, _ = read_samples(cfg.samples)
-        if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.tasks):
+        if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.questions):
             raise UserError(f"{cfg.samples}: no training question has both a correct and a wrong sample in it")
     if path := cfg.token_weights_file:
         asked, rows = {key_of(row) for row in [*run.tasks, *run.pairs]}, read_weights(path)

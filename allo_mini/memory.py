@@ -82,7 +82,8 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage == "sample":
         terms["KV cache"] = cfg.sample_batch * cfg.max_length * cache_bytes(c, size)
         terms["logits"] = cfg.sample_batch * c.vocab_size * 10
-        reading = PREFILL * size * (3 * c.intermediate_size + 5 * c.hidden_size)  # the prompts of new samples
+        a_token = 3 * c.intermediate_size + 4 * c.hidden_size + 3 * c.num_attention_heads * c.head_dim
+        reading = max(PREFILL, cfg.max_length) * size * a_token  # the prompts of new samples; one is read whole
         terms["at work"] = reading + 2 * size * CHUNK * cfg.int8
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
@@ -144,7 +145,8 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         groups = -(-4 * every // max(1, int(room - beside)))
         tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
         if fits(tried):
-            chosen = spend(tried, fits, c.num_hidden_layers)
+            layers = max(model.num_hidden_layers for model in (c, *(rewriter or ())[:1]))
+            chosen = spend(tried, fits, layers)
             return chosen, needs(chosen)
     sums = {stage: sum(terms.values()) for stage, terms in needs(tried).items()}
     worst = max(sums, key=sums.get)

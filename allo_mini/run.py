@@ -20,7 +20,7 @@ from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
 from allo_mini.mask import selected
 from allo_mini.model import CausalLM
-from allo_mini.tasks import evaluate
+from allo_mini.tasks import evaluate, gold_answer
 
 
 @dataclass
@@ -47,8 +47,11 @@ class Run:
 
     @property
     def questions(self) -> list[Task]:
-        """What is sampled: of training rows with the same question the first."""
-        return list({t.input: t for t in reversed(self.tasks)}.values())[::-1]
+        """What is sampled: of training rows with the same question the first that gives an answer, or the first."""
+        first = {}
+        for t in sorted(self.tasks, key=lambda t: gold_answer(t) is None):
+            first.setdefault(t.input, t)
+        return [t for t in self.tasks if first[t.input] is t]
 
     @property
     def parameters(self) -> int:

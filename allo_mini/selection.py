@@ -55,7 +55,7 @@ class Selection:
     def read(cls, tensors: dict[str, Tensor], name: str, shape, device) -> "Selection":
         """The inverse: the selection among the tensors of a file; raises KeyError when half of it is missing."""
         new = cls(shape, device=device)
-        if f"{name}.offsets" in tensors:
+        if f"{name}.offsets" in tensors or f"{name}.counts" in tensors:
             new._narrow(*(tensors[f"{name}.{part}"].to(device) for part in ("offsets", "counts")))
         return new
 

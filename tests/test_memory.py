@@ -91,6 +91,19 @@ def test_a_small_rewriting_model_fits_where_one_of_the_policys_size_does_not():
     assert needs == memory.needs_of(chosen, config, shapes, 2, small)
 
 
+def test_a_rewriting_model_with_more_layers_recomputes_them_all_where_it_must():
+    config, shapes = shape_of("llama-1b")
+    narrow = replace(config, num_hidden_layers=36, hidden_size=256, intermediate_size=4096, num_attention_heads=4,
+                     num_key_value_heads=4, head_dim=64)
+    with torch.device("meta"):
+        rewriter = narrow, {n: p.shape for n, p in CausalLM(narrow).named_parameters()}
+    for card in ("24gb", "12gb", "8gb"):
+        chosen, needs = memory.plan(settings(card, "--method", "allo", "--reward-base", "x", "--max-length", "4096"), config,
+                                    shapes, rewriter=rewriter)
+        assert max(sum(terms.values()) for terms in needs.values()) <= memory.CARDS[card] * 2**30
+    assert chosen.checkpoint_blocks > config.num_hidden_layers
+
+
 def test_what_was_asked_for_stays():
     config, shapes = shape_of("llama-2-7b")
     chosen, _ = memory.plan(settings("24gb", "--method", "allo", "--int8", "--p-sft", "7"), config, shapes)

@@ -405,7 +405,7 @@ def test_eval_every_saves_the_weights_of_the_best_validation(world, tmp_path, mo
     monkeypatch.setattr(run_module.Run, "validator", lambda self: validate)
     run, examples = start(world, tmp_path, "--eval-every", "2", "--val-rows", "2", "--max-steps", "5",
                           "--dpo-batch", "4", "--dpo-lr", "1e-3")
-    saved = load_file(train.trained(run, "dpo", run.base, examples, dpo_objective(0.1), None, run.validator()) / "model.safetensors")
+    saved = load_file(train.trained(run, "dpo", run.base, lambda: (examples, None), dpo_objective(0.1), run.validator()) / "model.safetensors")
     assert len(seen) == 3 and not equal(seen[0], seen[1]) and not equal(seen[1], seen[2])
     assert [equal({n: saved[n] for n in s}, s) for s in seen] == [i == best for i in range(3)]
     assert f"best validation score, {scores[best]:.4f}" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import train
 from allo_mini import run as run_module
 from allo_mini import tasks
 from allo_mini.checkpoint import load_model, save_model
+from allo_mini.data import Task
 from allo_mini.files import load_mask
 from helpers import initialize
 
@@ -239,3 +240,11 @@ def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_pa
         assert train.main(argv) == 0
         made.append((tmp_path / file.stem / "negatives.jsonl").read_text().splitlines())
     assert sorted(made[0]) == sorted(made[1])
+
+
+def test_of_rows_with_one_question_the_one_with_an_answer_counts():
+    silent, answered = ([Task(i, f"Q{i % 2}?", said, None) for i in at] for at, said in
+                        (((0, 1), "Hm."), ((2, 3), "The answer is 4")))
+    run = object.__new__(run_module.Run)
+    run.tasks = [*silent, *answered, Task(4, "Q4?", "Hm.", None), Task(5, "Q0?", "The answer is 5", None)]
+    assert [t.id for t in run.questions] == [2, 3, 4]
