@@ -221,9 +221,10 @@ def paired(mine: list[dict], theirs: list[dict], shared: bool) -> tuple[float, f
 
 
 def tables(study: Study) -> str:
-    """Markdown: a table per part, DPO in each, then the loss curves at a glance."""
+    """Markdown: a table per part, every cell against DPO (ablations: against ALLO), then the loss curves at a glance."""
     out = []
     for part, cells in PARTS.items():
+        base = "ALLO" if part == "ablations" else "DPO"
         finished = {cell: [row for row in study.done if row["part"] != "tune" and row["cell"] == cell]
                     for cell in ({} if part == "methods" else {"DPO": 0} | ({"ALLO": 0} if part == "ablations" else {})) | cells}
         lines = []
@@ -231,11 +232,12 @@ def tables(study: Study) -> str:
             if rows and any(finished[own] for own in cells):
                 scores = [100 * row["accuracy"] for row in rows]
                 spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-                difference, p = paired(rows, finished["DPO"], bool(study.model))
+                difference, p = paired(rows, finished[base], bool(study.model))
                 lines.append(f"| {cell} | {' '.join(rows[0]['setting'])} | {statistics.mean(scores):.1f} +- {spread:.1f} | "
-                             + ("- | - |" if cell == "DPO" else f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'} |") + f" {len(rows)} |")
+                             + ("- | - |" if cell == base else f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'} |") + f" {len(rows)} |")
         if lines:
-            out += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std over seeds | against DPO | p | seeds |",
+            out += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std over seeds | "
+                    f"against {base} | p | seeds |",
                     "|---|---|---|---|---|---|", *lines, ""]
     curves = {cell: [row["curve"] for row in study.done if row["part"] != "tune" and row["cell"] == cell]
               for cell in ("DPO", *PARTS["empirical"])}
