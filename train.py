@@ -23,6 +23,7 @@ Departures from the official code, and why:
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_w
 from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import progress, say
-from allo_mini.loop import dpo_objective, npo_objective, run_stage, sft_objective
+from allo_mini.loop import Objective, dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask
 from allo_mini.report import describe_mask, describe_noise, finish, reprint, watch_tokens
 from allo_mini.run import Run
@@ -54,7 +55,8 @@ def sft(run: Run, theta: Path) -> Path:
     return trained(run, "sft", theta, prepare, sft_objective(), run.validator())
 
 
-def trained(run: Run, name: str, theta: Path, prepare, objective, validate=None) -> Path:
+def trained(run: Run, name: str, theta: Path, prepare: Callable[[], tuple[list[Example], PackedMask | None]],
+            objective: Objective, validate: Callable | None = None) -> Path:
     """The model that training theta ends in. prepare() -> (examples, mask of the weights that move; None: all)."""
     def make(target):
         examples, mask = prepare()
@@ -151,7 +153,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
     if missing and cfg.locate != "gradient" and not by_chance:
         movement = load_tensors(warmup(run, theta, pairs))[0]
 
-    def make(_):
+    def make(_):  # all masks at once; the stage has the name of one that is missing
         if by_chance:
             importance = random_importance(run)
         else:

@@ -212,10 +212,10 @@ def add_knob(group, name: str) -> None:
 
 def make_parser() -> Parser:
     """All flags of train.py, grouped as --help shows them."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description=(
+    usage = "train.py [--model FOLDER --train FILE --test FILE] [...]"
+    parser = Parser(prog="train.py", usage=usage, allow_abbrev=False, description=(
         "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose own "
         "settings --print-config shows. In brackets: the default and where it comes from."))
-    parser.usage = "train.py [--model FOLDER --train FILE --test FILE] [...]"
     parser.add_argument("--config", metavar="FILE.json", help="read settings from a file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}

@@ -22,7 +22,7 @@ from allo_mini.linear import linear
 from allo_mini.device import free_memory
 from allo_mini.model import CausalLM
 
-PREFILL = 4096  # tokens of prompts that are read at a time: enough to keep a GPU busy, few enough for its memory
+PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes a bounded part of the memory
 
 
 class Cache:

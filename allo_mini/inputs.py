@@ -50,9 +50,9 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
                  if theirs[part].get(key) != mine[part].get(key)]
         differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in other
                   if part != "files"]
-        files = [file for part, file in other if part == "files"]  # those of one side follow from other settings
-        differ += [f"another content of {file}" for file in files
-                   if not differ or {file} <= theirs["files"].keys() & mine["files"].keys()]
+        files, both = [file for part, file in other if part == "files"], theirs["files"].keys() & mine["files"].keys()
+        named = [file for file in files if file in both] if differ else files  # the others follow from the settings
+        differ += [f"another content of {file}" for file in named]
         if differ and compare:
             raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
 

@@ -12,13 +12,12 @@ import os
 import runpy
 import sys
 import traceback
-import weakref
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -26,36 +25,27 @@ from torch.autograd.function import BackwardCFunction  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from meter import Meter  # noqa: E402
+
 REAL = {name: getattr(torch.Tensor, name) for name in ("to", "numpy", "tolist")}
 real_device, real_tensor = torch._C.TensorBase.device.__get__, torch.tensor
 WAITS = Counter()  # place in our code -> how often the host waited there for the GPU
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
 MOVES = {"copy_", "_to_copy"}
 INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}  # their positions may stand on the host
+METER = Meter()
 moving = []  # where the tensor that `to` is moving goes
 
 
-class Memory:
-    """Bytes that the GPU's tensors hold now, and held at most since `reset`."""
-    now = peak = 0
+def put(storage, place: str) -> None:
+    """Remember where a tensor's memory is; the GPU's is metered."""
+    storage.place = place
+    if place == "cuda":
+        METER.take_in(storage)
 
-    @classmethod
-    def put(cls, storage, place: str) -> None:
-        """Remember where a tensor's memory is."""
-        storage.place = place
-        if place == "cuda":
-            size = storage.nbytes()
-            cls.now += size
-            cls.peak = max(cls.peak, cls.now)
-            weakref.finalize(storage, cls.free, size)
 
-    @classmethod
-    def free(cls, size: int) -> None:
-        cls.now -= size
-
-    @classmethod
-    def reset(cls, *_) -> None:
-        cls.peak = cls.now
+def forget_peak(*_) -> None:
+    METER.peak = METER.live
 
 
 def place_of(t) -> str:
@@ -94,7 +84,7 @@ class Pretend(TorchDispatchMode):
         made = func(*args, **kwargs)
         for t in tree_leaves(made):
             if isinstance(t, torch.Tensor) and real_device(t).type == "cpu" and not hasattr(t.untyped_storage(), "place"):
-                Memory.put(t.untyped_storage(), place)
+                put(t.untyped_storage(), place)
         return made
 
     def checked(self, name: str, tensors: list, args) -> str:
@@ -104,7 +94,7 @@ class Pretend(TorchDispatchMode):
         for i, t in enumerate(tensors):
             if places[i] == "any" and {"cuda", "cpu"} & {*places}:
                 places[i] = "cuda" if on_gpu else "cpu"
-                Memory.put(t.untyped_storage(), places[i])
+                put(t.untyped_storage(), places[i])
         if on_gpu and {*places} != {"cuda"} and name not in MOVES and not (name in INDEXED and places[0] == "cuda"):
             strict = "fused" in name or "foreach" in name  # elsewhere a number may stand on the host
             if any(place != "cuda" and (strict or t.dim()) for t, place in zip(tensors, places)):
@@ -158,7 +148,8 @@ def tensor(data, *args, device=None, **kwargs):
 def varlen_attn(q, k, v, q_starts, k_starts, longest_q, longest_k, *, window_size, enable_gqa=False):
     """torch.nn.attention.varlen.varlen_attn, a part at a time; causal from the lower right."""
     q_sizes, k_sizes = (REAL["tolist"](starts.diff()) for starts in (q_starts, k_starts))
-    assert q_starts.is_cuda and k_starts.is_cuda and window_size == (-1, 0) and max(q_sizes) == longest_q and max(k_sizes) == longest_k
+    assert q_starts.is_cuda and k_starts.is_cuda and window_size == (-1, 0)
+    assert max(q_sizes) == longest_q and max(k_sizes) == longest_k
     out = []
     for one, keys, values in zip(q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)):
         seen = torch.ones(len(one), len(keys), dtype=torch.bool, device=q.device).tril(len(keys) - len(one))
@@ -173,12 +164,12 @@ def install() -> None:
     import torch.nn.attention.varlen as varlen
 
     from allo_mini import logprobs
-    nothing, peak = (lambda *args: None), (lambda *args: Memory.peak)
+    nothing, peak = (lambda *args: None), (lambda *args: METER.peak)
     for name, value in {
-            "_lazy_init": nothing, "empty_cache": nothing, "reset_peak_memory_stats": Memory.reset, "synchronize": nothing,
+            "_lazy_init": nothing, "empty_cache": nothing, "reset_peak_memory_stats": forget_peak, "synchronize": nothing,
             "set_per_process_memory_fraction": nothing, "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": lambda: 0, "mem_get_info": lambda *args: ((80 << 30) - Memory.now, 80 << 30),
-            "memory_allocated": lambda *args: Memory.now, "memory_reserved": lambda *args: Memory.now,
+            "current_device": lambda: 0, "mem_get_info": lambda *args: ((80 << 30) - METER.live, 80 << 30),
+            "memory_allocated": lambda *args: METER.live, "memory_reserved": lambda *args: METER.live,
             "max_memory_allocated": peak, "max_memory_reserved": peak,
             "get_device_capability": lambda *args: (9, 0), "is_bf16_supported": lambda **kind: True,
             "get_device_name": lambda *args: "a pretended GPU", "memory_stats": lambda *args: defaultdict(int),

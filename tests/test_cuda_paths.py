@@ -31,10 +31,9 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, str, dict[str, int]]]:
         command += ["train.py", "--device", device, "--out", str(folder / name), *SMALL, *flags]
         started[name] = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
-    found = {}
-    for name, process in started.items():
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, f"{name}: {out[-2000:]}{err[-4000:]}"
+    found, ended = {}, {name: process.communicate(timeout=240) for name, process in started.items()}
+    for name, (out, err) in ended.items():
+        assert started[name].returncode == 0, f"{name}: {out[-2000:]}{err[-4000:]}"
         waits = {where: int(count) for count, where in re.findall(r"waited +(\d+) times at (.*)", err)}
         found[name] = folder / name, out, waits
     return found
