@@ -66,7 +66,8 @@ class Attention(nn.Module):
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(pointwise.rotate(q, *rope), pointwise.rotate(k, *rope), v, self.layer)
+        q, k = (pointwise.RotateFunction.apply(x, *rope) for x in (q, k))
+        out = attend(q, k, v, self.layer)
         return self.o_proj(out.flatten(-2))  # [..., H]
 
 

@@ -1,7 +1,8 @@
 """What stands between the matrix products and only reads and writes memory: rotary angles, RMSNorm, SwiGLU.
 
-RMSNorm and SwiGLU keep their inputs alone for backward, a third of a block's memory less than autograd's own graph, and
-their gradients are written out, in half its passes over memory. The twins in the tests are the formulas under autograd.
+All three keep their inputs alone for backward, a third of a block's memory less than autograd's own graph, and their
+gradients are written out, in half its passes over memory, in place where a tensor is not needed again. The twins in the
+tests are the formulas under autograd.
 """
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pair (x_i, x_{i + d/2}) of every head by its angle; x [..., heads, d], cos and sin [..., 1, d]."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    y = x * cos
+    (left, right), (y_left, y_right), (sin_left, sin_right) = (t.chunk(2, -1) for t in (x, y, sin))
+    y_left.addcmul_(right, sin_left, value=-1)
+    y_right.addcmul_(left, sin_right)
+    return y
 
 
 def normalized(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x r, r) with r = 1 / sqrt(mean(x^2) + eps), in fp32 as every reference implementation has it. x [..., H]."""
-    y = x.float()
+    y = x.to(torch.float32, copy=True)
     r = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)  # [..., 1]
-    return y * r, r
+    return y.mul_(r), r
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,9 +34,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_grad(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> tuple[Tensor, Tensor]:
     """With y = x r and g = weight dy:  dx = r (g - y mean(g y)),  dweight = sum over rows of dy y."""
     y, r = normalized(x, eps)
-    g = (weight * dy).float()
-    dx = (g - y * (g * y).mean(-1, keepdim=True)) * r
-    return dx.to(x.dtype), (dy * y.to(x.dtype)).flatten(0, -2).sum(0)
+    dy, weight = dy.to(torch.float32, copy=True), weight.float()
+    dyy = dy * y
+    mean = (dyy @ weight)[..., None] / weight.numel()  # of g y
+    dx = dy.mul_(weight).addcmul_(y, mean, value=-1).mul_(r)
+    return dx.to(x.dtype), dyy.flatten(0, -2).sum(0).to(x.dtype)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -43,6 +49,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def swiglu_grad(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """dgate = dy up silu'(gate), dup = dy silu(gate)."""
     return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+
+class RotateFunction(torch.autograd.Function):
+    """rotate; its gradient is turned back by the same angles."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return rotate(dy, cos, -sin), None, None
 
 
 class RMSNormFunction(torch.autograd.Function):

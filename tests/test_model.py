@@ -20,7 +20,7 @@ from allo_mini.attention import TreeAttention, causal_attention
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import TargetLogps, by_response, head_logps, micro_batches, pack, score, token_logps
-from allo_mini.pointwise import RMSNormFunction, SwiGLUFunction, rms_norm, swiglu
+from allo_mini.pointwise import RMSNormFunction, RotateFunction, SwiGLUFunction
 from helpers import (FIXTURES, HF, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
@@ -206,21 +206,53 @@ def test_log_probs_of_targets_are_cross_entropys(dtype, chunk, monkeypatch):
                                    torch.autograd.grad(plain, logits, dy, retain_graph=True))
 
 
+def plain_rms_norm(x, weight):
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def plain_rotate(x, cos, sin):
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def plain_swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def assert_as_in_fp32(mine, plain, inputs, wanted, dy):
+    """Value of mine(*inputs), and the gradients of the first `wanted` inputs, against the plain formula in fp32."""
+    results = []
+    for f, kind in ((mine, inputs[0].dtype), (plain, torch.float32)):
+        leaves = [x.detach().to(kind).requires_grad_(i < wanted) for i, x in enumerate(inputs)]
+        y = f(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves[:wanted], dy.to(kind))])
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == inputs[0].dtype and a.shape == b.shape
+        assert (a - b).norm() <= (1e-6 if a.dtype == torch.float32 else 2**-7) * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotations_are_the_formula_and_turn_the_gradient_back(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(6, 3, 8, generator=generator).to(dtype) for _ in "xd")
+    angles = torch.rand(6, 1, 4, generator=generator) * 6
+    cos, sin = (torch.cat((f(angles), f(angles)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    assert_as_in_fp32(RotateFunction.apply, plain_rotate, (x, cos, sin), 1, dy)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pointwise_gradients_are_autograds_and_only_the_arguments_are_kept(dtype, frozen):
     generator = torch.Generator().manual_seed(0)
     x, y, dy = (torch.randn(3, 6, 8, generator=generator).to(dtype) for _ in "xyd")
-    pairs = ((SwiGLUFunction.apply, swiglu, y),
-             (lambda x, w: RMSNormFunction.apply(x, w, 1e-6), lambda x, w: rms_norm(x, w, 1e-6), y[0, 0].clone()))
+    pairs = ((SwiGLUFunction.apply, plain_swiglu, y),
+             (lambda x, w: RMSNormFunction.apply(x, w, 1e-6), plain_rms_norm, y[0, 0].clone()))
     for mine, plain, second in pairs:
-        wanted = [x.requires_grad_(), second.requires_grad_(not frozen)][:2 - frozen]
+        assert_as_in_fp32(mine, plain, (x, second), 2 - frozen, dy)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-            out = mine(x, second)
-        assert kept == [x.data_ptr(), second.data_ptr()] and torch.equal(out, plain(x, second))
-        for a, b in zip(*(torch.autograd.grad(f(x, second), wanted, dy) for f in (mine, plain)), strict=True):
-            torch.testing.assert_close(a, b)
+            mine(x.requires_grad_(), second.requires_grad_(not frozen))
+        assert kept == [x.data_ptr(), second.data_ptr()]
 
 
 def test_training_on_a_cpu_does_not_load_the_compiler():
