@@ -150,7 +150,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
              for p in shares.values()}
     missing, movement = [path for path in paths.values() if not path.exists()], None
     by_chance = cfg.mask_source == "random"
-    if missing and cfg.locate != "gradient" and not by_chance:
+    if missing and cfg.locate in ("auto", "movement") and not by_chance:
         movement = load_tensors(warmup(run, theta, pairs))[0]
 
     def make(_):  # all masks at once; the stage has the name of one that is missing
@@ -158,7 +158,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
             importance = random_importance(run)
         else:
             gradient, *halves = gradient_importance(run, theta, pairs[:cfg.locate_pairs], dpo_objective(cfg.beta),
-                                                    compare=run.parameters < COMPARE_BELOW)
+                                                    run.parameters < COMPARE_BELOW, cfg.locate == "snr")
             importance = movement or gradient
             describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
         for percent, path in paths.items():

@@ -111,8 +111,9 @@ class Config:
     sample_questions: int = knob(0, "sample", "QUESTIONS", "training questions that are sampled (0: all)")
     pairs_per_question: int = knob(5, "sample", "PAIRS", "(correct, wrong) drawn at most", "paper", at_least=1)
 
-    locate: str = knob("auto", "locate", ("auto", "movement", "gradient"), "a weight's importance: how far the "
-                       "warm-up moves it, or its gradient (auto: movement, but gradient with --memory)", "paper")
+    locate: str = knob("auto", "locate", ("auto", "movement", "gradient", "snr"), "a weight's importance: how far the "
+                       "warm-up moves it, its gradient, or (ours) that over its root mean square (auto: movement, but "
+                       "gradient with --memory)", "paper")
     p: float = knob(5.0, "locate", "PERCENT", "of all weights that are trained", "paper", above=0, at_most=100)
     p_forget: float = knob(0.0, "locate", "PERCENT", "for forgetting alone (0: --p)", at_least=0, at_most=100)
     p_improve: float = knob(0.0, "locate", "PERCENT", "for improving alone (0: --p)", at_least=0, at_most=100)

@@ -73,7 +73,8 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         state, gradient = trained_bytes(cfg)
         terms |= {"optimizer": n * state, "gradient": n * gradient}
     if stage in LOCATING and cfg.offload != "gradient":
-        terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
+        largest = max(sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
+        terms["gradient"] = located_bytes(cfg, stage) * largest
     if stage in TRAINING or stage in LOCATING:
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
         terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
@@ -88,6 +89,11 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}
+
+
+def located_bytes(cfg: Config, stage: str = "locate") -> int:
+    """Bytes for a weight of the group being located: its gradient, for snr also the sum and the sum of squares."""
+    return 12 if stage == "locate" and cfg.locate == "snr" else 4
 
 
 def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
@@ -111,7 +117,7 @@ def stages_of(cfg: Config) -> list[str]:
     if not cfg.only_sft:
         wanted |= {"sample": not (cfg.pairs or cfg.samples)}
         wanted |= {"more-sft" if method == "sft" else method: method != "allo" for method in cfg.method}
-        wanted |= {"warmup": measured and cfg.locate != "gradient", "locate": measured,
+        wanted |= {"warmup": measured and cfg.locate in ("auto", "movement"), "locate": measured,
                    "reward-locate": rewriter and located and not cfg.reward_base, "reward": rewriter,
                    "score": scored, "forget": allo and cfg.forget, "improve": allo}
     return [stage for stage, runs in wanted.items() if runs]
@@ -142,7 +148,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         slots = int((room - one["weights"] - one["at work"]) / (one["KV cache"] + one["logits"]))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
-        groups = -(-4 * every // max(1, int(room - beside)))
+        groups = -(-located_bytes(cfg, "locate") * every // max(1, int(room - beside)))
         tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
         if fits(tried):
             layers = max(model.num_hidden_layers for model in (c, *(rewriter or ())[:1]))

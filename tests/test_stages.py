@@ -82,6 +82,22 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
+def test_snr_is_the_sum_of_a_few_pairs_gradients_over_the_root_of_their_squares_sum(world, tmp_path, monkeypatch, groups):
+    """0 where no gradient ever comes: the embedding's rows of tokens that are not read."""
+    run, examples = start(world, tmp_path, "--beta", "0.3", "--micro-batch", "1", "--locate", "snr", "--locate-groups",
+                          str(groups))
+    monkeypatch.setattr(locate, "TOGETHER", 2)
+    examples = examples[:5]
+    [got] = gradient_importance(run, run.base, examples, dpo_objective(0.3), compare=True, snr=True)
+    each = [gradient_importance(run, run.base, examples[at:at + 2], dpo_objective(0.3))[0] for at in (0, 2, 4)]
+    for name in got:
+        g = torch.stack([one[name] for one in each])
+        assert torch.equal(got[name] == 0, (g == 0).all(0) | (g.sum(0) == 0)) and got[name].abs().max() <= 3**0.5 + 1e-5
+        real = g.square().sum(0) > 1e-30
+        torch.testing.assert_close(got[name][real], (g.sum(0) / g.square().sum(0).sqrt())[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
 def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, tmp_path, groups):
     run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--method", "allo", "--p-sft", "5",
                           "--micro-batch", "2", "--locate-groups", str(groups), "--beta", "0.3")

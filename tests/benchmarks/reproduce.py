@@ -45,7 +45,8 @@ PARTS = {  # part -> cell -> flags
                   "ALLO, all tokens of y-": [*ALLO, "--token-weights", "uniform"],
                   "ALLO, edit weights": [*ALLO, "--token-weights", "edit"],
                   "ALLO, no forgetting": [*ALLO, "--no-forget"], "ALLO, no token filter": [*ALLO, "--epsilon", "1"],
-                  "ALLO, gradient location": [*ALLO, "--locate", "gradient"]}}
+                  "ALLO, gradient location": [*ALLO, "--locate", "gradient"],
+                  "ALLO, snr location": [*ALLO, "--locate", "snr"]}}
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 
