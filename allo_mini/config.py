@@ -113,7 +113,7 @@ class Config:
 
     locate: str = knob("auto", "locate", ("auto", "movement", "gradient", "snr"), "a weight's importance: how far the "
                        "warm-up moves it, its gradient, or (ours) that over its root mean square (auto: movement, but "
-                       "gradient with --memory)", "paper")
+                       "snr with --memory)", "paper")
     p: float = knob(5.0, "locate", "PERCENT", "of all weights that are trained", "paper", above=0, at_most=100)
     p_forget: float = knob(0.0, "locate", "PERCENT", "for forgetting alone (0: --p)", at_least=0, at_most=100)
     p_improve: float = knob(0.0, "locate", "PERCENT", "for improving alone (0: --p)", at_least=0, at_most=100)

@@ -58,15 +58,16 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
 
 def added_up(run: Run, model, examples: list[Example], objective: Objective, grad: Tensor, snr: bool, label: str) -> Tensor:
     """The examples' gradient, or its signal-to-noise ratio, [n]; `grad` [n] is where the model's gradients gather."""
-    total, squares = (torch.zeros_like(grad), torch.zeros_like(grad)) if snr else (grad, None)
+    total, squares = (torch.zeros_like(grad, device="cpu") for _ in "+2") if snr else (grad, None)
     for at in progress(range(0, len(examples), TOGETHER), label=label, unit="step"):
         for micro in run.micro_batches(examples[at:at + TOGETHER]):
             batch = pack(micro, run.device)
             logps, real = by_response(token_logps(model, batch), batch.lengths)
             objective.loss(logps, logps.detach(), real, micro)[0].backward()  # theta is its own reference
-        if snr:
-            total += grad
-            squares.addcmul_(grad, grad)
+        if snr:  # summed up in host memory, so that it takes no more passes than the gradient alone
+            g = grad.cpu()
+            total += g
+            squares.addcmul_(g, g)
             grad.zero_()
     return total.div_(squares.sqrt_().clamp_(min=1e-19)) if snr else total  # 0 where no gradient has come
 

@@ -73,8 +73,7 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         state, gradient = trained_bytes(cfg)
         terms |= {"optimizer": n * state, "gradient": n * gradient}
     if stage in LOCATING and cfg.offload != "gradient":
-        largest = max(sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
-        terms["gradient"] = located_bytes(cfg, stage) * largest
+        terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
     if stage in TRAINING or stage in LOCATING:
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
         terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
@@ -89,11 +88,6 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}
-
-
-def located_bytes(cfg: Config, stage: str = "locate") -> int:
-    """Bytes for a weight of the group being located: its gradient, for snr also the sum and the sum of squares."""
-    return 12 if stage == "locate" and cfg.locate == "snr" else 4
 
 
 def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
@@ -131,7 +125,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
     Raises UserError naming the stage, what it needs and the flag to change when none does.
     """
     room = SPARE * CARDS[cfg.memory] * 2**30
-    cfg = replace(cfg, locate="gradient" if cfg.locate == "auto" else cfg.locate)
+    cfg = replace(cfg, locate="snr" if cfg.locate == "auto" else cfg.locate)
     every = sum(s.numel() for s in shapes.values())
     p_sft = cfg.p_sft or (100.0 if room > 18 * every else 10.0)  # bytes: bf16 weight, fp32 master, gradient and moments
 
@@ -148,7 +142,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         slots = int((room - one["weights"] - one["at work"]) / (one["KV cache"] + one["logits"]))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
-        groups = -(-located_bytes(cfg, "locate") * every // max(1, int(room - beside)))
+        groups = -(-4 * every // max(1, int(room - beside)))
         tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
         if fits(tried):
             layers = max(model.num_hidden_layers for model in (c, *(rewriter or ())[:1]))
@@ -158,7 +152,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
     worst = max(sums, key=sums.get)
     smaller = "take a smaller --reward-base" if cfg.reward_base else "lower --p-sft"
     hints = dict.fromkeys(cfg.method, "use --method allo, or --mask-source top (all weights are trained there)") | {
-        "warmup": "use --locate gradient", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
+        "warmup": "use --locate snr", "sft": "lower --p-sft or --max-length", "sample": "lower --max-length",
         "reward": f"{smaller}, or use --token-weights edit"}
     raise UserError(f"--memory is {cfg.memory}, which leaves {room / 1e9:.1f} GB; {worst} needs "
                     f"{sums[worst] / 1e9:.1f} GB of it at best: "

@@ -125,7 +125,7 @@ class Run:
         if self.cfg.locate_groups or not self.device.startswith("cuda"):
             return self.cfg.locate_groups or 1
         half = free_memory(self.device) // 2  # beside the model; the rest is for activations
-        return -(-memory.located_bytes(self.cfg) * self.parameters // half)
+        return -(-4 * self.parameters // half)
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"

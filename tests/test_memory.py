@@ -42,7 +42,7 @@ def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
             memory.plan(settings(card, "--method", "allo"), config, shapes)
         return
     chosen, needs = memory.plan(settings(card, "--method", "allo"), config, shapes)
-    assert (chosen.int8, chosen.offload, chosen.p_sft) == CHOSEN[name][card] and chosen.locate == "gradient"
+    assert (chosen.int8, chosen.offload, chosen.p_sft) == CHOSEN[name][card] and chosen.locate == "snr"
     assert list(needs) == ["sft-locate", "sft", "sample", "locate", "reward-locate", "reward", "score", "forget", "improve"]
     for stage, terms in needs.items():
         assert terms == memory.estimate(stage, chosen, config, shapes, groups=chosen.locate_groups)
@@ -61,7 +61,7 @@ def test_what_is_printed_is_what_was_chosen_and_fits(name, card, capsys):
 
 
 @pytest.mark.parametrize("flags, names", [((), "--method allo"),
-                                          (("--method", "allo", "--locate", "movement"), "--locate gradient"),
+                                          (("--method", "allo", "--locate", "movement"), "--locate snr"),
                                           (("--method", "allo", "--p-sft", "100"), "--p-sft")])
 def test_what_cannot_fit_names_its_flag(flags, names):
     config, shapes = shape_of("llama-2-7b")
@@ -110,7 +110,7 @@ def test_what_was_asked_for_stays():
     assert chosen.int8 and chosen.p_sft == 7
 
 
-@pytest.mark.parametrize("stage, changes", [("improve", {}), ("improve", {"int8": True}), ("locate", {}),
+@pytest.mark.parametrize("stage, changes", [("improve", {}), ("improve", {"int8": True}), ("locate", {}), ("locate", {"locate": "snr"}),
                                             ("forget", {"checkpoint_blocks": 0, "state_bits": 8})])
 def test_estimates_hold_against_metered_bytes(stage, changes, monkeypatch):
     """No stage needs 5 % more than its estimate, which is not padded by more than a quarter either."""

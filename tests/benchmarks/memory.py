@@ -79,14 +79,15 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
     count = sum(s.numel() for s in shapes.values())
     host = 4 * count * percent / 100 if stage in memory.TRAINING else 4 * count if stage == "locate" else 0
     host *= {"none": 1, "state": 4, "gradient": 5}[cfg.offload] if stage in memory.TRAINING else 1
-    if stage == "locate" and cfg.offload == "gradient":  # beside the file of all gradients a group's buffer
+    if stage == "locate":  # beside the file of all gradients a group's buffer, the sum and the sum of squares
         groups = memory.tensor_groups(shapes, cfg.locate_groups)
-        host += 4 * max(sum(shapes[tensor].numel() for tensor in names) for names in groups)
+        largest = max(sum(shapes[tensor].numel() for tensor in names) for names in groups)
+        host += (4 * (cfg.offload == "gradient") + 8 * (cfg.locate == "snr")) * largest
     meter = nullcontext() if device.startswith("cuda") else Meter()
     reset_peak(device)
     with meter:
         if stage == "locate":
-            gradient_importance(run, folder, examples, dpo_objective(0.1))
+            gradient_importance(run, folder, examples, dpo_objective(0.1), snr=cfg.locate == "snr")
         elif stage == "sample":
             sample(run.load(folder), [prompt[:256]] * 2, cfg.sample_batch,
                    cfg.max_new_tokens if device.startswith("cuda") else 8, slots=cfg.sample_batch)
