@@ -1,6 +1,6 @@
 """What stands between the matrix products and only reads and writes memory: rotary angles, RMSNorm, SwiGLU.
 
-All three keep their inputs alone for backward, a third of a block's memory less than autograd's own graph, and their
+All three keep at most their inputs for backward, a third of a block's memory less than autograd's own graph, and their
 gradients are written out, in half its passes over memory, in place where a tensor is not needed again. The twins in the
 tests are the formulas under autograd.
 """
