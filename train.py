@@ -157,8 +157,9 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         if by_chance:
             importance = random_importance(run)
         else:
+            snr = cfg.locate == "snr"
             gradient, *halves = gradient_importance(run, theta, pairs[:cfg.locate_pairs], dpo_objective(cfg.beta),
-                                                    run.parameters < COMPARE_BELOW, cfg.locate == "snr")
+                                                    compare=run.parameters < COMPARE_BELOW and not snr, snr=snr)
             importance = movement or gradient
             describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
         for percent, path in paths.items():

@@ -26,6 +26,7 @@ from allo_mini.mask import PackedMask, each_selected, pack_mask
 from allo_mini.memory import tensor_groups
 from allo_mini.optim import FlatGradient
 from allo_mini.run import Run
+from allo_mini.selection import CHUNK
 
 TOGETHER = 8  # pairs whose gradients are one g_t; from 1 to 9, the masks share the same 70 % with the warm-up's (demo)
 COMPARE_BELOW = 10**9  # weights; above, the gradients of two halves are not kept apart: they would double the file
@@ -36,10 +37,10 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     """sum_t g_ti, or with `snr` that over sqrt(sum_t g_ti^2); for L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)).
 
     No reference pass is needed: the policy is its own. A group of tensors at a time is accumulated, in as many passes
-    over the examples as that takes. Returns [{name: fp32 tensor of the weight's shape}] and, with `compare` (and without
-    `snr`), the same of each half of the examples, whose masks' overlap says how noisy the location is.
+    over the examples as that takes. Returns [{name: fp32 tensor of the weight's shape}] and, with `compare` (of sums alone),
+    the same of each half of the examples, whose masks' overlap says how noisy the location is.
     """
-    if compare and not snr:
+    if compare:
         first, second = (gradient_importance(run, theta, examples[i::2], objective)[0] for i in (0, 1))
         return [{name: first[name] + second[name] for name in first}, first, second]
     model, at, store = run.load(theta), 0, scratch(run.folder, run.parameters)
@@ -58,16 +59,17 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
 
 def added_up(run: Run, model, examples: list[Example], objective: Objective, grad: Tensor, snr: bool, label: str) -> Tensor:
     """The examples' gradient, or its signal-to-noise ratio, [n]; `grad` [n] is where the model's gradients gather."""
-    total, squares = (torch.zeros_like(grad, device="cpu") for _ in "+2") if snr else (grad, None)
+    total, squares = torch.zeros(2, len(grad)) if snr else (grad, None)
     for at in progress(range(0, len(examples), TOGETHER), label=label, unit="step"):
         for micro in run.micro_batches(examples[at:at + TOGETHER]):
             batch = pack(micro, run.device)
             logps, real = by_response(token_logps(model, batch), batch.lengths)
             objective.loss(logps, logps.detach(), real, micro)[0].backward()  # theta is its own reference
-        if snr:  # summed up in host memory, so that it takes no more passes than the gradient alone
-            g = grad.cpu()
-            total += g
-            squares.addcmul_(g, g)
+        if snr:  # summed up in host memory, 8 bytes a weight, so that it takes no more passes than the gradient alone
+            for first, second, g in zip(*(x.split(CHUNK) for x in (total, squares, grad))):
+                g = g.cpu()
+                first.add_(g)
+                second.addcmul_(g, g)
             grad.zero_()
     return total.div_(squares.sqrt_().clamp_(min=1e-19)) if snr else total  # 0 where no gradient has come
 
