@@ -98,6 +98,13 @@ def test_snr_is_the_sum_of_a_few_pairs_gradients_over_the_root_of_their_squares_
         torch.testing.assert_close(got[name][real], (g.sum(0) / g.square().sum(0).sqrt())[real], rtol=1e-4, atol=1e-5)
 
 
+def test_the_flag_snr_leaves_out_the_warm_up_and_masks_by_the_ratio(world, tmp_path):
+    run, examples = start(world, tmp_path, "--locate", "snr")
+    mask = train.locate(run, run.base, examples)["improve"]
+    [ratio] = gradient_importance(run, run.base, examples, dpo_objective(run.cfg.beta), snr=True)
+    assert equal(mask, select_neurons(ratio, run.cfg.p / 100)) and not (run.folder / "movement.safetensors").exists()
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_the_importance_of_an_int8_model_is_that_of_its_dequantised_twin(world, tmp_path, groups):
     run, examples = start(world, tmp_path, "--int8", "--locate", "gradient", "--method", "allo", "--p-sft", "5",
