@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from allo_mini import UserError
 from allo_mini.checkpoint import apply_patch, eos_ids, find_folder, load_model, load_tokenizer, shard_files
@@ -24,7 +23,7 @@ from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text
 from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
 from allo_mini.inputs import both_sides, need_answers, need_usable, style_of
-from allo_mini.log import say, table
+from allo_mini.log import exit_code, say, table
 from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
@@ -253,17 +252,7 @@ def run(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(make_parser().parse_args(argv))
-        return 0
-    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: out of GPU memory: lower --sample-batch, --micro-tokens or --max-length", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(make_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -26,9 +26,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from allo_mini import UserError, dry_run, memory, parallel, tasks
+from allo_mini import UserError, dry_run, parallel, tasks
 from allo_mini.baselines import NAMES, OBJECTIVES
 from allo_mini.checkpoint import save_patch
 from allo_mini.config import parse
@@ -38,7 +36,7 @@ from allo_mini.edits import edit_weights
 from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_weights, save_mask
 from allo_mini.inputs import drop_held, open_run
 from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
-from allo_mini.log import progress, say
+from allo_mini.log import exit_code, progress, say
 from allo_mini.loop import Objective, dpo_objective, npo_objective, run_stage, sft_objective
 from allo_mini.mask import PackedMask
 from allo_mini.report import describe_mask, describe_noise, finish, reprint, watch_tokens
@@ -268,20 +266,11 @@ def run_all(run: Run) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
-    try:
+    def work():
         cfg = parse(sys.argv[1:] if argv is None else argv)
         run = open_run(cfg)
         dry_run.show(run) if cfg.dry_run else run_all(run)
-        return 0
-    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(f"error: {memory.advice(cfg)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code(work, stopped="stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from allo_mini.device import DTYPES
 from allo_mini.disk import atomic, read_json
 from allo_mini.files import load_tensors, open_safetensors, save_tensors
 from allo_mini.linear import to_int8
-from allo_mini.log import say
+from allo_mini.log import exit_code, say
 from allo_mini.selection import Selection, put, take
 from allo_mini.model import CausalLM, build
 from allo_mini.tokenizer import Tokenizer
@@ -224,14 +224,11 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
 
 def main(argv: list[str]) -> int:
     """The command `python -m allo_mini.checkpoint apply BASE PATCH OUT`."""
-    try:
+    def work():
         if len(argv) != 4 or argv[0] != "apply":
             raise UserError("expected: python -m allo_mini.checkpoint apply BASE PATCH OUT")
         save_model(apply_patch(load_model(argv[1], None), argv[2]), argv[3])
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return exit_code(work)
 
 
 if __name__ == "__main__":

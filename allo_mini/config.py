@@ -273,7 +273,7 @@ def parse(argv: list[str]) -> Config:
     config = Config(**values, stages=stages)
     check_together(config)
     if show:
-        print(json.dumps(flat(config), indent=2))
+        print(json.dumps(flat(config), indent=2), flush=True)
         raise SystemExit(0)
     return config
 

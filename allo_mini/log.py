@@ -1,13 +1,16 @@
-"""What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only."""
+"""What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only, errors in a line."""
 
+import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from allo_mini import parallel
+from allo_mini import UserError, parallel
 from allo_mini.disk import append_rows, keep_whole, rows_text, write_text
 
 
@@ -22,6 +25,27 @@ def say(text: str) -> None:
     if not parallel.RANK:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def exit_code(work: Callable[[], object], stopped: str = "stopped") -> int:
+    """work() as a command: 0, or 2 after a mistake of the user's, told in one line; 130 after Ctrl-C, with what `stopped`
+    says; 141, as a shell has it, when whoever reads our output (`| head`) has seen enough."""
+    try:
+        work()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        return 141
+    except (UserError, OSError) as e:  # OSError: a file of ours that somebody made unreadable
+        error = " ".join(str(e).split())
+    except torch.OutOfMemoryError:
+        error = "out of memory: lower --sample-batch, --micro-tokens or --max-length"
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 class Log:

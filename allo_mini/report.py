@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -150,9 +149,8 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     for name, folder in models.items() if run.cfg.eval and run.test else ():
         path = run.folder / f"eval-{name}.jsonl"
         if not path.exists():
-            model, began = run.load(folder), time.monotonic()
-            write_jsonl(path, run.evaluate(model, run.test, f"test {name}"))
-            run.seconds[f"test {name}"] = time.monotonic() - began
+            label = f"test {name}"
+            run.measured(label, lambda target: write_jsonl(target, run.evaluate(run.load(folder), run.test, label)), path)
         try:
             results[name] = summary([row for _, row in read_jsonl(path)])
         except (LookupError, TypeError, ValueError, ArithmeticError) as e:

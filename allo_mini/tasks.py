@@ -23,7 +23,7 @@ from allo_mini.data import Encoder, Negative, Pair, Task
 from allo_mini.disk import append_rows, keep_whole, read_jsonl
 from allo_mini.edits import nearest
 from allo_mini.generate import sample
-from allo_mini.log import progress, say
+from allo_mini.log import exit_code, progress, say
 from allo_mini.logprobs import score
 
 GROUP = 64  # questions sampled together; a restart goes on at such a boundary, so it changes nothing
@@ -283,12 +283,13 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
     return items
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command `python -m allo_mini.tasks prepare NAME SOURCE OUT`."""
     from allo_mini.prepare import prepare
-    try:
-        if len(sys.argv) != 5 or sys.argv[1] != "prepare":
-            raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT")
-        prepare(sys.argv[2], *map(Path, sys.argv[3:]))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    if len(sys.argv) != 5 or sys.argv[1] != "prepare":
+        raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT")
+    prepare(sys.argv[2], *map(Path, sys.argv[3:]))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -341,7 +341,8 @@ def test_prepare_as_a_command(tmp_path, monkeypatch, capsys):
     source_file(tmp_path / "a.jsonl", FORMS[5][2])
     monkeypatch.setattr(sys, "argv", ["tasks", "prepare", "gsm8k", str(tmp_path / "a.jsonl"), str(tmp_path / "o.jsonl")])
     monkeypatch.delitem(sys.modules, "allo_mini.tasks")  # what `python -m` starts from
-    runpy.run_module("allo_mini.tasks", run_name="__main__")
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("allo_mini.tasks", run_name="__main__")
     assert "o.jsonl: 1 rows" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("allo_mini.tasks", run_name="__main__")
