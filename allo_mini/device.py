@@ -50,6 +50,14 @@ def free_memory(device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def host_memory() -> int:
+    """Bytes of memory that this machine has; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 0
+
+
 def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process since its start."""
     if device.startswith("cuda"):

@@ -254,7 +254,7 @@ def open_run(cfg: Config) -> Run:
     check_own_files(run, others)
     if cfg.memory:
         run.cfg, run.needs = memory.plan(cfg, run.config, run.shapes, dtype.itemsize, run.rewriter)
-        memory.show(run.cfg, run.needs, run.shapes)
+        memory.show(run.cfg, run.needs, run.shapes, run.rewriter)
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     machine = {"device": device.split(":")[0], "dtype": str(dtype), **threads}
     claim_folder(run.cfg, folder, [base, *others], machine)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from allo_mini import UserError
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
-from allo_mini.device import free_memory
+from allo_mini.device import free_memory, host_memory
 from allo_mini.generate import PREFILL
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK
@@ -196,6 +196,18 @@ def trained_bytes(cfg: Config) -> tuple[float, int]:
     return state if cfg.offload == "none" else 0, 0 if cfg.offload == "gradient" else 4
 
 
+def host_bytes(stage: str, cfg: Config, shapes: dict) -> int:
+    """What a stage keeps in host memory: where its weights began, what --offload moves there, the sums of snr."""
+    if stage in TRAINING:
+        n = int(sum(s.numel() for s in shapes.values()) * percent_of(cfg, stage) / 100)
+        return int(n * (4 + sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))))
+    if stage in LOCATING:
+        groups = tensor_groups(shapes, cfg.locate_groups or 1)
+        each = 8 * (cfg.locate == "snr" and stage == "locate") + 4 * (cfg.offload == "gradient")
+        return each * max(sum(shapes[name].numel() for name in names) for names in groups)
+    return 0
+
+
 def advice(cfg: Config) -> str:
     """What to change after memory ran out."""
     leaner = [card for card in CARDS if not cfg.memory or CARDS[card] < CARDS[cfg.memory]]
@@ -203,11 +215,16 @@ def advice(cfg: Config) -> str:
     return f"out of memory: {card}lower --micro-tokens, --sample-batch, --p or --max-length"
 
 
-def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict) -> None:
-    """Print the chosen settings, the estimate, term by term, and how often locating reads its pairs."""
+def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict, rewriter: tuple[ModelConfig, dict] | None = None) -> None:
+    """Print the chosen settings, the estimate, term by term, what the host has to hold, how often locating reads its pairs."""
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in (
         "int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch", "head_mb")))
     show_needs(needs)
+    host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes) for stage in needs}
+    worst, there = max(host, key=host.get), host_memory()
+    say(f"host memory: {worst} keeps {host[worst] / 1e9:.1f} GB there, beside what Python and torch take" + (
+        f"   <-- WARNING: this machine has {there / 1e9:.1f} GB; lower --p or --p-sft, or raise --locate-groups"
+        if host[worst] > SPARE * there > 0 else ""))
     if "locate" in needs:
         say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over {cfg.locate_pairs} pairs\n")
 

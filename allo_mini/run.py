@@ -14,7 +14,7 @@ from allo_mini.architecture import ModelConfig
 from allo_mini.checkpoint import eos_ids, load_model, save_model
 from allo_mini.config import Config, rate_flag
 from allo_mini.data import Encoder, Example, Pair, Task
-from allo_mini.device import free_memory, peak_gb
+from allo_mini.device import free_memory, host_memory, peak_gb
 from allo_mini.files import save_tensors
 from allo_mini.log import Log, say
 from allo_mini.logprobs import micro_batches, size_of
@@ -121,11 +121,13 @@ class Run:
             save_model(what, target) if isinstance(what, CausalLM) else save_tensors(what, target)
 
     def locate_groups(self) -> int:
-        """In how many passes the fp32 gradient of all weights is made."""
-        if self.cfg.locate_groups or not self.device.startswith("cuda"):
-            return self.cfg.locate_groups or 1
-        half = free_memory(self.device) // 2  # beside the model; the rest is for activations
-        return -(-4 * self.parameters // half)
+        """In how many passes the fp32 gradient of all weights is made, and, for snr, its sums in host memory."""
+        if self.cfg.locate_groups:
+            return self.cfg.locate_groups
+        room = free_memory(self.device) // 8 if self.device.startswith("cuda") else self.parameters  # weights in half of it
+        if self.cfg.locate == "snr":
+            room = min(room, host_memory() // 16 or room)
+        return -(-self.parameters // room)
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"

@@ -11,6 +11,7 @@ from allo_mini import UserError, memory
 from allo_mini.architecture import parse_config
 from allo_mini.config import parse
 from allo_mini.model import CausalLM
+from allo_mini.optim import MaskedAdamW
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 MODELS = {"llama-1b": ("Llama", 32000, 2048, 5632, 16, 32, 32), "llama-2-7b": ("Llama", 32000, 4096, 11008, 32, 32, 32), "llama-3-8b": ("Llama", 128256, 4096, 14336, 32, 32, 8),
@@ -102,6 +103,31 @@ def test_a_rewriting_model_with_more_layers_recomputes_them_all_where_it_must():
                                     shapes, rewriter=rewriter)
         assert max(sum(terms.values()) for terms in needs.values()) <= memory.CARDS[card] * 2**30
     assert chosen.checkpoint_blocks > config.num_hidden_layers
+
+
+@pytest.mark.parametrize("flags", [(), ("--offload", "state"), ("--offload", "gradient"), ("--offload", "state", "--state-bits", "8")])
+def test_host_memory_is_what_the_optimizer_keeps_there(flags):
+    cfg = parse(["--model", "x", "--train", "x", "--p", "100", "--method", "allo", *flags])
+    layer = torch.nn.Linear(512, 64, bias=False)  # whole blocks of 256
+    optimizer = MaskedAdamW(layer.named_parameters(), None, state_bits=cfg.state_bits, offload=cfg.offload)
+    state = optimizer.state_dict()
+    held = [state.pop("start"), *([] if cfg.offload == "none" else [t for name, t in state.items() if name != "steps"]),
+            *([optimizer.grad] if cfg.offload == "gradient" else [])]
+    assert memory.host_bytes("improve", cfg, {"weight": layer.weight.shape}) == sum(t.nbytes for t in held)
+
+
+def test_host_memory_of_locating_is_said_and_compared_with_what_there_is(capsys, monkeypatch):
+    config, shapes = shape_of("llama-2-7b")
+    chosen, needs = memory.plan(settings("24gb", "--method", "allo"), config, shapes)
+    most = max(sum(shapes[n].numel() for n in names) for names in memory.tensor_groups(shapes, chosen.locate_groups))
+    assert memory.host_bytes("locate", chosen, shapes) == 8 * most  # two sums in fp32
+    assert memory.host_bytes("locate", replace(chosen, offload="gradient"), shapes) == 12 * most
+    assert memory.host_bytes("locate", replace(chosen, locate="gradient"), shapes) == memory.host_bytes("score", chosen, shapes) == 0
+    for there, warned in ((64 << 30, False), (4 << 30, True), (0, False)):  # 0: the system does not say
+        monkeypatch.setattr(memory, "host_memory", lambda: there)
+        memory.show(chosen, needs, shapes)
+        said = capsys.readouterr().out
+        assert f"host memory: locate keeps {8 * most / 1e9:.1f} GB" in said and ("WARNING" in said) == warned
 
 
 def test_what_was_asked_for_stays():

@@ -58,6 +58,16 @@ def importance_of(run, examples):
 
 # ---- locate ------------------------------------------------------------------------------------------------
 
+def test_sums_of_snr_take_at_most_half_of_the_hosts_memory(world, tmp_path, monkeypatch):
+    run, _ = start(world, tmp_path)
+    for bytes_there, passes in ((0, 1), (16 * run.parameters, 1), (4 * run.parameters, 4)):  # 0: unknown
+        monkeypatch.setattr(run_module, "host_memory", lambda: bytes_there)
+        assert run.locate_groups() == 1
+        run.cfg.locate = "snr"
+        assert run.locate_groups() == passes
+        run.cfg.locate = "gradient"
+
+
 @pytest.mark.parametrize("groups", [1, 3, 1000])
 def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
     """In one pass, in three, and a tensor at a time."""
