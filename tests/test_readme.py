@@ -1,4 +1,5 @@
-"""The README is checked line by line: its commands, printed blocks, examples and the list of files."""
+"""The README is checked line by line: its commands, printed blocks, examples, results and the list of files; so are the
+commands, flags and paths of the page about the benchmarks."""
 
 import ast
 import io
@@ -26,8 +27,10 @@ from helpers import FIXTURES, tiny_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
-COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+BLOCKS = BLOCK.findall(README)
+COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh" for line in text.splitlines()]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README[README.index("\n## Change it"):], re.M | re.S)
 PYTHON = re.compile(r"\.venv/bin/python +")
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
@@ -70,7 +73,7 @@ def test_every_command_is_one_that_the_program_takes(command):
 def test_every_flag_in_the_text_exists():
     scripts = [p.read_text() for p in [ROOT / "eval.py", *ROOT.glob("tests/benchmarks/*.py")]]
     known = {*make_parser()._option_string_actions, *evaluation.make_parser()._option_string_actions}
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```$", "", BOTH, flags=re.M | re.S)
     for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(re.findall(r"`[^`]+`", text)))} - {"--index-url"}:
         assert flag in known or any(f'"{flag}"' in script for script in scripts), flag
 
@@ -183,8 +186,30 @@ def test_the_parts_are_as_long_as_the_reading_order_says():
 
 
 def test_no_link_leads_to_a_file_that_is_not_there():
-    for path in re.findall(r"`((?:tests|allo_mini)/[\w/.]+)`", README):
+    for path in re.findall(r"[`(]((?:tests|allo_mini)/[\w/.]+)[`)]", BOTH):
         assert (ROOT / path).exists(), path
+
+
+def cells_of(text: str) -> dict[str, list[str]]:
+    """First cell of a table's line, without emphasis -> the others."""
+    lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {name: rest for name, *rest in lines}
+
+
+def test_the_results_are_what_the_finished_cells_say():
+    """Means and spreads of the README's table, in the tables that reproduce.py makes of its rows."""
+    section = README[README.index("## Results"):README.index("### Speed and memory")]
+    for column, name in enumerate(("demo", "ecqa")):
+        made = cells_of((ROOT / f"tests/benchmarks/results/{name}.md").read_text().split("Training loss")[0])
+        made |= {"the model that all begin with": made["start"]}
+        found = 0
+        for cell, values in cells_of(section).items():
+            row = made.get(cell.split(", on ")[0])
+            if row and values[column] != "not run":
+                mean, _, spread = values[column].removesuffix(" (1 seed)").partition(" +- ")
+                assert row[1] == f"{mean} +- {spread or '0.0'}" and (spread or row[-1] == "1"), (name, cell)
+                found += 1
+        assert found >= len({*made} & {*cells_of(section)}) > 8
 
 
 # ---- examples for forks ------------------------------------------------------------------------------------
