@@ -27,8 +27,8 @@ from allo_mini.log import exit_code, say, table
 from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
-SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype", "device",
-          "int8")  # flags that train.py has too
+SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype",
+          "device", "int8")  # flags that train.py has too
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
@@ -230,8 +230,9 @@ def run(args) -> None:
     for job, encoder in zip(jobs, encoders):
         say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}")
         need_usable(encoder, both_sides(job.rows), str(job.file))
-    weights = [state_of(path) for path in [*sorted(set(shard_files(folder).values())), Path(args.patch)] if path.is_file()]
-    asked = {"model": weights, **{k: getattr(settings, k) for k in SHARED}, "device": device, "dtype": str(dtype)}
+    read = [*sorted(set(shard_files(folder).values())), *([Path(args.patch)] if args.patch else [])]
+    asked = {"model": [state_of(path) for path in read], **{k: getattr(settings, k) for k in SHARED},
+             "device": device, "dtype": str(dtype)}
     claim(jobs[0].target.parent, {job.target.name: {**asked, "limit": args.limit, "task": job.task,
                                                     "test file": state_of(job.file)} for job in jobs})
     lines = []

@@ -45,12 +45,12 @@ class ModelConfig:
 
         Raises UserError when it is longer than that.
         """
-        limits = {key: getattr(self, key) for key in ("max_position_embeddings", "sliding_window") if getattr(self, key)}
+        limits = {"max_position_embeddings": self.max_position_embeddings, "sliding_window": self.sliding_window}
         for key, most in limits.items():  # attention is never cut to a window
-            if tokens > most:
+            if most and tokens > most:
                 raise UserError(f"{where}: {key} is {most}, but sequences of {tokens} tokens are asked for; lower "
                                 f"--max-length to {most} or less")
-        return tokens or min(1200, *limits.values())
+        return tokens or min(1200, *filter(None, limits.values()))
 
 
 def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:

@@ -50,7 +50,7 @@ class TreeAttention:
             q, k, v = q.float(), k.float(), v.float()
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
         for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
-            (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P | C], R, ...
+            (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P|C], R...
             out.append(sdpa(q, k, v, is_causal=True))
             k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
             for q, *own in zip(queries, keys, values):
@@ -73,7 +73,7 @@ class TreeAttention:
         return self.masks[length, prompt]
 
     def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
-        """The same: queries are the stream as it stands, cut into [P C], [R], ...; every [R] gets its keys [P R] copied."""
+        """The same: queries are the stream as it stands, cut into [P C], [R], ...; each [R] gets keys [P R], copied."""
         if self.packed is None:
             sizes, keys, at = [], [], 0  # of each part: how many queries, where in the stream its keys stand
             for prompt, (first, *others) in self.trees:
@@ -94,8 +94,8 @@ class TreeAttention:
 
 @lru_cache
 def varlen_kernel(device):
-    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None on GPUs
-    older than Ampere. Its arguments changed between torch 2.10 and 2.12.
+    """torch's f(q, k, v, query starts, key starts, longest query, longest key), causal from the lower right; None on
+    GPUs older than Ampere. Its arguments changed between torch 2.10 and 2.12.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return None

@@ -59,6 +59,6 @@ def sequence_npo_objective(cfg: Config) -> Objective:
                      shown=("loss", "rewards/rejected", "grad_norm", "tokens/s"))
 
 
-OBJECTIVES = {"sft": lambda cfg: sft_objective(), "rft": lambda cfg: sft_objective(),  # on solutions, on correct samples
+OBJECTIVES = {"sft": lambda cfg: sft_objective(), "rft": lambda cfg: sft_objective(),  # on solutions, on right samples
               "dpo": lambda cfg: dpo_objective(cfg.beta), "rdpo": rdpo_objective, "ipo": ipo_objective,
               "bco": bco_objective, "simpo": simpo_objective, "npo": sequence_npo_objective}

@@ -7,7 +7,7 @@ Patches: what training changed of a checkpoint, as positions and values: a few p
     python -m allo_mini.checkpoint apply BASE PATCH OUT        the whole model again, as a Hugging Face folder
     python eval.py --model BASE --patch FILE ...               or without writing it
 
-For each changed tensor, NAME.offsets and NAME.counts (selection.Selection) and NAME.values, in the trained model's dtype.
+For each changed tensor, NAME.offsets, NAME.counts (selection.Selection) and NAME.values, in the trained model's dtype.
 """
 
 import hashlib
@@ -112,8 +112,8 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
             for name in (n for n in wanted if files[n] == path):
                 tensor = f.get_tensor(name)
                 if tensor.shape != wanted[name] or not tensor.is_floating_point():
-                    raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for floating "
-                                    f"point {list(wanted[name])}")
+                    raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for "
+                                    f"floating point {list(wanted[name])}")
                 if int8 and tensor.dim() == 2 and "embed_tokens" not in name:  # an embedding is read a row at a time
                     state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device)
                 else:
@@ -152,7 +152,8 @@ def save_model(model: CausalLM, folder: str | Path) -> None:
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; nothing was overwritten")
     dtype, source = model.model.embed_tokens.weight.dtype, model.folder
-    raw = {k: v for k, v in model.config.raw.items() if k not in NOT_KEPT} | {"dtype": str(dtype).removeprefix("torch.")}
+    raw = {k: v for k, v in model.config.raw.items() if k not in NOT_KEPT}
+    raw["dtype"] = str(dtype).removeprefix("torch.")
     files = shard_files(source) if source else {}
     sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in model.named_parameters()}
     shards = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
@@ -177,7 +178,7 @@ def eos_ids(model: CausalLM, tokenizer: Tokenizer) -> tuple[int, ...]:
     ids = [i for one in named for i in (one if isinstance(one, list) else [one]) if i is not None]
     for i in ids:
         if type(i) is not int:
-            raise UserError(f"{path.with_name('config.json')}, {path.name}: eos_token_id holds {i!r}, expected token ids")
+            raise UserError(f"{path.with_name('config.json')}, {path.name}: eos_token_id holds {i!r}, not token ids")
     return tuple(sorted(set(ids)))
 
 
@@ -189,7 +190,7 @@ def bytes_of(values: torch.Tensor) -> bytes:
 
 
 def save_patch(base: Path, tuned: Path, path: Path) -> None:
-    """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there now."""
+    """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there."""
     before, after, tensors, digest = shard_files(base), shard_files(tuned), {}, hashlib.sha256()
     for name in sorted(after):
         old, new = read_tensor(before[name], name), read_tensor(after[name], name)

@@ -17,7 +17,8 @@ from allo_mini.disk import read_json
 HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how a path into the home folder begins in JSON; we write `"~/`
 STAGES = ("sft", "warmup", "reward", "forget", "improve", "dpo")  # the stages that train
 METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
-SETTINGS = {"more-sft": "sft", "rft": "sft", **dict.fromkeys(("rdpo", "ipo", "bco", "simpo", "npo"), "dpo")}  # whose flags
+# stage -> whose flags it has
+SETTINGS = {"more-sft": "sft", "rft": "sft", **dict.fromkeys(("rdpo", "ipo", "bco", "simpo", "npo"), "dpo")}
 GROUPS = ("input", "own files", "stages", "sft", "sample", "warmup", "locate", "reward", "forget", "improve", "dpo",
           "training", "memory", "watching")  # --help shows the flags so, in the order of the stages
 KINDS = {bool: ("true or false", lambda v: type(v) is bool),  # type -> its name, whether a value is of it
@@ -38,7 +39,8 @@ def knob(default, group: str, unit: str | tuple, help: str, source: str = "ours"
     if type(default) in (int, float) and isinstance(unit, str):
         limits = limits or {"at_least": 0}
     about = {"group": group, "unit": unit, "help": help, "source": source, "limits": limits}
-    return field(metadata=about, **{"default_factory": default.copy} if isinstance(default, list) else {"default": default})
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(metadata=about, **value)
 
 
 @dataclass
@@ -94,10 +96,11 @@ class Config:
     sft: bool = knob(False, "stages", "", "supervised fine-tuning first (makes the paper's 'SFT LLM')", "paper")
     only_sft: bool = knob(False, "stages", "", "stop after supervised fine-tuning")
     method: list[str] = knob(["dpo", "allo"], "stages", METHODS, "trained from the same model on the same samples, "
-                             "and compared; all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)", "paper")
+                             "and compared; all but allo with all weights, --dpo-... flags (sft, rft: --sft-...)",
+                             "paper")
     mask_source: str = knob("auto", "locate", ("auto", "top", "bottom", "random", "none"), "which --p percent of the "
-                           "weights every --method trains: of highest or lowest importance, random ones, or all (auto: top "
-                           "in allo, else none)", "paper")
+                           "weights every --method trains: of highest or lowest importance, random ones, or all (auto: "
+                           "top in allo, else none)", "paper")
     forget: bool = knob(True, "stages", "", "allo's first phase (off: improving alone)", "paper")
     dry_run: bool = knob(False, "stages", "", "print what would run, its memory, disk and time; write nothing")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
@@ -126,7 +129,8 @@ class Config:
     reward_base: str = knob("", "reward", "FOLDER", "what the rewriting model is trained from (none: the policy)")
     epsilon: float = knob(0.1, "improve", "SHARE", "of rejected tokens that counts", "official", above=0, at_most=1)
 
-    beta: float = knob(0.1, "training", "NUMBER", "strength of the reference in all losses but SimPO's", "paper", above=0)
+    beta: float = knob(0.1, "training", "NUMBER", "strength of the reference in all losses but SimPO's", "paper",
+                       above=0)
     rdpo_alpha: float = knob(0.01, "dpo", "NUMBER", "reward that a token of length costs in rdpo")
     simpo_beta: float = knob(2.0, "dpo", "NUMBER", "scale of simpo's mean log-probs (its paper: 2 to 2.5)", above=0)
     simpo_gamma: float = knob(1.0, "dpo", "NUMBER", "margin that simpo asks for (its paper: 0.3 to 1.6)")

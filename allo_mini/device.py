@@ -16,8 +16,8 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """--device and --dtype -> what is really there, the best for "auto". Raises UserError when it is not.
 
     Products of fp32 matrices stay exact on every device (no TF32, which rounds factors to 11 bits): the fast way is
-    --dtype bf16. For every new size of a bf16 product on a CPU oneDNN keeps a megabyte, a thousand times, and hardly two
-    steps have the same sizes: the last 64 are enough.
+    --dtype bf16. For every new size of a bf16 product on a CPU oneDNN keeps a megabyte, a thousand times, and hardly
+    two steps have the same sizes: the last 64 are enough.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN makes a plan for every new length, half a second each

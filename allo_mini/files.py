@@ -39,7 +39,8 @@ def read_weights(path: str | Path) -> list[Negative]:
     for where, row in read_jsonl(path):
         scores = row.get("reward")
         if not isinstance(scores, list) or not all(type(s) in (int, float) and 0 <= s <= 1.001 for s in scores):
-            raise UserError(f"{where}: 'reward' must be a list of probabilities, one for each token of 'output' and EOS")
+            raise UserError(f"{where}: 'reward' must be a list of probabilities, one for each token of 'output' and "
+                            "EOS")
         prompt, output = (messages_of(row, key, where) for key in ("input", "output"))
         negatives.append(Negative(prompt, output, "", None, [float(s) for s in scores]))
     return negatives

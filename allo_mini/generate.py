@@ -39,7 +39,7 @@ class Cache:
             store[target] = store[source]
 
     def prepare(self, lengths: list[int]) -> None:
-        """Be ready to attend, for one decoding step, to samples that hold `lengths` tokens, and make room for one more."""
+        """Be ready to attend, for one decoding step, to samples of `lengths` tokens, and make room for one more."""
         device, room = self.stores[0].device, self.stores[0].shape[2]
         self.lengths, self.used = torch.tensor(lengths, device=device), max(lengths) + 1
         if self.used > room:
@@ -62,8 +62,8 @@ class Cache:
 
 
 class Prefill(TreeAttention):
-    """Attention over a flat stream of prompts whose keys and values go into the cache: copies[j] times the j-th prompt's,
-    into neighbouring slots from `slot` on."""
+    """Attention over a flat stream of prompts whose keys and values go into the cache: copies[j] times the j-th
+    prompt's, into neighbouring slots from `slot` on."""
 
     def __init__(self, cache: Cache, lengths: list[int], copies: list[int], slot: int):
         super().__init__([(n, (0,)) for n in lengths])
@@ -150,7 +150,7 @@ def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
 
 @contextmanager
 def freely():
-    """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it always gives the same."""
+    """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it gives the same."""
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("default")  # use_deterministic_algorithms would import torch's compiler
     try:
@@ -169,8 +169,8 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
 
     prompts: token id lists of any lengths; rows: the numbers that seed each prompt (default 0, 1, ...);
     slots: samples running at once; stopped(tokens) ends a sample on a stop string; on_done(prompt, tokens) is called
-    as each sample ends, with its prompt's number. A response stops at any of eos_ids, at max_new_tokens, or where prompt
-    and response together have max_length tokens. Raises ValueError for an empty prompt.
+    as each sample ends, with its prompt's number. A response stops at any of eos_ids, at max_new_tokens, or where
+    prompt and response together have max_length tokens. Raises ValueError for an empty prompt.
     """
     if not all(prompts):
         raise ValueError("every prompt needs at least one token")

@@ -19,14 +19,14 @@ from allo_mini.quant import dequantize_rows, quantize_rows
 
 @dataclass
 class Int8:
-    """What stands beside the codes of an int8 weight: block scales, and the selected entries with their exact values."""
+    """What stands beside the codes of an int8 weight: block scales, and the exact values of the selected entries."""
     scale: Tensor  # fp32 [O, I / block]
     selection: Selection
     values: Tensor  # [selected entries]
 
 
 def to_int8(weight: Tensor, mask: Tensor | None, device) -> tuple[Tensor, Int8]:
-    """weight [O,I] -> (codes int8 [O,I], what belongs to them), on `device`; entries in `mask` (bool [O,I]) stay exact."""
+    """weight [O,I] -> (codes int8 [O,I], what is beside them) on `device`; those in `mask` (bool [O,I]) stay exact."""
     mask = torch.zeros(weight.shape, dtype=torch.bool) if mask is None else mask
     int8 = Int8(None, Selection(weight.shape, mask, device), weight[mask].to(device))
     parts = [quantize_rows(weight[rows].to(device), mask[rows].to(device)) for rows, _, _ in int8.selection.chunks()]
@@ -53,7 +53,7 @@ def slow_bf16(x: Tensor) -> bool:
 
 
 class MaskedLinear(torch.autograd.Function):
-    """y = x W^T. x [N,I], W [O,I] -> [N,O]. `handle` stands in for an int8 W, which cannot itself require a gradient."""
+    """y = x W^T. x [N,I], W [O,I] -> [N,O]. `handle` stands in for an int8 W, which itself cannot need a gradient."""
 
     @staticmethod
     def forward(ctx, x, weight, handle):
@@ -89,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class MaskedEmbedding(torch.autograd.Function):
-    """Rows of W [V,H] for ids [N] -> [N,H]. Of the gradient only the selected entries of the ids' own rows are looked at."""
+    """Rows of W [V,H] for ids [N] -> [N,H]. Of its gradient only selected entries of the ids' own rows are read."""
 
     @staticmethod
     def forward(ctx, ids, weight):

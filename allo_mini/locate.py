@@ -34,11 +34,12 @@ COMPARE_BELOW = 10**9  # weights; above, the gradients of two halves are not kep
 
 def gradient_importance(run: Run, theta: Path, examples: list[Example], objective: Objective,
                         compare: bool = False, snr: bool = False) -> list[dict[str, Tensor]]:
-    """sum_t g_ti, or with `snr` that over sqrt(sum_t g_ti^2); for L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)).
+    """sum_t g_ti, or with `snr` that over sqrt(sum_t g_ti^2).
 
-    No reference pass is needed: the policy is its own. A group of tensors at a time is accumulated, in as many passes
-    over the examples as that takes. Returns [{name: fp32 tensor of the weight's shape}] and, with `compare` (of sums alone),
-    the same of each half of the examples, whose masks' overlap says how noisy the location is.
+    For L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)): no reference pass is needed, the policy is its own. A
+    group of tensors at a time is accumulated, in as many passes over the examples as that takes. Returns [{name: fp32
+    tensor of the weight's shape}] and, with `compare` (of sums alone), the same of each half of the examples, whose
+    masks' overlap says how noisy the location is.
     """
     if compare:
         first, second = (gradient_importance(run, theta, examples[i::2], objective)[0] for i in (0, 1))
@@ -57,7 +58,8 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
     return [{name: part.view(shape) for (name, shape), part in zip(run.shapes.items(), parts)}]
 
 
-def added_up(run: Run, model, examples: list[Example], objective: Objective, grad: Tensor, snr: bool, label: str) -> Tensor:
+def added_up(run: Run, model, examples: list[Example], objective: Objective, grad: Tensor, snr: bool,
+             label: str) -> Tensor:
     """The examples' gradient, or its signal-to-noise ratio, [n]; `grad` [n] is where the model's gradients gather."""
     total, squares = torch.zeros(2, len(grad)) if snr else (grad, None)
     for at in progress(range(0, len(examples), TOGETHER), label=label, unit="step"):

@@ -1,4 +1,4 @@
-"""What a run says: one aligned line a step, metrics.jsonl beside it, progress bars on terminals only, errors in a line."""
+"""What a run says: an aligned line a step, metrics.jsonl beside it, progress bars on terminals, errors in a line."""
 
 import os
 import re
@@ -16,8 +16,8 @@ from allo_mini.disk import append_rows, keep_whole, rows_text, write_text
 
 def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
     """A tqdm bar that is silent when the output is not a terminal."""
-    return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0 or not sys.stderr.isatty(), leave=False,
-                dynamic_ncols=True)
+    silent = parallel.RANK > 0 or not sys.stderr.isatty()
+    return tqdm(items, total=total, desc=label, unit=unit, disable=silent, leave=False, dynamic_ncols=True)
 
 
 def say(text: str) -> None:
@@ -28,8 +28,8 @@ def say(text: str) -> None:
 
 
 def exit_code(work: Callable[[], object], stopped: str = "stopped") -> int:
-    """work() as a command: 0, or 2 after a mistake of the user's, told in one line; 130 after Ctrl-C, with what `stopped`
-    says; 141, as a shell has it, when whoever reads our output (`| head`) has seen enough."""
+    """work() as a command: 0, or 2 after a mistake of the user's, told in one line; 130 after Ctrl-C, with what
+    `stopped` says; 141, as a shell has it, when whoever reads our output (`| head`) has seen enough."""
     try:
         work()
         sys.stdout.flush()

@@ -83,7 +83,7 @@ def head_logps(hidden: Tensor, weight: Tensor, targets: Tensor, limit: int = 1 <
     """log softmax(weight @ hidden)[target], fp32.  hidden [S,H], weight [V,H], targets [S] -> [S].
 
     The matrix product runs in the model's dtype, the softmax in fp32. Chunks of at most `limit` bytes of fp32 logits
-    keep [S,V] from ever existing; with more than one chunk, backward recomputes each chunk's logits instead of keeping them.
+    keep [S,V] from ever existing; with more than one, backward recomputes each chunk's logits instead of keeping them.
     """
     def one(hidden, targets):
         return TargetLogps.apply(linear(hidden, weight), targets)

@@ -189,7 +189,8 @@ def npo_objective(beta: float) -> Objective:
     def step0(examples):
         return LN2 * sum(sum(e.weights) for e in examples) / sum(map(counted, examples))
 
-    return Objective(loss, counted, step0, ("loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"))
+    return Objective(loss, counted, step0,
+                     ("loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"))
 
 
 def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
@@ -213,8 +214,8 @@ def pair_objective(values: Callable[..., Tensor], beta: float, step0, epsilon: f
         up, down = rewards[0::2], rewards[1::2]  # [B]
         return values(sums[0::2], sums[1::2], ref_sums[0::2], ref_sums[1::2], n[0::2], n[1::2]).sum(), {
             "rewards/chosen": up, "rewards/rejected": down, "rewards/margins": up - down,
-            "rewards/accuracies": (up > down), "logps/chosen": logps[0::2].sum(-1), "logps/rejected": logps[1::2].sum(-1),
-            "useful/fraction": keep.sum(-1) / n[1::2]}
+            "rewards/accuracies": (up > down), "logps/chosen": logps[0::2].sum(-1),
+            "logps/rejected": logps[1::2].sum(-1), "useful/fraction": keep.sum(-1) / n[1::2]}
     return Objective(loss, units=lambda e: 1, step0=step0,
                      shown=("loss", "rewards/margins", "rewards/accuracies",
                             *(["useful/fraction"] if epsilon < 1 else []), "grad_norm", "tokens/s"))

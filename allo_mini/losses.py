@@ -24,7 +24,9 @@ def sft_loss(token_logps: Tensor) -> Tensor:
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
-    """DPO (Rafailov et al. 2023, eq. 7):  -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
+    """DPO (Rafailov et al. 2023, eq. 7):
+
+        -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
 
     All arguments [B]: sequence scores, log-probs summed over tokens (or averaged: the caller's choice).
     Returns [B]. Its value while theta = ref is ln 2.
@@ -69,7 +71,7 @@ def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
 
-    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens, all [B] -> [B].
+    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens; all [B] -> [B]
     """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))

@@ -103,7 +103,7 @@ def kind_of(name: str) -> str:
 
 
 class PackedMask(Mapping):
-    """A mask of 1 bit a weight that unpacks a tensor when it is asked for; bits: name -> uint8, shapes: name -> shape."""
+    """A mask of 1 bit a weight that unpacks a tensor when asked for it; bits: name -> uint8, shapes: name -> shape."""
 
     def __init__(self, bits: dict[str, Tensor], shapes: dict[str, list[int]]):
         self.bits, self.shapes = bits, shapes

@@ -30,7 +30,8 @@ def percent_of(cfg: Config, stage: str) -> float:
     """How many percent of the weights a stage trains."""
     if stage in ("sft", "reward"):
         return 100 if stage == "reward" and cfg.reward_base else cfg.p_sft or 100
-    if cfg.mask_source == "none" or stage == "warmup" or (cfg.mask_source == "auto" and stage not in ("forget", "improve")):
+    masked = stage in ("forget", "improve") or cfg.mask_source != "auto"
+    if cfg.mask_source == "none" or stage == "warmup" or not masked:
         return 100
     return (cfg.p_forget if stage == "forget" else cfg.p_improve) or cfg.p
 
@@ -73,7 +74,7 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         state, gradient = trained_bytes(cfg)
         terms |= {"optimizer": n * state, "gradient": n * gradient}
     if stage in LOCATING and cfg.offload != "gradient":
-        terms["gradient"] = max(4 * sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
+        terms["gradient"] = 4 * largest_group(shapes, groups)
     if stage in TRAINING or stage in LOCATING:
         blocks = min(cfg.checkpoint_blocks, c.num_hidden_layers) if cfg.checkpoint_blocks >= 0 else c.num_hidden_layers
         terms["activations"] = tokens * (size * c.hidden_size * (blocks + 3)
@@ -98,6 +99,11 @@ def tensor_groups(shapes: dict, groups: int) -> list[list[str]]:
             out.append([])
         out[-1].append(name)
     return out
+
+
+def largest_group(shapes: dict, groups: int) -> int:
+    """How many weights are located at a time, at most."""
+    return max(sum(shapes[name].numel() for name in names) for names in tensor_groups(shapes, groups))
 
 
 def stages_of(cfg: Config) -> list[str]:
@@ -202,9 +208,8 @@ def host_bytes(stage: str, cfg: Config, shapes: dict) -> int:
         n = int(sum(s.numel() for s in shapes.values()) * percent_of(cfg, stage) / 100)
         return int(n * (4 + sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))))
     if stage in LOCATING:
-        groups = tensor_groups(shapes, cfg.locate_groups or 1)
         each = 8 * (cfg.locate == "snr" and stage == "locate") + 4 * (cfg.offload == "gradient")
-        return each * max(sum(shapes[name].numel() for name in names) for names in groups)
+        return each * largest_group(shapes, cfg.locate_groups or 1)
     return 0
 
 
@@ -215,10 +220,12 @@ def advice(cfg: Config) -> str:
     return f"out of memory: {card}lower --micro-tokens, --sample-batch, --p or --max-length"
 
 
-def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict, rewriter: tuple[ModelConfig, dict] | None = None) -> None:
-    """Print the chosen settings, the estimate, term by term, what the host has to hold, how often locating reads its pairs."""
-    say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in (
-        "int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch", "head_mb")))
+def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
+         rewriter: tuple[ModelConfig, dict] | None = None) -> None:
+    """Print the chosen settings, the estimate, term by term, what the host has to hold, how often locating reads."""
+    chosen = ("int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch",
+              "head_mb")
+    say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in chosen))
     show_needs(needs)
     host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes) for stage in needs}
     worst, there = max(host, key=host.get), host_memory()
@@ -232,6 +239,6 @@ def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict, rewriter: 
 def show_needs(needs: dict[str, dict[str, int]]) -> None:
     """Print {stage: {term: bytes}} as a table in GB."""
     names = list(dict.fromkeys(term for terms in needs.values() for term in terms))
+    rows = ([*(terms.get(name) for name in names), sum(terms.values())] for terms in needs.values())
     say(table(["estimate in GB", *names, "sum"],
-              [[stage, *(f"{terms[t] / 1e9:.2f}" if t in terms else "-" for t in names), f"{sum(terms.values()) / 1e9:.2f}"]
-               for stage, terms in needs.items()]))
+              [[stage, *(f"{value / 1e9:.2f}" if value else "-" for value in row)] for stage, row in zip(needs, rows)]))

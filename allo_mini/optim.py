@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw as fused_adamw
 from allo_mini.selection import Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
 
-SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights updated in one go, whole blocks: a CPU's cache, a GPU's few launches
+SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights updated in one go, whole blocks: a CPU's cache, few GPU launches
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Slot:
 
     @cached_property
     def by_row(self) -> tuple[Tensor, Tensor, int]:
-        """Of a masked embedding [V,H]: where each row's selected entries begin, [V+1], their columns, the most in a row."""
+        """Of a masked embedding [V,H]: where each row's entries begin, [V+1], their columns, the most in a row."""
         width, columns, counts = self.selection.width, [], []
         for rows, _, index in self.selection.chunks():
             columns.append((index % width).to(torch.int16 if width < 1 << 15 else torch.int32))
@@ -161,7 +161,7 @@ class MaskedAdamW(FlatGradient):
             raise ValueError(f"state_bits must be 8 or 32, got {state_bits}")
         super().__init__(named_parameters, mask, host=offload == "gradient")
         if mask is None and any(hasattr(slot.p, "int8") for slot in self.slots):
-            raise ValueError("int8 weights can only be trained through a mask: load the model without int8 to train all")
+            raise ValueError("int8 weights are trained through a mask only: load the model without int8 to train all")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, torch.tensor(0)
         self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
         self.master = flat_zeros(size, device, offload != "none")

@@ -44,7 +44,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
 
 
 def summary(items: list[dict]) -> dict[str, float]:
-    """Accuracy with its 95 % interval; for pairs the mean log-prob margin, for QA tasks the official grader's accuracy."""
+    """Accuracy with its 95 % interval; of pairs the mean log-prob margin, of QA tasks the official grader's too."""
     correct, n = sum(item["correct"] for item in items), len(items)
     low, high = wilson(correct, n)
     more = {key: fmean(item[key] for item in items) for key in ("margin", "official") if items and key in items[0]}
@@ -150,7 +150,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
         path = run.folder / f"eval-{name}.jsonl"
         if not path.exists():
             label = f"test {name}"
-            run.measured(label, lambda target: write_jsonl(target, run.evaluate(run.load(folder), run.test, label)), path)
+            run.measured(label, lambda to: write_jsonl(to, run.evaluate(run.load(folder), run.test, label)), path)
         try:
             results[name] = summary([row for _, row in read_jsonl(path)])
         except (LookupError, TypeError, ValueError, ArithmeticError) as e:
@@ -219,7 +219,8 @@ def chart(title: str, lines: dict[str, list[tuple[int, float]]], bounds: tuple[f
         raw = [part.mean(0) for part in np.array_split(points, min(len(points), CHART["points"]))]
         reach = len(raw) // 20
         smooth = [(x, np.mean(raw[max(0, i - reach):i + reach + 1], 0)[1]) for i, (x, _) in enumerate(raw)]
-        polylines.append({"name": name, "raw": drawn(raw), "smooth": drawn(smooth), "ends": (smooth[0][1], smooth[-1][1])})
+        ends = smooth[0][1], smooth[-1][1]
+        polylines.append({"name": name, "raw": drawn(raw), "smooth": drawn(smooth), "ends": ends})
     ticks = [low + part * (high - low) for part in (0, 0.5, 1)]
     digits = next((n for n in range(2, 7) if len({f"{t:.{n}g}" for t in ticks}) == len({*ticks})), 7)
     return {"title": title, "ticks": [f"{t:.{digits}g}" for t in ticks], "steps": last, "lines": polylines}
@@ -273,8 +274,8 @@ def write_report(folder: Path) -> Path:
     masks = [p for p in (folder / "mask-forget.safetensors", folder / "mask.safetensors", own_mask) if p.is_file()]
     environment = ImmutableSandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
-        name=folder.resolve().name, config=config, machine=written.get("machine", {}), results=results.get("results", {}),
-        compared=compare(evals), differing=differing(evals), size=CHART, curves=curves(steps), notes=notes,
+        name=folder.resolve().name, config=config, machine=written.get("machine", {}), notes=notes, size=CHART,
+        results=results.get("results", {}), compared=compare(evals), differing=differing(evals), curves=curves(steps),
         costs=costs(notes, steps, results.get("seconds", {})), masks=[read_density(path) for path in masks],
         tokens_seen=rows("token_examples.jsonl"))
     write_text(folder / "report.html", page)

@@ -66,7 +66,7 @@ class StageProgress:
         return self.optimizer.state_dict() | best
 
     def steps(self):
-        """The numbers of the steps still to do. Ctrl-C meanwhile waits for the end of a step, where `save` acts on it."""
+        """The numbers of the steps still to do. Ctrl-C waits for the end of a step, where `save` acts on it."""
         def stop(*_):
             self.stopping = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -107,8 +107,8 @@ class StageProgress:
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
             f"{100 * moved:.1f} % of the trained weights changed, rounded to how they are stored")
         if not math.isfinite(change):
-            raise UserError(f"{self.stage}: the weights are no longer finite; lower {rate_flag(self.stage)}; nothing was "
-                            "saved")
+            raise UserError(f"{self.stage}: the weights are no longer finite; lower {rate_flag(self.stage)}; nothing "
+                            "was saved")
         if moved == 0:
             say(f"{self.stage}: WARNING: the weights did not move; raise {rate_flag(self.stage)}")
         self.optimizer.close()

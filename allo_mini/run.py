@@ -68,7 +68,7 @@ class Run:
         return model
 
     def spend_memory(self, model: CausalLM, trained: int) -> None:
-        """Unless --checkpoint-blocks says it: as few blocks recompute as memory allows, with `trained` weights to train."""
+        """Unless --checkpoint-blocks says it, as few blocks recompute as memory allows beside `trained` weights."""
         if self.cfg.checkpoint_blocks < 0:
             model.checkpoint_blocks = memory.blocks_to_checkpoint(self.cfg, model.config, trained, self.device,
                                                                   self.dtype.itemsize)
@@ -124,18 +124,21 @@ class Run:
         """In how many passes the fp32 gradient of all weights is made, and, for snr, its sums in host memory."""
         if self.cfg.locate_groups:
             return self.cfg.locate_groups
-        room = free_memory(self.device) // 8 if self.device.startswith("cuda") else self.parameters  # weights in half of it
-        if self.cfg.locate == "snr":
-            room = min(room, host_memory() // 16 or room)
+        room = self.parameters  # how many of them at a time, each memory being filled half
+        if self.device.startswith("cuda"):
+            room = free_memory(self.device) // 8
+        if self.cfg.locate == "snr" and host_memory():
+            room = min(room, host_memory() // 16)
         return -(-self.parameters // room)
 
     def state_file(self, name: str) -> Path:
         return self.folder / f".{name}.state.safetensors"
 
-    def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list, step0=None) -> None:
-        """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number;
-        in stages with a reference, hold the first loss against `step0(group)`, what the mathematics says, and warn once
-        when the chosen responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
+    def check_numbers(self, name: str, step: int, values: dict[str, float], examples: list, group: list,
+                      step0=None) -> None:
+        """Before a step on `group`, some of `examples`, moves the weights: stop when loss or gradient is no number. In
+        stages with a reference, hold the first loss against `step0(group)`, what the mathematics says, and warn once
+        when chosen responses lose probability while the margin rises (likelihood displacement, arXiv 2410.08847)."""
         for key in ("loss", "grad_norm"):
             if not math.isfinite(values[key]):
                 rows = [str(i) for i, e in enumerate(examples) if any(e.prompt is some.prompt for some in group)]
@@ -145,12 +148,14 @@ class Run:
             expected = step0(group)
             close = abs(values["loss"] - expected) <= 1e-4 * max(1.0, abs(expected))
             say(f"{name}: first loss {values['loss']:.6f}, expected {expected:.6f} where theta = theta_ref"
-                + ("" if close else "   <-- WARNING: reference and policy do not agree, or the objective's step0 is wrong"))
+                + ("" if close else "   <-- WARNING: reference and policy do not agree, or the objective's step0 is "
+                                    "wrong"))
         fallen = -values.get("rewards/chosen", 0.0) / self.cfg.beta  # nats
         if step0 and fallen > 1 and values.get("rewards/margins", 0.0) > 0 and name not in (*self.warned, "warmup"):
             self.warned.add(name)
-            say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of log-probability "
-                f"on average while the margin is up at {values['rewards/margins']:.3g}; consider a lower {rate_flag(name)}")
+            say(f"{name}: WARNING: at step {step + 1} the chosen responses have lost {fallen:.2f} nats of "
+                f"log-probability on average while the margin is up at {values['rewards/margins']:.3g}; consider a "
+                f"lower {rate_flag(name)}")
 
     def validator(self):
         """model -> validation accuracy, or None when --eval-every is off."""

@@ -83,7 +83,7 @@ class Selection:
             index = None
             if not self.all:
                 counts = self.counts[first * self.width // 256:-(-last * self.width // 256)].int()
-                blocks = torch.repeat_interleave(counts, output_size=end - begin)  # knows the size: no wait for the device
+                blocks = torch.repeat_interleave(counts, output_size=end - begin)  # the size is known: no wait for it
                 index = torch.add(self.offsets[begin:end], blocks, alpha=256)
             yield slice(first, last), slice(begin, end), index
 

@@ -3,7 +3,8 @@
     python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10] [--json FILE]
 
 On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
-(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks. On a CPU, where no
+(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks, and "host" is what the
+planner expects in host memory, in front of all that the process had there, Python and torch included. On a CPU, where no
 7B model trains in minutes, a small shape runs with a micro-model's card, and "allocated" is the sum of live tensors
 that a meter counted (meter.py): it checks the planner's formulas, and is no measurement of a card.
 """
@@ -23,7 +24,7 @@ from allo_mini import UserError, memory
 from allo_mini.config import parse
 from allo_mini.data import Example
 from allo_mini.generate import sample
-from allo_mini.device import pick_device
+from allo_mini.device import peak_gb, pick_device
 from allo_mini.locate import gradient_importance
 from allo_mini.log import Log
 from allo_mini.logprobs import score
@@ -76,13 +77,8 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
     run = RandomRun(cfg, folder, folder, device, DTYPES[dtype], shapes, None, Log(None))
     run.name, percent = name, memory.percent_of(cfg, stage)
     mask = RandomMask(shapes, percent, device) if percent < 100 and stage in memory.TRAINING else None
-    count = sum(s.numel() for s in shapes.values())
-    host = 4 * count * percent / 100 if stage in memory.TRAINING else 4 * count if stage == "locate" else 0
-    host *= {"none": 1, "state": 4, "gradient": 5}[cfg.offload] if stage in memory.TRAINING else 1
-    if stage == "locate":  # beside the file of all gradients a group's buffer, the sum and the sum of squares
-        groups = memory.tensor_groups(shapes, cfg.locate_groups)
-        largest = max(sum(shapes[tensor].numel() for tensor in names) for names in groups)
-        host += (4 * (cfg.offload == "gradient") + 8 * (cfg.locate == "snr")) * largest
+    host = memory.host_bytes(stage, cfg, shapes)
+    on_disk = 4 * run.parameters * (stage == "locate")  # the gradients' file, which the meter takes for memory
     meter = nullcontext() if device.startswith("cuda") else Meter()
     reset_peak(device)
     with meter:
@@ -96,10 +92,11 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
         else:
             objective = {"forget": npo_objective(0.1), "improve": dpo_objective(0.1, 0.1)}.get(stage, sft_objective())
             run_stage(run, stage, run.load(folder, mask), examples, objective, mask)
-    peaks = peak_memory(device) if device.startswith("cuda") else {"allocated": int(meter.peak - host), "reserved": None}
+    peaks = peak_memory(device) if device.startswith("cuda") else {
+        "allocated": meter.peak - host - on_disk, "reserved": None}
     terms = memory.estimate(stage, cfg, config, shapes, DTYPES[dtype].itemsize, cfg.locate_groups or 1)
     return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "terms": terms, **peaks,
-            "estimate": sum(terms.values()), "ratio": peaks["allocated"] / sum(terms.values())}
+            "host": host, "resident": int(peak_gb("cpu") * 1e9), "estimate": sum(terms.values()), "ratio": peaks["allocated"] / sum(terms.values())}
 
 
 def main() -> None:
@@ -130,12 +127,12 @@ def main() -> None:
                  "int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")}}
             for name, stage, cfg, dtype, cap in jobs]
     rows = [[f"{d['shape']}, {d['stage']}", f"{d['memory'] or ' '.join(f'{k}={v}' for k, v in d['settings'].items())}",
-             f"{d['p']:g}", *(["-", "failed", "-", "-"] if "failed" in d else [
-                 gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-", f"{d['ratio']:.3f}"])]
-            for d in done]
+             f"{d['p']:g}", *(["-", "failed", "-", "-", "-"] if "failed" in d else [
+                 gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-", f"{d['ratio']:.3f}",
+                 f"{gb(d['host'])} / {gb(d['resident'])}" if d["reserved"] else "-"])] for d in done]
     notes += [f"{d['shape']}, {d['memory']}, {d['stage']}: {d['failed']}" for d in done if "failed" in d]
     finish(args, ["GB", "settings", "p %", "estimate", "allocated" if device.startswith("cuda") else "metered", "reserved",
-                  "of estimate"], rows, notes, stages=done)
+                  "of estimate", "host"], rows, notes, stages=done)
 
 
 if __name__ == "__main__":
