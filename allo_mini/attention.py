@@ -50,7 +50,8 @@ class TreeAttention:
             q, k, v = q.float(), k.float(), v.float()
         # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
         for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
-            (q, *queries), (k, *keys), (v, *values) = (x.split([prompt + first, *others]) for x in tree)  # [P|C], R...
+            lengths = [prompt + first, *others]  # of [P | C], R, ...
+            (q, *queries), (k, *keys), (v, *values) = (x.split(lengths) for x in tree)
             out.append(sdpa(q, k, v, is_causal=True))
             k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
             for q, *own in zip(queries, keys, values):

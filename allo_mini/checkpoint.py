@@ -190,7 +190,7 @@ def bytes_of(values: torch.Tensor) -> bytes:
 
 
 def save_patch(base: Path, tuned: Path, path: Path) -> None:
-    """Keep the entries in which two model folders differ, with a digest of what stood there and what stands there."""
+    """Keep the entries in which two model folders differ, with a digest of what stood and what stands there."""
     before, after, tensors, digest = shard_files(base), shard_files(tuned), {}, hashlib.sha256()
     for name in sorted(after):
         old, new = read_tensor(before[name], name), read_tensor(after[name], name)

@@ -51,7 +51,7 @@ def free_memory(device) -> int:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this machine has; 0 where the system does not say."""
+    """Bytes of memory that this machine has (a container's limit is not seen); 0 where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows

@@ -106,7 +106,8 @@ def line_of(run: Run, stage: str, rows: dict[str, int], m: Measured) -> Line:
         return Line(count, count * (m.response * m.sampled if stage == "sample" else reading))
     if stage in memory.LOCATING:
         count = min(count, cfg.locate_pairs)
-        return Line(count, 3 * count * reading * run.locate_groups(), meanwhile=8 * n)  # gradients of two halves
+        passes = run.locate_groups(cfg.locate == "snr" and stage == "locate")
+        return Line(count, 3 * count * reading * passes, meanwhile=8 * n)  # gradients of two halves
     s = resolve_stage(stage, cfg.stages[SETTINGS.get(stage, stage)], n, max(1, count))
     steps, percent = steps_of(count, s.batch, s.epochs, cfg.seed, cfg.max_steps), memory.percent_of(cfg, stage)
     seconds, weights = 4 * reading * sum(map(len, steps)), int(n * percent / 100)
@@ -150,5 +151,5 @@ def show(run: Run) -> None:
         f"gradients; {shutil.disk_usage(there).free / 1e9:.1f} GB are free\n")
     if not run.needs:  # with --memory they have been printed
         blocks = 0 if cfg.checkpoint_blocks < 0 and run.device == "cpu" else cfg.checkpoint_blocks
-        cfg = replace(cfg, locate_groups=run.locate_groups(), checkpoint_blocks=blocks)
+        cfg = replace(cfg, locate_groups=run.locate_groups(cfg.locate == "snr"), checkpoint_blocks=blocks)
         memory.show_needs(memory.needs_of(cfg, run.config, run.shapes, run.dtype.itemsize, run.rewriter))

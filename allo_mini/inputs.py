@@ -41,7 +41,7 @@ def fingerprints(cfg: Config, folders: list[Path]) -> dict[str, str]:
 
 
 def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> None:
-    """Raise UserError when --out holds what is no run, or (with `compare`) a run that differs from `mine`, and how."""
+    """Raise UserError when --out holds what is no run, or (with `compare`) a run that differs from `mine`: in what."""
     if os.path.lexists(folder) and not (folder.is_dir() and all(name[0] == "." for name in os.listdir(folder))):
         theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not all(isinstance(theirs.get(part), dict) for part in mine):

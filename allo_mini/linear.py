@@ -26,7 +26,7 @@ class Int8:
 
 
 def to_int8(weight: Tensor, mask: Tensor | None, device) -> tuple[Tensor, Int8]:
-    """weight [O,I] -> (codes int8 [O,I], what is beside them) on `device`; those in `mask` (bool [O,I]) stay exact."""
+    """weight [O,I] -> (codes int8 [O,I], what belongs to them); the entries in `mask` (bool [O,I]) stay exact."""
     mask = torch.zeros(weight.shape, dtype=torch.bool) if mask is None else mask
     int8 = Int8(None, Selection(weight.shape, mask, device), weight[mask].to(device))
     parts = [quantize_rows(weight[rows].to(device), mask[rows].to(device)) for rows, _, _ in int8.selection.chunks()]

@@ -45,7 +45,7 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
         first, second = (gradient_importance(run, theta, examples[i::2], objective)[0] for i in (0, 1))
         return [{name: first[name] + second[name] for name in first}, first, second]
     model, at, store = run.load(theta), 0, scratch(run.folder, run.parameters)
-    named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups())
+    named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups(snr))
     for number, names in enumerate(groups, 1):
         flat = FlatGradient(((n, named[n]) for n in names), host=run.cfg.offload == "gradient")
         run.spend_memory(model, 0)

@@ -32,7 +32,8 @@ def exit_code(work: Callable[[], object], stopped: str = "stopped") -> int:
     `stopped` says; 141, as a shell has it, when whoever reads our output (`| head`) has seen enough."""
     try:
         work()
-        sys.stdout.flush()
+        if sys.stdout:  # not closed
+            sys.stdout.flush()
         return 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends

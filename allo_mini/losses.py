@@ -71,7 +71,8 @@ def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
 
-    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens; all [B] -> [B]
+    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens.
+    All [B] -> [B].
     """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))

@@ -1,4 +1,4 @@
-"""What each stage needs of a GPU's memory, term by term, and the settings with which all of them fit a card.
+"""What each stage needs of a GPU's memory, term by term, and of the host's; the settings that fit a card.
 
     python train.py --memory 12gb ...       prints its estimate for the model at hand, and trains with what it chose
 
@@ -8,7 +8,7 @@ each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n tra
 
 from dataclasses import replace
 
-from allo_mini import UserError
+from allo_mini import UserError, parallel
 from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.device import free_memory, host_memory
@@ -203,10 +203,12 @@ def trained_bytes(cfg: Config) -> tuple[float, int]:
 
 
 def host_bytes(stage: str, cfg: Config, shapes: dict) -> int:
-    """What a stage keeps in host memory: where its weights began, what --offload moves there, the sums of snr."""
+    """What a stage (a rank of it) keeps in host memory: the values that its weights began with, and the best ones of
+    --eval-every; what --offload moves there; the sums of snr."""
     if stage in TRAINING:
         n = int(sum(s.numel() for s in shapes.values()) * percent_of(cfg, stage) / 100)
-        return int(n * (4 + sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))))
+        moved = sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))
+        return int(n * (moved + (8 if cfg.eval_every else 4)))
     if stage in LOCATING:
         each = 8 * (cfg.locate == "snr" and stage == "locate") + 4 * (cfg.offload == "gradient")
         return each * largest_group(shapes, cfg.locate_groups or 1)
@@ -228,6 +230,7 @@ def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in chosen))
     show_needs(needs)
     host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes) for stage in needs}
+    host |= {stage: parallel.HERE * host[stage] for stage in host if stage in TRAINING}
     worst, there = max(host, key=host.get), host_memory()
     say(f"host memory: {worst} keeps {host[worst] / 1e9:.1f} GB there, beside what Python and torch take" + (
         f"   <-- WARNING: this machine has {there / 1e9:.1f} GB; lower --p or --p-sft, or raise --locate-groups"

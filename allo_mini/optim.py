@@ -56,7 +56,7 @@ class Slot:
 
     @cached_property
     def by_row(self) -> tuple[Tensor, Tensor, int]:
-        """Of a masked embedding [V,H]: where each row's entries begin, [V+1], their columns, the most in a row."""
+        """Of a masked embedding [V,H]: where each row's selected entries begin, [V+1]; their columns; the most."""
         width, columns, counts = self.selection.width, [], []
         for rows, _, index in self.selection.chunks():
             columns.append((index % width).to(torch.int16 if width < 1 << 15 else torch.int32))
@@ -161,7 +161,8 @@ class MaskedAdamW(FlatGradient):
             raise ValueError(f"state_bits must be 8 or 32, got {state_bits}")
         super().__init__(named_parameters, mask, host=offload == "gradient")
         if mask is None and any(hasattr(slot.p, "int8") for slot in self.slots):
-            raise ValueError("int8 weights are trained through a mask only: load the model without int8 to train all")
+            raise ValueError("int8 weights can only be trained through a mask: load the model without int8 to train "
+                             "all")
         self.lr, self.betas, self.eps, self.weight_decay, self.steps = lr, betas, eps, weight_decay, torch.tensor(0)
         self.bits, size, device = state_bits, len(self.grad), self.slots[0].p.device
         self.master = flat_zeros(size, device, offload != "none")
@@ -214,11 +215,18 @@ class MaskedAdamW(FlatGradient):
 
     def movement(self) -> dict[str, Tensor]:
         """|theta - theta_start| of every weight in fp32, on the CPU; needs mask = None."""
-        return self.named((self.master.cpu() - self.start).abs())
+        return self.named(self.master.to("cpu", copy=True).sub_(self.start).abs_())
 
-    def largest_change(self) -> float:
-        """max |theta - theta_start| over the selected weights."""
-        return float((self.master.cpu() - self.start).abs().max())
+    def change(self, dtype: torch.dtype) -> tuple[float, float]:
+        """max |theta - theta_start| over the selected weights, and the share of them that the parameters, rounded to
+        `dtype`, show as changed. In slices, and in the gradient's memory, which is free between two steps."""
+        largest, moved = torch.zeros(()), 0
+        stored = self.gather_weights(self.grad)
+        for master, start, now in zip(*(x.split(SLICE["cuda"]) for x in (self.master, self.start, stored))):
+            largest = torch.maximum(largest, (master.cpu() - start).abs().max())  # NaN stays NaN
+            moved += int((now.cpu() != start.to(dtype).float()).sum())
+        self.grad.zero_()
+        return float(largest), moved / len(self.start)
 
     def exact(self) -> dict[str, Tensor]:
         """The masters in fp32 by parameter, NAME.values at NAME.offsets and NAME.counts (Selection's; without a mask

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+HERE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # ranks on this machine
 
 
 def join(device: str) -> str:

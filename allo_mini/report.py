@@ -246,13 +246,13 @@ def read_density(path: Path) -> dict:
     return {"name": path.name, **density(PackedMask(bits, json.loads(metadata["shapes"])))}
 
 
-def costs(notes: list[dict], steps: list[dict], seconds: dict[str, float]) -> dict[str, dict]:
-    """Seconds, peak memory in GB and median tokens/s of every stage that was measured, then of the evaluations."""
+def costs(notes: list[dict], steps: list[dict]) -> dict[str, dict]:
+    """Seconds, peak memory in GB and median tokens/s of every stage and evaluation."""
     measured = {note["stage"]: note for note in notes if "seconds" in note}
     for name, note in measured.items():
         speeds = [row["tokens/s"] for row in steps if row["stage"] == name and "tokens/s" in row]
-        measured[name] = {"seconds": note["seconds"], "gb": note["mem/peak_gb"], "speed": np.median(speeds or [0])}
-    return measured | {name: {"seconds": s} for name, s in seconds.items() if name not in measured}
+        measured[name] = {"seconds": note["seconds"], "gb": note.get("mem/peak_gb"), "speed": np.median(speeds or [0])}
+    return measured
 
 
 def write_report(folder: Path) -> Path:
@@ -276,7 +276,7 @@ def write_report(folder: Path) -> Path:
     page = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).render(
         name=folder.resolve().name, config=config, machine=written.get("machine", {}), notes=notes, size=CHART,
         results=results.get("results", {}), compared=compare(evals), differing=differing(evals), curves=curves(steps),
-        costs=costs(notes, steps, results.get("seconds", {})), masks=[read_density(path) for path in masks],
+        costs=costs(notes, steps), masks=[read_density(path) for path in masks],
         tokens_seen=rows("token_examples.jsonl"))
     write_text(folder / "report.html", page)
     return folder / "report.html"

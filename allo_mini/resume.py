@@ -100,10 +100,7 @@ class StageProgress:
             self.optimizer.master.copy_(self.best_master)
             self.optimizer.write_back()
             say(f"{self.stage}: kept the weights with the best validation score, {self.best:.4f}")
-        change = self.optimizer.largest_change()
-        stored = self.optimizer.gather_weights(self.optimizer.grad).cpu()  # in the gradient's memory, which is free now
-        begun = self.optimizer.start.to(self.run.dtype).float()
-        moved = float((stored != begun).float().mean())
+        change, moved = self.optimizer.change(self.run.dtype)
         say(f"{self.stage}: {self.optimizer.steps} steps, {self.skipped} skipped, largest weight change {change:.3g}; "
             f"{100 * moved:.1f} % of the trained weights changed, rounded to how they are stored")
         if not math.isfinite(change):

@@ -120,15 +120,17 @@ class Run:
         if not parallel.RANK:
             save_model(what, target) if isinstance(what, CausalLM) else save_tensors(what, target)
 
-    def locate_groups(self) -> int:
-        """In how many passes the fp32 gradient of all weights is made, and, for snr, its sums in host memory."""
+    def locate_groups(self, snr: bool = False) -> int:
+        """In how many passes the fp32 gradient of all weights is made, and with `snr` its two sums in host memory: as
+        many as let them fill half of what a GPU has free, and half of the host's memory."""
         if self.cfg.locate_groups:
             return self.cfg.locate_groups
-        room = self.parameters  # how many of them at a time, each memory being filled half
-        if self.device.startswith("cuda"):
-            room = free_memory(self.device) // 8
-        if self.cfg.locate == "snr" and host_memory():
-            room = min(room, host_memory() // 16)
+        on_card = self.device.startswith("cuda") and self.cfg.offload != "gradient"
+        here, room = 8 * snr + 4 * (not on_card), self.parameters  # bytes of host memory a weight; weights at a time
+        if on_card:
+            room = min(room, free_memory(self.device) // 8)
+        if here and host_memory():
+            room = min(room, host_memory() // (2 * here))
         return -(-self.parameters // room)
 
     def state_file(self, name: str) -> Path:

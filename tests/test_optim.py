@@ -1,16 +1,20 @@
 """optim.py against the official numbers, torch.optim.AdamW, and its own promises."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 from allo_mini import optim, quant
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.optim import FlatGradient, MaskedAdamW, adamw, cosine_lr
 from helpers import assert_close, fixture_model, golden, random_ids, tiny_model
+from meter import Meter
 
 
 def net(seed=0, dtype=torch.float32):
@@ -262,7 +266,25 @@ def test_bf16_weights_take_steps_too_small_for_bf16():
     assert torch.equal(plain, torch.ones_like(plain))
     torch.testing.assert_close(mine.master, torch.full((8,), 0.99), atol=1e-5, rtol=0)
     assert torch.equal(ours, mine.master.bfloat16()) and (ours < 1).all()
-    assert mine.largest_change() == pytest.approx(1e-2, rel=1e-3)
+    assert mine.change(torch.float32)[0] == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_how_far_the_weights_moved_is_asked_for_in_slices(monkeypatch):
+    """The largest change and the share of changed weights; while it is asked for, no copy of a whole vector exists."""
+    monkeypatch.setattr(optim, "SLICE", {"cpu": 1 << 8, "cuda": 1 << 10})
+    layer = nn.Linear(512, 128, bias=False, dtype=torch.bfloat16)
+    optimizer = MaskedAdamW(layer.named_parameters(), lr=1e-3)
+    optimizer.master[:100] += 0.5
+    optimizer.master[100:200] += 1e-9  # rounded away
+    optimizer.write_back()
+    meter = Meter()
+    with meter:
+        largest, moved = optimizer.change(torch.bfloat16)
+    assert largest == pytest.approx(0.5) and moved == 100 / 65536 and not optimizer.grad.any()
+    held = sum(t.nbytes for t in (optimizer.master, optimizer.start, optimizer.grad, layer.weight))  # seen, not made
+    assert meter.peak - held < optimizer.master.nbytes / 10
+    optimizer.master[60000] = math.nan
+    assert math.isnan(optimizer.change(torch.bfloat16)[0])
 
 
 @pytest.mark.parametrize("masked", ["both", "neither", "the first", "the second"])
@@ -305,7 +327,7 @@ def test_movement_is_measured_in_fp32():
     assert torch.equal(model[1].weight, start["1.weight"])
     assert all(m.dtype == torch.float32 and (m >= 0).all() for m in movement.values())
     assert 1e-7 < movement["1.weight"].max() < 4e-6
-    assert float(max(m.max() for m in movement.values())) == optimizer.largest_change()
+    assert float(max(m.max() for m in movement.values())) == optimizer.change(torch.float32)[0]
 
 
 @pytest.mark.parametrize("dtype, bits, offload", [
@@ -335,7 +357,7 @@ def test_state_dict_continues_bit_identically(dtype, bits, offload, tmp_path):
     assert all(torch.equal(p, middle[n]) for n, p in again.named_parameters())
     train(again, restored, range(3, 6))
     assert restored.steps == optimizer.steps == 6
-    assert restored.largest_change() == optimizer.largest_change()
+    assert restored.change(torch.float32) == optimizer.change(torch.float32)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
     for key, value in optimizer.state_dict().items():
         assert torch.equal(value, restored.state_dict()[key]), key

@@ -1,6 +1,7 @@
 """report.html: what it shows, on what it rests, and that nothing in it can run or leak."""
 
 import json
+import re
 import math
 import runpy
 import sys
@@ -97,9 +98,11 @@ def test_a_run_ends_with_a_report_of_every_section(whole, capsys):
         assert f'aria-label="loss of {stage}"' in text
     assert 'aria-label="rewards of improve"' in text and 'aria-label="accuracy of improve"' in text
     assert "eval/score" in text and 'aria-label="accuracy of reward"' not in text
-    for note in rows_of(whole / "metrics.jsonl"):
-        if "seconds" in note:
-            assert f'{note["stage"]}<td class="n">{note["seconds"]:.1f}' in text
+    measured = {note["stage"]: note for note in rows_of(whole / "metrics.jsonl") if "seconds" in note}
+    for stage, note in measured.items():
+        [row] = re.findall(rf'<tr><th scope="row">{stage}<td class="n">{note["seconds"]:.1f}.*?(?=<tr>)', text, re.S)
+        assert f'<td class="n">{note["mem/peak_gb"]:.2f}' in row
+    assert {f"test {name}" for name in table} | {"dpo", "improve"} < {*measured}
 
 
 @pytest.mark.parametrize("movement", [0.31, None])

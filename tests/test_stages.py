@@ -58,14 +58,14 @@ def importance_of(run, examples):
 
 # ---- locate ------------------------------------------------------------------------------------------------
 
-def test_sums_of_snr_take_at_most_half_of_the_hosts_memory(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bytes_a_weight, passes, with_snr", [(0, 1, 1), (24, 1, 1), (6, 2, 4)])  # 0: unknown
+def test_locating_takes_at_most_half_of_the_hosts_memory(world, tmp_path, monkeypatch, bytes_a_weight, passes, with_snr):
+    """On a CPU 4 bytes a weight for the gradient, and 8 for the two sums."""
     run, _ = start(world, tmp_path)
-    for bytes_there, passes in ((0, 1), (16 * run.parameters, 1), (4 * run.parameters, 4)):  # 0: unknown
-        monkeypatch.setattr(run_module, "host_memory", lambda: bytes_there)
-        assert run.locate_groups() == 1
-        run.cfg.locate = "snr"
-        assert run.locate_groups() == passes
-        run.cfg.locate = "gradient"
+    monkeypatch.setattr(run_module, "host_memory", lambda: bytes_a_weight * run.parameters)
+    assert (run.locate_groups(), run.locate_groups(snr=True)) == (passes, with_snr)
+    run.cfg.locate_groups = 3
+    assert (run.locate_groups(), run.locate_groups(snr=True)) == (3, 3)
 
 
 @pytest.mark.parametrize("groups", [1, 3, 1000])

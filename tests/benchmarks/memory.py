@@ -3,10 +3,10 @@
     python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10] [--json FILE]
 
 On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
-(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks, and "host" is what the
-planner expects in host memory, in front of all that the process had there, Python and torch included. On a CPU, where no
-7B model trains in minutes, a small shape runs with a micro-model's card, and "allocated" is the sum of live tensors
-that a meter counted (meter.py): it checks the planner's formulas, and is no measurement of a card.
+(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks, "host" is host
+memory, planned / resident (with Python and torch). On a CPU, where no 7B model trains in minutes, a small shape runs
+with a micro-model's card, and "allocated" is the sum of live tensors that a meter counted (meter.py): it checks the
+planner's formulas, and is no measurement of a card.
 """
 
 import sys
@@ -96,7 +96,8 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
         "allocated": meter.peak - host - on_disk, "reserved": None}
     terms = memory.estimate(stage, cfg, config, shapes, DTYPES[dtype].itemsize, cfg.locate_groups or 1)
     return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "terms": terms, **peaks,
-            "host": host, "resident": int(peak_gb("cpu") * 1e9), "estimate": sum(terms.values()), "ratio": peaks["allocated"] / sum(terms.values())}
+            "host": host, "resident": int(peak_gb("cpu") * 1e9), "estimate": sum(terms.values()),
+            "ratio": peaks["allocated"] / sum(terms.values())}
 
 
 def main() -> None:

@@ -263,10 +263,10 @@ def page(study: Study) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in study.done if row["part"] != "tune" and row["seed"] == study.seeds[0]]
     write = {"config.json": {"config": {"study": study.name, "seed": study.seeds[0]}, "files": {}, "machine": {}}}
-    notes = [{"stage": r["cell"], "rows": r["n"], "steps": len(r["curve"]), "batch": "", "lr": float((r["setting"] or [0, 0])[1])}
-             for r in rows]
+    notes = [{"stage": r["cell"], "rows": r["n"], "steps": len(r["curve"]), "batch": "", "lr": float((r["setting"] or [0, 0])[1]),
+              "seconds": r["seconds"]} for r in rows]
     steps = [{"stage": r["cell"], **point} for r in rows for point in r["curve"]]
-    write["results.json"] = {"results": {r["cell"]: summary([{"correct": bool(x)} for x in answers(r)]) for r in rows}, "models": {}, "seconds": {r["cell"]: r["seconds"] for r in rows}}
+    write["results.json"] = {"results": {r["cell"]: summary([{"correct": bool(x)} for x in answers(r)]) for r in rows}, "models": {}}
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*notes, *steps]))

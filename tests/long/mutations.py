@@ -31,7 +31,7 @@ from test_bad_input import GOOD, TEMPLATE, lines, shaped  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from allo_mini import UserError, checkpoint  # noqa: E402
+from allo_mini import checkpoint  # noqa: E402
 from allo_mini.checkpoint import save_model  # noqa: E402
 from allo_mini.files import save_mask  # noqa: E402
 from allo_mini.report import write_report  # noqa: E402
@@ -152,12 +152,7 @@ def call(command) -> int:
 
 def apply(argv) -> int:
     """python -m allo_mini.checkpoint apply BASE PATCH OUT"""
-    try:
-        checkpoint.main(["apply", *argv])
-        return 0
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return checkpoint.main(["apply", *argv])
 
 
 def report(argv) -> int:
