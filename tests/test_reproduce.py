@@ -75,6 +75,20 @@ def test_allo_s_two_rates_are_tuned_one_after_the_other(tmp_path, monkeypatch):
     assert len(set(tried)) == 4 == len(study.factors)
 
 
+def test_an_ablation_can_have_its_own_rates(tmp_path, monkeypatch):
+    """Tuned as a method of its own, at the ratio of forgetting and improving that ALLO was tuned to."""
+    study, tried = study_of(tmp_path, [], ratios=[0.1, 4.0], factors=[0.5, 1.0, 2.0]), []
+
+    def cell(part, name, seed, flags):
+        tried.append(name)
+        improve = float(flags[3])
+        best = {"ALLO": 2e-5, "ALLO, all weights, own rates": 1e-5}[name]
+        return {"accuracy": 1 - abs(improve - best) - abs(float(flags[1]) / improve - 4)}
+    monkeypatch.setattr(study, "cell", cell)
+    assert study.tuned("ALLO, all weights") == ["--forget-lr", "8e-05", "--improve-lr", "2e-05"] and {*tried} == {"ALLO"}
+    assert study.tuned("ALLO, all weights, own rates") == ["--forget-lr", "4e-05", "--improve-lr", "1e-05"]
+
+
 def test_finished_cells_are_read_back_and_missing_ones_made(tmp_path, monkeypatch):
     done = row("methods", "DPO", 1, "10", ["--dpo-lr", "4e-05"])
     study = study_of(tmp_path, [done])

@@ -35,6 +35,7 @@ from allo_mini.mask import each_selected, pack_mask  # noqa: E402
 from allo_mini.report import summary, write_report  # noqa: E402
 
 ALLO = ["--method", "allo"]
+OWN = "own rates"  # an ablation whose learning rates are tuned, as one more method, and not ALLO's
 PARTS = {  # part -> cell -> flags
     "methods": {"start": ["--method", "dpo", "--max-steps", "1"], "+SFT": ["--method", "sft"], "RFT": ["--method", "rft"],
                 "DPO": ["--method", "dpo"], "R-DPO": ["--method", "rdpo"], "IPO": ["--method", "ipo"],
@@ -46,7 +47,9 @@ PARTS = {  # part -> cell -> flags
                   "ALLO, edit weights": [*ALLO, "--token-weights", "edit"],
                   "ALLO, no forgetting": [*ALLO, "--no-forget"], "ALLO, no token filter": [*ALLO, "--epsilon", "1"],
                   "ALLO, gradient location": [*ALLO, "--locate", "gradient"],
-                  "ALLO, snr location": [*ALLO, "--locate", "snr"]}}
+                  "ALLO, snr location": [*ALLO, "--locate", "snr"],
+                  f"ALLO, gradient location, {OWN}": [*ALLO, "--locate", "gradient"],
+                  f"ALLO, all weights, {OWN}": [*ALLO, "--mask-source", "none"]}}
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -56,11 +59,17 @@ def flags_of(cell: str) -> list[str]:
 
 def middle(cell: str, study) -> float:
     """The learning rate that --factors multiply: of improving in ALLO, see `setting`."""
+    cell = "ALLO" if cell.startswith("ALLO") else cell
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return {"+SFT": 1.6e-4, "RFT": 1.6e-4, "NPO": 2e-5, "ALLO": 2e-5}.get(cell, 8e-5 if "%" in cell else 4e-5)
     stage = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve"}.get(cell, "dpo")
     rate = resolve_stage(stage, Config().stages[stage], study.parameters, 1000).lr
     return rate * (2 if "%" in cell else 1)
+
+
+def tuned_as(cell: str) -> str:
+    """Whose rates a cell has: most ablations are ALLO, as tuned, with one thing changed."""
+    return "ALLO" if cell.startswith("ALLO") and OWN not in cell else cell
 
 
 def setting(cell: str, rate: float, ratio: float) -> list[str]:
@@ -170,9 +179,13 @@ class Study:
         """The best setting of a cell, by mean accuracy on the validation rows of the --tune seeds."""
         if cell == "start" or not self.tune:
             return []
-        cell, allo = ("ALLO", True) if cell.startswith("ALLO") else (cell, False)  # ablations: one thing of ALLO as tuned
+        cell = tuned_as(cell)
+        allo = cell == "ALLO"
         factors = self.allo_factors or self.factors if allo else self.factors
         rates, ratio = [middle(cell, self) * f for f in factors], self.ratios[0]
+        if OWN in cell:
+            forget, improve = (float(rate) for rate in self.tuned("ALLO")[1::2])
+            ratio = forget / improve
 
         def score(rate, ratio):
             rows = [self.cell("tune", cell, seed, setting(cell, rate, ratio)) for seed in self.tune]
@@ -302,7 +315,7 @@ def main():
             for part in study.parts for cell in PARTS[part] if not study.cells or cell in study.cells
             if not (study.share and cell == "start" and seed != study.seeds[0])]  # it depends on no seed there
     if not study.table:
-        tuned_cells = {"ALLO" if cell.startswith("ALLO") else cell for _, cell, _ in todo} - {"start"}
+        tuned_cells = {tuned_as(cell) for _, cell, _ in todo} - {"start"}
         made = sum(row["part"] == "tune" and row["cell"] in tuned_cells for row in study.done)
         tries = {"ALLO": len(study.allo_factors or study.factors) + len(study.ratios) - 1}
         study.left = max(0, sum(tries.get(cell, len(study.factors)) for cell in tuned_cells) * len(study.tune) - made) + sum(
