@@ -48,6 +48,7 @@ PARTS = {  # part -> cell -> flags
                   "ALLO, no forgetting": [*ALLO, "--no-forget"], "ALLO, no token filter": [*ALLO, "--epsilon", "1"],
                   "ALLO, gradient location": [*ALLO, "--locate", "gradient"],
                   "ALLO, snr location": [*ALLO, "--locate", "snr"],
+                  f"ALLO, no forgetting, {OWN}": [*ALLO, "--no-forget"],
                   f"ALLO, gradient location, {OWN}": [*ALLO, "--locate", "gradient"],
                   f"ALLO, all weights, {OWN}": [*ALLO, "--mask-source", "none"]}}
 CURVES = ("loss", "rewards/margins", "rewards/accuracies")
