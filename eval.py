@@ -46,7 +46,8 @@ def make_parser() -> Parser:
     parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: "
                         "what each one's name says, generic if that is none of the ten tasks)")
     parser.add_argument("--out", metavar="FOLDER", help="for <file>.jsonl, one line per row, and for the judges' "
-                        "files, in which its name is the model's (default: eval/RUN-STAGE of --model runs/RUN/STAGE)")
+                        "files, in which its name is the model's (default: eval/RUN-STAGE of --model runs/RUN/STAGE, "
+                        "eval/RUN-patch of --patch runs/RUN/patch.safetensors)")
     parser.add_argument("--against", metavar="FOLDER", help="--out of another model on the same files: shows the "
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
@@ -196,7 +197,8 @@ class Job(NamedTuple):
 
 def jobs_of(args) -> list[Job]:
     """What there is to answer, read before the model, so that a bad file shows at once."""
-    jobs, out = [], Path(args.out or "eval/" + "-".join(Path(os.path.abspath(args.model)).parts[-2:]))
+    source = Path(os.path.abspath(Path(args.patch).with_suffix("") if args.patch else args.model))
+    jobs, out = [], Path(args.out or "eval/" + "-".join(source.parts[-2:]))
     for file in map(Path, args.test or []):
         task, rows = read_rows(file, args)
         target = out / f"{file.stem}.jsonl"

@@ -179,8 +179,8 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
         drop_held(negatives, [*run.test, *run.val], "token weight rows")
     kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
     run.report_dropped("negatives", len(kept))
-    if cfg.token_weights == "uniform":
-        return [e._replace(weights=[1.0] * len(e.responses[0])) for _, e in kept]
+    if cfg.token_weights == "uniform" or not cfg.forget:  # without forgetting only the report looks at them
+        return [e._replace(weights=[float(cfg.forget)] * len(e.responses[0])) for _, e in kept]
     if cfg.token_weights == "edit":
         return [e._replace(weights=edit_weights(e.responses[0], encoder.response_ids(n.prompt, n.rewrite)))
                 for n, e in kept]

@@ -10,6 +10,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from allo_mini.tokenizer import Tokenizer, in_common
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 HH_TURN = "\n\nAssistant:"  # what a response follows in Anthropic HH strings
+ASKING = ("prompt", "question", "input", "instruction", "query")  # keys that are a prompt, whatever they are called
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 
@@ -143,6 +145,9 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     for where, row in islice(read_jsonl(path), limit or None):
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
         prompt = messages_of(row, "prompt", where) if "prompt" in row else None
+        if prompt is None and (near := [key for key in row if get_close_matches(key, ASKING, 1)]):
+            raise UserError(f"{where}: no 'prompt', but {near[0]!r}; rename it, or leave it out where the prompt is "
+                            "the common beginning of 'chosen' and 'rejected'")
         if isinstance(prompt, str) and isinstance(chosen, list):  # as UltraFeedback has it: the first turn once more
             prompt = messages(prompt, "user") if len(chosen) == 1 else None
         if len({type(text) for text in (prompt, chosen, rejected) if text is not None}) > 1:

@@ -6,7 +6,7 @@ from pathlib import Path
 from allo_mini.config import Config
 from allo_mini.data import Task
 
-FOLDER = Path(__file__).parent / "demo"  # trained by this project's own sft stage, see the README
+FOLDER = Path(__file__).parent / "demo"  # trained by this project's own sft stage: tests/benchmarks/README.md
 NAMES = "Mia Tom Ann Leo Zoe Sam Eva Max Lily Ben".split()
 THINGS = "apples coins books cards shells pens stamps beads".split()
 

@@ -42,8 +42,9 @@ def parse_object(raw: bytes, path: str | Path, line: int | None = None, **hooks)
     try:
         value = json.loads(raw.decode("utf-8-sig"), **hooks)
     except (ValueError, RecursionError) as e:
+        column = f" (column {e.colno})" if hasattr(e, "colno") else ""
         raise UserError(f"{path}:{line or getattr(e, 'lineno', 1)}: not valid JSON in UTF-8, expected one object"
-                        f"{' a line' if line else ''}: {getattr(e, 'msg', e)}") from None
+                        f"{' a line' if line else ''}: {getattr(e, 'msg', e)}{column}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}:{line or 1}: expected a JSON object, found {type(value).__name__}")
     return value

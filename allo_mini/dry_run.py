@@ -144,9 +144,9 @@ def show(run: Run) -> None:
          "skipped" if is_made(run, stage) else f"{line.seconds / 60:.1f}"] for stage, line in plan.items()]))
     stay, meanwhile = sum(line.stay for line in todo), max((line.meanwhile for line in todo), default=0)
     there = next(folder for folder in (run.folder, *run.folder.resolve().parents) if folder.exists())
-    say("\nRows, and with them steps and minutes, are the most there can be until responses are sampled; fewer make "
-        "smaller\nbatches. Times are rough: a random model was timed just now; --int8, --offload and recomputed "
-        "activations cost more.\n\n"
+    most = "the most there can be" + ("" if run.pairs else " until responses are sampled; fewer make smaller batches")
+    say(f"\nRows, and with them steps and minutes, are {most}.\nTimes are rough: a random model was timed just now; "
+        "--int8, --offload and recomputed activations cost more.\n\n"
         f"disk: about {stay / 1e9:.2f} GB, and up to {meanwhile / 1e9:.2f} GB meanwhile for checkpoints or "
         f"gradients; {shutil.disk_usage(there).free / 1e9:.1f} GB are free\n")
     if not run.needs:  # with --memory they have been printed

@@ -111,7 +111,7 @@ def stages_of(cfg: Config) -> list[str]:
     sft, allo = cfg.sft or cfg.only_sft, "allo" in cfg.method
     located = 0 < cfg.p_sft < 100  # what sft and the rewriting model train
     measured = not cfg.mask and (cfg.mask_source in ("top", "bottom") or (cfg.mask_source == "auto" and allo))
-    scored = allo and cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
+    scored = allo and cfg.forget and cfg.token_weights not in ("edit", "uniform") and not cfg.token_weights_file
     rewriter = scored and not cfg.reward_model
     wanted = {"sft-locate": sft and located, "sft": sft}
     if not cfg.only_sft:

@@ -164,7 +164,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
     say(f"{'report':>12}  {try_report(run.folder)}")
-    say(f"{'everything':>12}  {run.folder}/  (config.json, metrics.jsonl, masks, samples, pairs, eval-*.jsonl)")
+    say(f"{'everything':>12}  {run.folder}/")
     prune(run)
 
 
@@ -283,7 +283,7 @@ def write_report(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
         print(write_report(Path(sys.argv[1])))

@@ -285,9 +285,10 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
 
 def main() -> None:
     """The command `python -m allo_mini.tasks prepare NAME SOURCE OUT`."""
-    from allo_mini.prepare import prepare
+    from allo_mini.prepare import SOURCES, prepare
     if len(sys.argv) != 5 or sys.argv[1] != "prepare":
-        raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT")
+        raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT, with NAME one of "
+                        + ", ".join(SOURCES))
     prepare(sys.argv[2], *map(Path, sys.argv[3:]))
 
 

@@ -131,6 +131,10 @@ PAIRS = [
     ("half a surrogate in a message", '{"prompt": "a", "chosen": [{"role": "user", "content": "\\ud800"}], '
      '"rejected": "x"}\n', ["p.jsonl:1", "surrogate"]),
     ("nothing in common", lines({"chosen": "yes", "rejected": "no"}), ["p.jsonl:1", "no 'prompt'"]),
+    ("a misspelt prompt", lines(pair("a"), {"promt": "2 + 2", "chosen": "The answer is 4", "rejected": "The answer is 5"}),
+     ["p.jsonl:2", "no 'prompt', but 'promt'; rename it"]),
+    ("another name for the prompt", lines({"chosen": "It is 4", "rejected": "It is 5", "question": "2 + 2"}),
+     ["p.jsonl:1", "no 'prompt', but 'question'"]),
     ("implicit, two kinds", lines({"chosen": "yes", "rejected": talk("a")}),
      ["p.jsonl:1", "'rejected' must all be strings or all message lists"]),
     ("only empty responses", lines(*(pair(str(i), "", "x") for i in range(12))),

@@ -53,7 +53,7 @@ def small(world):  # noqa: F811
 
 @pytest.mark.parametrize("more", [
     [], ["--method", "npo", "rft", "simpo", "--sft"], ["--mask-source", "random", "--max-length", "48"],
-    ["--locate", "gradient", "--token-weights", "uniform", "--no-forget"], ["--p-forget", "2", "--p", "7", "--max-steps", "2"],
+    ["--locate", "gradient", "--no-forget"], ["--p-forget", "2", "--p", "7", "--max-steps", "2"],
     ["--p-sft", "5", "--sft", "--method", "sft", "allo"], ["--reward-base", "SMALL", "--p-sft", "5"], "pairs"], ids=str)
 def test_rows_steps_batches_rates_and_weights_are_those_of_the_run(world, small, tmp_path, capsys, more):  # noqa: F811
     """Exactly, where no row is dropped as too long; else the rows are at least as many."""
