@@ -196,7 +196,7 @@ def lock(folder: Path) -> None:
         except OSError as e:
             if e.errno in (errno.EACCES, errno.EAGAIN):  # else: a file system without locks
                 raise UserError(f"{folder}: another process is working in it; wait, or choose another --out") from None
-    for half in folder.glob(".*.tmp"):
+    for half in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")):  # ours, and safetensors' own on the way to them
         remove(half)
 
 

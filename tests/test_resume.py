@@ -298,6 +298,17 @@ def test_missing_bytes_are_told_before_a_stage_begins(world, tmp_path, monkeypat
     assert not (run.folder / "metrics.jsonl").exists()
 
 
+def test_what_a_killed_process_left_half_written_is_cleared(tmp_path):
+    """Our own temporary files and folders, and the file that safetensors renames to one of them."""
+    run = tmp_path / "run"
+    (run / ".improve.tmp").mkdir(parents=True)
+    for name in (".improve.tmp/model.safetensors", ".results.json.tmp", ".tmpQ1w2E3", "mask.safetensors", ".improve.state.safetensors"):
+        (run / name).write_text("x")
+    disk.lock(run)
+    disk.HELD.pop(run).close()
+    assert {path.name for path in run.iterdir()} == {".lock", "mask.safetensors", ".improve.state.safetensors"}
+
+
 def test_a_full_disk(world, tmp_path, capsys):
     place = tmp_path / "small"
     place.mkdir()
