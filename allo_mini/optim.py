@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as fused_adamw
 
-from allo_mini.selection import Selection, put, take
+from allo_mini.selection import CHUNK, Selection, put, take
 from allo_mini.quant import BLOCK, decode, encode
 
 SLICE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights updated in one go, whole blocks: a CPU's cache, few GPU launches
@@ -222,7 +222,7 @@ class MaskedAdamW(FlatGradient):
         `dtype`, show as changed. In slices, and in the gradient's memory, which is free between two steps."""
         largest, moved = torch.zeros(()), 0
         stored = self.gather_weights(self.grad)
-        for master, start, now in zip(*(x.split(SLICE["cuda"]) for x in (self.master, self.start, stored))):
+        for master, start, now in zip(*(x.split(CHUNK) for x in (self.master, self.start, stored))):
             largest = torch.maximum(largest, (master.cpu() - start).abs().max())  # NaN stays NaN
             moved += int((now.cpu() != start.to(dtype).float()).sum())
         self.grad.zero_()

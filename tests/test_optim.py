@@ -271,7 +271,7 @@ def test_bf16_weights_take_steps_too_small_for_bf16():
 
 def test_how_far_the_weights_moved_is_asked_for_in_slices(monkeypatch):
     """The largest change and the share of changed weights; while it is asked for, no copy of a whole vector exists."""
-    monkeypatch.setattr(optim, "SLICE", {"cpu": 1 << 8, "cuda": 1 << 10})
+    monkeypatch.setattr(optim, "CHUNK", 1 << 10)
     layer = nn.Linear(512, 128, bias=False, dtype=torch.bfloat16)
     optimizer = MaskedAdamW(layer.named_parameters(), lr=1e-3)
     optimizer.master[:100] += 0.5
