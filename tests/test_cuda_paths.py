@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--limit", "12", "--n", "4", "--max-new-tokens", "70", "--seed", "7", "--no-eval", "--method", "allo"]
 RUNS = {  # name -> device, flags
     "cpu": ("cpu", ["--dtype", "fp32"]), "plain": ("cuda", ["--dtype", "fp32"]),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,16 +27,18 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from allo_mini import UserError  # noqa: E402
-from allo_mini.architecture import parse_config  # noqa: E402
+from allo_mini import UserError, demo  # noqa: E402
+from allo_mini.architecture import FAMILIES, parse_config  # noqa: E402
+from allo_mini.checkpoint import save_model  # noqa: E402
 from allo_mini.device import DTYPES, pick_device  # noqa: E402
 from allo_mini.linear import slow_bf16, to_int8  # noqa: E402
 from allo_mini.log import table  # noqa: E402
 from allo_mini.model import CausalLM  # noqa: E402
+from allo_mini.tokenizer import Tokenizer  # noqa: E402
 
 
 def shape(family, vocab, hidden, inner, layers, heads, kv_heads, tied=False, theta=10000.0, length=8192):
-    return {"architectures": [family], "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
+    return {"architectures": [family], "model_type": FAMILIES[family], "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
             "tie_word_embeddings": tied, "rope_theta": theta, "rms_norm_eps": 1e-5, "max_position_embeddings": length,
             "eos_token_id": 2}
@@ -155,6 +158,15 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8: bool = False,
     for key, extra in beside.items():
         model.get_parameter(key).int8 = extra
     return model.requires_grad_(False)
+
+
+def random_folder(name: str, dtype: torch.dtype, folder: Path) -> Path:
+    """A model folder of a shape in SHAPES, with random weights and the demo's tokenizer."""
+    model = random_model(name, dtype, "cpu")
+    model.folder = demo.FOLDER  # from where the tokenizer files come
+    model.config = replace(model.config, raw=model.config.raw | {"eos_token_id": Tokenizer(demo.FOLDER).eos_id})
+    save_model(model, folder)
+    return folder
 
 
 def matmul_parameters(shapes: dict[str, torch.Size], tied: bool) -> int:

@@ -3,17 +3,21 @@
     python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10] [--json FILE]
 
 On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
-(23.0, 15.0 or 11.0 GiB), in a process of its own; allocated and reserved are the allocator's peaks, "host" is host
-memory, planned / resident (with Python and torch). On a CPU, where no 7B model trains in minutes, a small shape runs
-with a micro-model's card, and "allocated" is the sum of live tensors that a meter counted (meter.py): it checks the
-planner's formulas, and is no measurement of a card.
+(23.0, 15.0 or 11.0 GiB), in a process of its own, as many at a time as the caps leave room for (a process's peaks do
+not depend on the others); allocated and reserved are the allocator's peaks, "host" is host memory, planned / resident
+(with Python and torch). On a CPU, where no 7B model trains in minutes, a small shape runs with a micro-model's card,
+and "allocated" is the sum of live tensors that a meter counted (meter.py): it checks the planner's formulas, and is no
+measurement of a card.
 """
 
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guarded, make_parser, parse_config,
                     peak_memory, random_model, random_pairs, reset_peak, shape, shapes_of, start)
@@ -34,6 +38,7 @@ from meter import Meter
 
 SHAPES |= {"micro-wide": shape("LlamaForCausalLM", 8000, 1024, 2752, 4, 8, 8),
            "micro-vocabulary": shape("LlamaForCausalLM", 30000, 512, 1408, 6, 8, 2)}
+SHOWN = ("int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")  # settings that a row names
 RUNGS = ({}, {"checkpoint_blocks": 0}, {"int8": True}, {"int8": True, "state_bits": 8}, {"int8": True, "offload": "gradient"})
 
 
@@ -60,7 +65,11 @@ def one_or_none(name: str, stage: str, cfg, *more) -> dict:
         pick_device(more[1], more[0])
         return one_stage(name, stage, cfg, *more)
     except (torch.OutOfMemoryError, UserError) as e:
-        return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "failed": str(e)[:200]}
+        return failed(name, stage, cfg, e)
+
+
+def failed(name: str, stage: str, cfg, error) -> dict:
+    return {"shape": name, "stage": stage, "memory": cfg.memory, "p": cfg.p, "failed": str(error)[:200]}
 
 
 def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, cap: float = 0.0) -> dict:
@@ -100,6 +109,27 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
             "ratio": peaks["allocated"] / sum(terms.values())}
 
 
+def in_processes(jobs: list[tuple], device: str, tokens: int) -> list[dict]:
+    """one_or_none of every job, several at a time; says what came out as it comes, for the table is made at the end."""
+    total, on_disk, began = torch.cuda.get_device_properties(device).total_memory / 2**30, Lock(), time.monotonic()
+
+    def one(job) -> dict:
+        name, stage, cfg, dtype, cap = job
+        with on_disk if stage == "locate" else nullcontext():  # the gradient's file has 4 bytes a weight
+            try:
+                row = fresh_process(one_or_none, name, stage, cfg, dtype, device, tokens, cap)
+            except UserError as e:  # the process died
+                row = failed(name, stage, cfg, e)
+        figures = f"FAILED: {row['failed']}" if "failed" in row else (
+            f"{gb(row['allocated'])} GB allocated, {gb(row['reserved'])} reserved, {gb(row['estimate'])} estimated")
+        print(f"{time.monotonic() - began:5.0f} s  {name}, {cfg.memory}, {cfg.p:g} %, {stage}: {figures}", flush=True)
+        return row
+
+    at_once = max(1, int(total / (1 + max((job[-1] for job in jobs), default=total))))  # 1 GiB: CUDA's own
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(one, jobs))
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--shape", nargs="+", default=None)
@@ -123,10 +153,10 @@ def main() -> None:
             for rung in RUNGS:
                 cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 16, "locate_groups": 3, **rung})
                 jobs += [(name, stage, cfg, "fp32", 0.0) for stage in ("improve", "forget", "locate", "score")]
-    done = [(fresh_process(one_or_none, name, stage, cfg, dtype, device, args.tokens, cap) if cap else
-             one_stage(name, stage, cfg, dtype, device, args.tokens)) | {"settings": {k: getattr(cfg, k) for k in (
-                 "int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")}}
-            for name, stage, cfg, dtype, cap in jobs]
+    done = in_processes(jobs, device, args.tokens) if device.startswith("cuda") else [
+        one_stage(name, stage, cfg, dtype, device, args.tokens) for name, stage, cfg, dtype, _ in jobs]
+    for row, (_, _, cfg, _, _) in zip(done, jobs):
+        row["settings"] = {k: getattr(cfg, k) for k in SHOWN}
     rows = [[f"{d['shape']}, {d['stage']}", f"{d['memory'] or ' '.join(f'{k}={v}' for k, v in d['settings'].items())}",
              f"{d['p']:g}", *(["-", "failed", "-", "-", "-"] if "failed" in d else [
                  gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-", f"{d['ratio']:.3f}",

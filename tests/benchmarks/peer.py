@@ -1,6 +1,7 @@
 """DPO with TRL's DPOTrainer and with allo_mini side by side: pairs/s over steady steps, and peak memory.
 
     python tests/benchmarks/peer.py --model DIR --pairs FILE.jsonl [--batch 2] [--dtype bf16] [--json FILE]
+    python tests/benchmarks/peer.py --shape llama-3.2-1b               random weights, pairs of the demo's problems
 
 TRL is not one of our requirements: `pip install trl` beside them for this (from a local wheel where there is no index).
 Both sides read the same rows in the same order as the same tokens, one forward and backward over the whole batch a step,
@@ -18,20 +19,22 @@ import contextlib
 import importlib.util
 import io
 import os
+import random
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from common import (DTYPES, RandomMask, finish, fresh_process, gb, guarded, make_parser, median, memory_now, peak_memory,
-                    start, wait)
+from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guarded, make_parser, median, memory_now,
+                    peak_memory, random_folder, start, wait)
 
-from allo_mini import UserError
+from allo_mini import UserError, demo
 from allo_mini.checkpoint import find_folder, load_model, load_tokenizer
 from allo_mini.config import parse
 from allo_mini.data import Encoder, plain, read_pairs, steps_of
 from allo_mini.device import pick_device
+from allo_mini.disk import write_jsonl
 from allo_mini.inputs import style_of
 from allo_mini.log import Log
 from allo_mini.loop import dpo_objective, run_stage
@@ -54,6 +57,17 @@ def usable_rows(args, folder: Path, count: int) -> list[dict]:
         raise UserError(f"{args.pairs}: {len(rows)} usable pairs, {count} are needed: lower --steps or --batch, or raise "
                         "--max-length")
     return rows[:count]
+
+
+def made_pairs(file: Path, count: int) -> str:
+    """`count` pairs of about a hundred tokens of prompt and one to two hundred of response, in the demo's words."""
+    rng, rows = random.Random(SEED), []
+    for _ in range(count):
+        some = demo.problems(15, rng.random())
+        rows.append({"prompt": " ".join(t.input for t in some[:3]),
+                     **{side: "\n".join(t.output for t in rng.sample(some, rng.randint(3, 5))) for side in ("chosen", "rejected")}})
+    write_jsonl(file, rows)
+    return str(file)
 
 
 def encoder_of(folder: Path, args, row) -> Encoder:
@@ -182,8 +196,9 @@ def ratio(a: dict | None, b: dict | None) -> dict | None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--pairs", required=True, help="preference rows, JSONL")
+    parser.add_argument("--model", help="folder or hub id")
+    parser.add_argument("--pairs", help="preference rows, JSONL")
+    parser.add_argument("--shape", choices=SHAPES, help="in the place of both: random weights, pairs made on the spot")
     parser.add_argument("--batch", type=int, nargs="+", default=[2],
                         help="pairs a step; several: also each side's best of them is compared")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
@@ -201,8 +216,19 @@ def main() -> None:
     args = parser.parse_args()
     if missing := [m for m in ("trl", "transformers", "datasets") if not importlib.util.find_spec(m)]:
         raise UserError(f"{missing[0]} is not installed; for this comparison alone: pip install trl")
+    if [bool(args.model), bool(args.pairs)] != [not args.shape] * 2:
+        raise UserError("expected --model and --pairs, or --shape")
     start(args)
     args.trl_weights = args.trl_weights or args.dtype
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.shape:
+            args.model = str(random_folder(args.shape, DTYPES[args.trl_weights], Path(temporary, args.shape)))
+            args.pairs = made_pairs(Path(temporary, "pairs.jsonl"), (args.warm + args.steps) * max(args.batch))
+        show(args)
+
+
+def show(args) -> None:
+    """Measure, and print the table."""
     folder = str(find_folder(args.model))
     by_batch = {batch: in_turns(args, folder, batch) for batch in args.batch}
     rows, labels = [], {"ours": f"allo_mini, {args.p:g} % of the weights", "trl": f"TRL, {args.trl_weights} weights",
