@@ -243,7 +243,7 @@ def run_all(run: Run) -> None:
         return
     if cfg.sft or cfg.only_sft:
         theta = sft(run, theta)
-    models["start" if theta == run.base and cfg.model else "SFT"] = theta  # the demo's model was fine-tuned
+    models["start" if theta == run.base else "SFT"] = theta
     if not cfg.only_sft:
         pairs, negatives = preferences(run, theta)
         examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")

@@ -248,8 +248,9 @@ def open_run(cfg: Config) -> Run:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,
               config=model.config)
+    unused = prompt == "auto" and encoder.style != "chat" and tokenizer.template
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, {str(dtype).removeprefix('torch.')} on "
-        f"{device}; prompts: {encoder.style}")
+        f"{device}; prompts: {encoder.style}" + " (the model has a chat template: --prompt chat uses it)" * bool(unused))
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:

@@ -160,7 +160,7 @@ def finish(run: Run, models: dict[str, Path]) -> None:
     final = json.dumps({"models": {n: str(f) for n, f in models.items()}, "results": results,
                         "table": text, "seconds": run.seconds}, indent=2)
     write_text(run.folder / "results.json", final.replace(HOME, '"~/') + "\n")
-    say(f"\n{text}\n\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items()))
+    say(f"{text}\n\nseconds: " + ", ".join(f"{name} {s:.0f}" for name, s in run.seconds.items()))
     for name, folder in models.items():
         say(f"{name + ' model':>12}  {folder}")
     say(f"{'report':>12}  {try_report(run.folder)}")

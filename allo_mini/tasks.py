@@ -283,14 +283,17 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
     return items
 
 
-def main() -> None:
+def main(argv: list[str]) -> int:
     """The command `python -m allo_mini.tasks prepare NAME SOURCE OUT`."""
     from allo_mini.prepare import SOURCES, prepare
-    if len(sys.argv) != 5 or sys.argv[1] != "prepare":
-        raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT, with NAME one of "
-                        + ", ".join(SOURCES))
-    prepare(sys.argv[2], *map(Path, sys.argv[3:]))
+
+    def work():
+        if len(argv) != 4 or argv[0] != "prepare":
+            raise UserError("expected: python -m allo_mini.tasks prepare NAME SOURCE OUT, with NAME one of "
+                            + ", ".join(SOURCES))
+        prepare(argv[1], *map(Path, argv[2:]))
+    return exit_code(work)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(main))
+    sys.exit(main(sys.argv[1:]))

@@ -290,6 +290,7 @@ def test_preference_rows_train_as_they_are(chat_model, tmp_path, kind, capsys):
     base, new = load_file(chat_model / "model.safetensors"), load_file(tmp_path / "run/improve/model.safetensors")
     assert any(not torch.equal(base[name], new[name]) for name in base)
     assert style_of("auto", read_pairs(tmp_path / "pairs.jsonl")[0]) == ("chat" if "messages" in kind else "none")
+    assert ("--prompt chat uses it" in said) == ("messages" not in kind)
 
 
 def test_answers_that_a_template_cannot_set_behind_a_prompt_are_refused_before_the_run(tmp_path, capsys):

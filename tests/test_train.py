@@ -225,7 +225,7 @@ def test_readme_first_command_runs(tmp_path, monkeypatch, capsys):
     small = ["--limit", "24", "--test-limit", "16", "--n", "6", "--max-steps", "2"]
     assert train.main(argv + small) == 0
     said = capsys.readouterr().out
-    for name in ("SFT", "DPO", "ALLO"):
+    for name in ("start", "DPO", "ALLO"):
         assert re.search(rf"^{name} +[\d.]+ % +\[[\d.]+, [\d.]+\] +16$", said, re.M)
     assert (tmp_path / "runs/demo-2023/improve/model.safetensors").exists()
 
