@@ -28,8 +28,9 @@ PREFILL = 4096  # tokens of prompts that are read at a time, so that reading tak
 class Cache:
     """Keys and values of all running samples: per layer two of [slots, g, room, d]. Attends for one new token each."""
 
-    def __init__(self, model: CausalLM, slots: int, room: int):
+    def __init__(self, model: CausalLM, slots: int, room: int, most: int):
         c, like = model.config, model.model.embed_tokens.weight  # never int8
+        self.most = most  # tokens of the longest sample that there can be
         shape = (slots, c.num_key_value_heads, room, c.head_dim)
         self.stores = [like.new_zeros(shape) for _ in range(2 * c.num_hidden_layers)]  # k, v, k, v, ...
 
@@ -43,8 +44,9 @@ class Cache:
         device, room = self.stores[0].device, self.stores[0].shape[2]
         self.lengths, self.used = torch.tensor(lengths, device=device), max(lengths) + 1
         if self.used > room:
-            for i in range(len(self.stores)):  # growing by half at a time keeps copying rare
-                self.stores[i] = F.pad(self.stores[i], (0, 0, 0, max(self.used, room * 3 // 2) - room))
+            larger = max(self.used, min(room * 3 // 2, self.most))  # growing by half at a time keeps copying rare
+            for i in range(len(self.stores)):
+                self.stores[i] = F.pad(self.stores[i], (0, 0, 0, larger - room))
         self.visible = (torch.arange(self.used, device=device) <= self.lengths[:, None])[:, None, None]  # [A,1,1,used]
         self.rows = torch.arange(len(lengths), device=device)
 
@@ -179,11 +181,12 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         most = min(max_new_tokens, max_length - len(prompt)) if max_length else max_new_tokens
         samples += [Sample(i, prompt, uniforms(seed, rows[i], k, max(1, most))) for k in range(n)]
     longest = max(map(len, prompts), default=0)
+    most = max((len(s.prompt) + len(s.u) for s in samples), default=0)
     if head.is_cuda:  # the cache may take 60 % of the memory that is free now
-        each = (longest + max_new_tokens) * cache_bytes(model.config, model.model.embed_tokens.weight.itemsize)
+        each = most * cache_bytes(model.config, model.model.embed_tokens.weight.itemsize)
         slots = max(1, min(slots, int(0.6 * free_memory(head.device) / each)))
     slots = min(slots, len(samples))
-    cache, running, waiting = Cache(model, slots, longest + 64), [], samples
+    cache, running, waiting = Cache(model, slots, min(longest + 64, most), most), [], samples
     while waiting or running:
         free = slots - len(running)
         if waiting and free * 8 >= slots:  # an eighth of the slots: reading is cheap in bulk

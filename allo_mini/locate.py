@@ -54,6 +54,7 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
             run, lambda: added_up(run, model, examples, objective, flat.grad, snr, label), flat.grad.zero_)
         at += len(flat.grad)
         flat.close()
+        del flat  # its gradient makes room for the next group's
     parts = store.split([shape.numel() for shape in run.shapes.values()])
     return [{name: part.view(shape) for (name, shape), part in zip(run.shapes.items(), parts)}]
 

@@ -202,17 +202,21 @@ def trained_bytes(cfg: Config) -> tuple[float, int]:
     return state if cfg.offload == "none" else 0, 0 if cfg.offload == "gradient" else 4
 
 
-def host_bytes(stage: str, cfg: Config, shapes: dict) -> int:
+def host_bytes(stage: str, cfg: Config, shapes: dict, pinned: bool = False) -> int:
     """What a stage (a rank of it) keeps in host memory: the values that its weights began with, and the best ones of
-    --eval-every; what --offload moves there; the sums of snr."""
+    --eval-every; what --offload moves there; the sums of snr. pinned: for a GPU, whose access to master and gradient
+    takes memory that torch rounds up to a power of two."""
+    if stage not in (*TRAINING, *LOCATING):
+        return 0
     if stage in TRAINING:
         n = int(sum(s.numel() for s in shapes.values()) * percent_of(cfg, stage) / 100)
+        vectors = {"none": 0, "state": 1, "gradient": 2}[cfg.offload]
         moved = sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))
-        return int(n * (moved + (8 if cfg.eval_every else 4)))
-    if stage in LOCATING:
-        each = 8 * (cfg.locate == "snr" and stage == "locate") + 4 * (cfg.offload == "gradient")
-        return each * largest_group(shapes, cfg.locate_groups or 1)
-    return 0
+        size = int(n * (moved + (8 if cfg.eval_every else 4)))
+    else:
+        n, vectors = largest_group(shapes, cfg.locate_groups or 1), int(cfg.offload == "gradient")
+        size = n * (8 * (cfg.locate == "snr" and stage == "locate") + 4 * vectors)
+    return size + pinned * vectors * ((1 << (4 * n - 1).bit_length()) - 4 * n)
 
 
 def advice(cfg: Config) -> str:
@@ -229,7 +233,8 @@ def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
               "head_mb")
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in chosen))
     show_needs(needs)
-    host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes) for stage in needs}
+    host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes, pinned=True)
+            for stage in needs}
     host |= {stage: parallel.HERE * host[stage] for stage in host if stage in TRAINING}
     worst, there = max(host, key=host.get), host_memory()
     say(f"host memory: {worst} keeps {host[worst] / 1e9:.1f} GB there, beside what Python and torch take" + (

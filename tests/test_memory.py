@@ -114,6 +114,9 @@ def test_host_memory_is_what_the_optimizer_keeps_there(flags):
     held = [state.pop("start"), *([] if cfg.offload == "none" else [t for name, t in state.items() if name != "steps"]),
             *([optimizer.grad] if cfg.offload == "gradient" else [])]
     assert memory.host_bytes("improve", cfg, {"weight": layer.weight.shape}) == sum(t.nbytes for t in held)
+    pinned, shapes = ("none", "state", "gradient").index(cfg.offload), {"weight": torch.Size([3000])}
+    assert (memory.host_bytes("improve", cfg, shapes, pinned=True) - memory.host_bytes("improve", cfg, shapes)
+            == pinned * 4 * 1096)  # for 3,000 weights torch makes room for 4,096
 
 
 def test_host_memory_of_locating_is_said_and_compared_with_what_there_is(capsys, monkeypatch):

@@ -321,15 +321,19 @@ def test_prompts_are_read_a_few_tokens_at_a_time(most, monkeypatch):
     assert len(sizes) > 1 and max(sizes) <= max(most, 23) and sum(sizes) == sum(map(len, PROMPTS))
 
 
-def test_the_cache_grows_past_its_first_size():
-    """The cache starts with room for 64 new tokens."""
+@pytest.mark.parametrize("most, new", [(None, 120), (131, 101)])
+def test_the_cache_grows_past_its_first_size(monkeypatch, most, new):
+    """The cache starts with room for 64 new tokens, and never has more than the longest sample can take."""
+    caches, real = [], generate_module.Cache
+    monkeypatch.setattr(generate_module, "Cache", lambda *args: caches.append(real(*args)) or caches[-1])
     model = tiny_model(trainable=False)
     prompts = [random_ids(3, 0), random_ids(30, 1)]
-    for prompt, tokens in zip(prompts, generate(model, prompts, 120)):
-        assert len(tokens) == 120
+    for prompt, tokens in zip(prompts, generate(model, prompts, 120, max_length=most)):
+        assert len(tokens) == (new if len(prompt) == 30 else 120)
         with torch.no_grad():
             again = model.logits(torch.tensor([prompt + tokens]))[0, len(prompt) - 1:-1].argmax(-1)
         assert again.tolist() == tokens
+    assert caches[0].stores[0].shape[2] <= (most or 150)
 
 
 def test_sampling_does_not_depend_on_slots_company_or_order():

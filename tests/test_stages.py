@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -89,6 +90,21 @@ def test_gradient_importance_is_the_plain_autograd_sum(world, tmp_path, groups):
             assert got[name].dtype == torch.float32
             scale = float(wanted[name].abs().max())
             torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("which", ["gradient", "snr"])
+def test_one_group_s_gradient_is_gone_before_the_next_one_s_is_made(world, tmp_path, monkeypatch, which):
+    """Together they would take twice what the groups were cut for."""
+    run, examples = start(world, tmp_path, "--locate", which, "--locate-groups", "4")
+    made, real = [], optim.flat_zeros
+
+    def zeros(*args):
+        assert not [buffer for buffer in made if buffer() is not None]
+        made.append(weakref.ref(buffer := real(*args)))
+        return buffer
+    monkeypatch.setattr(optim, "flat_zeros", zeros)
+    gradient_importance(run, run.base, examples[:2], dpo_objective(0.1), snr=which == "snr")
+    assert len(made) > 2
 
 
 @pytest.mark.parametrize("groups", [1, 3])
