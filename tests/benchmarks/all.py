@@ -1,4 +1,4 @@
-"""The tests that need a GPU, then every benchmark that a README row stands for, in the order of what they tell.
+"""The tests that need a GPU, then every benchmark that a README row stands for: on an H100 perhaps 15 minutes.
 
     python tests/benchmarks/all.py OUT [--minutes 9] [--only memory speed ...]
 
@@ -22,12 +22,13 @@ SMALL = {  # name -> command; --json OUT/NAME.json is added
     "memory": ["memory.py"], "speed": ["speed.py"], "optimizer": ["optimizer.py"], "locate": ["locate.py"],
     "peer": ["peer.py", "--shape", "smollm2-135m"], "generate": ["speed.py", "--generate"]}
 LARGE = {
-    "tests": ["-m", "pytest", "-q", "-rs", str(HERE.parent), "-k", "gpu"],
-    "memory": ["memory.py", "--shape", "llama-2-7b", "--p", "5"],
+    "tests": ["-m", "pytest", "-q", "-rs", *(str(HERE.parent / f"test_{of}.py") for of in ("gpu", "optim", "mask")), "-k", "gpu"],
     "speed": ["speed.py", "--tokens", "8192", "16384", "--repeat", "3"],
-    "optimizer": ["optimizer.py"], "locate": ["locate.py"],
-    "peer": ["peer.py", "--shape", "llama-3.2-1b", "--batch", "2", "8", "16"],
-    "generate": ["speed.py", "--generate", "--repeat", "1", "--new-tokens", "64"],
+    "generate": ["speed.py", "--generate", "--repeat", "1", "--prompts", "24", "--new-tokens", "64"],  # all at once
+    "optimizer": ["optimizer.py"],
+    "memory": ["memory.py", "--shape", "llama-2-7b", "--p", "5"],
+    "locate": ["locate.py"],
+    "peer": ["peer.py", "--shape", "llama-3.2-1b", "--batch", "8", "16", "--turns", "1"],
     "speed-sweep": ["speed.py"],
     "memory-10": ["memory.py", "--shape", "llama-2-7b", "--p", "10"],
     "memory-others": ["memory.py", "--shape", "llama-3-8b", "qwen2.5-7b"]}

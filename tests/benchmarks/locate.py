@@ -23,7 +23,7 @@ FULL, TENSOR = 6.7e9, 1 << 26
 def select(values: int, p: float, device: str, where: str) -> dict:
     """Seconds and peaks of one selection; the values are normal, at another scale in every tensor."""
     sizes = [TENSOR] * (values // TENSOR) + [values % TENSOR] * (values % TENSOR > 0)
-    importance = {str(i): torch.empty(n, device=where).normal_(0, 10.0 ** -(i % 5)) for i, n in enumerate(sizes)}
+    importance = {str(i): torch.empty(n, device=device).normal_(0, 10.0 ** -(i % 5)).to(where) for i, n in enumerate(sizes)}
     pack_mask(each_selected({"warm": torch.rand(1 << 16, device=where)}, p / 100, device))
     wait(device)
     before, host = memory_now(device), status_bytes("VmRSS")

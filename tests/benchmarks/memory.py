@@ -10,6 +10,7 @@ and "allocated" is the sum of live tensors that a meter counted (meter.py): it c
 measurement of a card.
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -24,9 +25,10 @@ from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guard
 
 import torch
 
-from allo_mini import UserError, memory
+from allo_mini import UserError, memory, resume
 from allo_mini.config import parse
 from allo_mini.data import Example
+from allo_mini.disk import append_rows, keep_whole, read_jsonl
 from allo_mini.generate import sample
 from allo_mini.device import peak_gb, pick_device
 from allo_mini.locate import gradient_importance
@@ -61,6 +63,7 @@ def settings(name: str, card: str, p: float, tokens: int):
 
 def one_or_none(name: str, stage: str, cfg, *more) -> dict:
     """one_stage, or, when memory runs out, a row that says so."""
+    resume.need_room = lambda *_: None  # for checkpoints, of which one step writes none
     try:
         pick_device(more[1], more[0])
         return one_stage(name, stage, cfg, *more)
@@ -86,7 +89,7 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
     run = RandomRun(cfg, folder, folder, device, DTYPES[dtype], shapes, None, Log(None))
     run.name, percent = name, memory.percent_of(cfg, stage)
     mask = RandomMask(shapes, percent, device) if percent < 100 and stage in memory.TRAINING else None
-    host = memory.host_bytes(stage, cfg, shapes)
+    host = memory.host_bytes(stage, cfg, shapes, pinned=device.startswith("cuda"))
     on_disk = 4 * run.parameters * (stage == "locate")  # the gradients' file, which the meter takes for memory
     meter = nullcontext() if device.startswith("cuda") else Meter()
     reset_peak(device)
@@ -109,23 +112,33 @@ def one_stage(name: str, stage: str, cfg, dtype: str, device: str, tokens: int, 
             "ratio": peaks["allocated"] / sum(terms.values())}
 
 
-def in_processes(jobs: list[tuple], device: str, tokens: int) -> list[dict]:
-    """one_or_none of every job, several at a time; says what came out as it comes, for the table is made at the end."""
-    total, on_disk, began = torch.cuda.get_device_properties(device).total_memory / 2**30, Lock(), time.monotonic()
+def in_processes(jobs: list[tuple], device: str, tokens: int, part: Path | None) -> list[dict]:
+    """one_or_none of every job, several at a time. What has come out is said at once and kept in the file `part`, so
+    that the same command after a kill makes the other rows alone."""
+    total, disk, began = torch.cuda.get_device_properties(device).total_memory / 2**30, Lock(), time.monotonic()
+    known = [row for _, row in read_jsonl(part)] if part and keep_whole(part) else []
 
     def one(job) -> dict:
         name, stage, cfg, dtype, cap = job
-        with on_disk if stage == "locate" else nullcontext():  # the gradient's file has 4 bytes a weight
+        for row in known:
+            if (row["shape"], row["stage"], row["memory"], row["p"], row["tokens"]) == (name, stage, cfg.memory, cfg.p, tokens):
+                return row
+        with disk if stage == "locate" else nullcontext():  # the gradient's file has 4 bytes a weight
             try:
                 row = fresh_process(one_or_none, name, stage, cfg, dtype, device, tokens, cap)
-            except UserError as e:  # the process died
+            except Exception as e:  # the process died, or CUDA did: the other rows are worth having all the same
                 row = failed(name, stage, cfg, e)
+        row["tokens"] = tokens
+        if part and "failed" not in row:
+            append_rows(part, [row])
         figures = f"FAILED: {row['failed']}" if "failed" in row else (
             f"{gb(row['allocated'])} GB allocated, {gb(row['reserved'])} reserved, {gb(row['estimate'])} estimated")
         print(f"{time.monotonic() - began:5.0f} s  {name}, {cfg.memory}, {cfg.p:g} %, {stage}: {figures}", flush=True)
         return row
 
-    at_once = max(1, int(total / (1 + max((job[-1] for job in jobs), default=total))))  # 1 GiB: CUDA's own
+    # 1 GiB: CUDA's own; no more than three, for the planner's stages ask how much memory of the card is free
+    at_once = max(1, min(3, int(total / (1 + max((job[-1] for job in jobs), default=total)))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // at_once)))  # of each process
     with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(one, jobs))
 
@@ -147,13 +160,15 @@ def main() -> None:
                              if not stage.endswith("-locate")]  # they are as locate
                 except UserError as e:
                     notes.append(f"{name}, {card}, {p:g} %: refused: {e}")
+        jobs.sort(key=lambda job: job[1] in ("forget", "reward"))  # last: they are as improve and sft
     else:
         base = parse(["--model", "x", "--train", "x", "--max-length", str(args.tokens), "--p-sft", "10", "--max-steps", "1"])
         for name in args.shape or ("micro-wide", "micro-vocabulary"):
             for rung in RUNGS:
                 cfg = replace(base, **{"checkpoint_blocks": 99, "head_mb": 16, "locate_groups": 3, **rung})
                 jobs += [(name, stage, cfg, "fp32", 0.0) for stage in ("improve", "forget", "locate", "score")]
-    done = in_processes(jobs, device, args.tokens) if device.startswith("cuda") else [
+    part = Path(f"{args.json}.part") if args.json else None
+    done = in_processes(jobs, device, args.tokens, part) if device.startswith("cuda") else [
         one_stage(name, stage, cfg, dtype, device, args.tokens) for name, stage, cfg, dtype, _ in jobs]
     for row, (_, _, cfg, _, _) in zip(done, jobs):
         row["settings"] = {k: getattr(cfg, k) for k in SHOWN}
@@ -164,6 +179,8 @@ def main() -> None:
     notes += [f"{d['shape']}, {d['memory']}, {d['stage']}: {d['failed']}" for d in done if "failed" in d]
     finish(args, ["GB", "settings", "p %", "estimate", "allocated" if device.startswith("cuda") else "metered", "reserved",
                   "of estimate", "host"], rows, notes, stages=done)
+    if part:
+        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, gemm_
 from allo_mini import UserError
 from allo_mini.config import parse
 from allo_mini.data import Example
+from allo_mini.device import pick_device
 from allo_mini.generate import sample
 from allo_mini.log import Log
 from allo_mini.logprobs import size_of
@@ -35,6 +36,7 @@ from allo_mini.scoring import with_reference
 
 def training(args, tokens: int, checkpointing: bool) -> dict | None:
     """One configuration; None when memory runs out."""
+    pick_device(args.device, args.dtype)  # what train.py sets for a device
     device, dtype, shapes = args.device, DTYPES[args.dtype], shapes_of(args.shape)
     vocab, layers = SHAPES[args.shape]["vocab_size"], SHAPES[args.shape]["num_hidden_layers"]
     if args.compile:
@@ -70,6 +72,7 @@ def training(args, tokens: int, checkpointing: bool) -> dict | None:
 
 def generation(args, int8: bool) -> dict | None:
     """New tokens/s of sampling args.n responses to each of args.prompts random prompts."""
+    pick_device(args.device, args.dtype)
     device, vocab = args.device, SHAPES[args.shape]["vocab_size"]
     model = random_model(args.shape, DTYPES[args.dtype], device, int8)
     prompts = [prompt for prompt, _ in random_pairs(args.prompts, args.prompt_tokens, vocab, 1 - 1 / args.prompt_tokens)]
