@@ -22,7 +22,7 @@ from allo_mini.config import Config, Parser, add_knob, check, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
-from allo_mini.inputs import both_sides, need_answers, need_usable, style_of
+from allo_mini.inputs import both_sides, need_answers, need_usable, style_of, unused_template
 from allo_mini.log import exit_code, say, table
 from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
@@ -57,8 +57,8 @@ def make_parser() -> Parser:
 
 
 def settings_of(args) -> Config:
-    """The flags; for a model out of a train.py run, its prompt style and lengths are the defaults."""
-    path, given = Path(args.model).resolve().parent / "config.json", vars(args)
+    """The flags; for a model or patch out of a train.py run, its prompt style and lengths are the defaults."""
+    path, given = Path(args.patch or args.model).resolve().parent / "config.json", vars(args)
     written = read_json(path).get("config", {}) if path.is_file() else {}
     own = {k: written[k] for k in ("prompt", "max_length", "max_new_tokens", "stop") if k in written and k not in given}
     check(own, str(path))
@@ -127,6 +127,10 @@ def bootstrap(mine: list[bool], theirs: list[bool], draws: int = 10_000, seed: i
 def compare(path: Path, folder: Path) -> list[str]:
     """Table row: accuracy here minus accuracy in the other folder over the questions that both have, interval and p."""
     mine, theirs = verdicts(path), verdicts(folder / path.name)
+    here, there = (read_json(out / "eval.json").get(path.name) or {} if (out / "eval.json").exists() else {}
+                   for out in (path.parent, folder))
+    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in SHARED if k in here and k in there and here[k] != there[k]]:
+        say(f"{path.name}: WARNING: compared with answers that were made with another {', another '.join(other)}")
     both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
     return [path.name, f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}", str(len(both))]
@@ -230,7 +234,7 @@ def run(args) -> None:
         return talk(model, encoder, settings, {*ends, encoder.closing})
     encoders = [encoder_for(tokenizer, settings, None if job.task in JUDGED else job.rows[0]) for job in jobs]
     for job, encoder in zip(jobs, encoders):
-        say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}")
+        say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}" + unused_template(encoder, settings.prompt))
         need_usable(encoder, both_sides(job.rows), str(job.file))
     read = [*sorted(set(shard_files(folder).values())), *([Path(args.patch)] if args.patch else [])]
     asked = {"model": [state_of(path) for path in read], **{k: getattr(settings, k) for k in SHARED},

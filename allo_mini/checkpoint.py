@@ -198,7 +198,7 @@ def save_patch(base: Path, tuned: Path, path: Path) -> None:
         if changed.any():
             tensors |= Selection(new.shape, changed).named(name, new[changed])
             digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
-    save_tensors(tensors, path, {"digest": digest.hexdigest()})
+    save_tensors(tensors, path, {"digest": digest.hexdigest(), "base": "/".join(base.resolve().parts[-2:])})
 
 
 @torch.no_grad()
@@ -219,7 +219,8 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
         if digest.hexdigest() != metadata["digest"]:
             raise ValueError("its digest differs")
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: no patch for {model.folder}, or broken ({' '.join(str(e).split())[:80]})") from None
+        raise UserError(f"{path}: no patch for {model.folder}, or broken ({' '.join(str(e).split())[:80]}); it was made "
+                        f"for {metadata.get('base', 'another model')}") from None
     return model
 
 
@@ -228,7 +229,9 @@ def main(argv: list[str]) -> int:
     def work():
         if len(argv) != 4 or argv[0] != "apply":
             raise UserError("expected: python -m allo_mini.checkpoint apply BASE PATCH OUT")
-        save_model(apply_patch(load_model(argv[1], None), argv[2]), argv[3])
+        _, base, patch, out = argv
+        kinds = {t.dtype for name, t in load_tensors(patch)[0].items() if name.endswith(".values")}
+        save_model(apply_patch(load_model(base, kinds.pop() if kinds else None), patch), out)
     return exit_code(work)
 
 

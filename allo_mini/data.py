@@ -25,6 +25,7 @@ from allo_mini.tokenizer import Tokenizer, in_common
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 HH_TURN = "\n\nAssistant:"  # what a response follows in Anthropic HH strings
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 ASKING = ("prompt", "question", "input", "instruction", "query")  # keys that are a prompt, whatever they are called
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
@@ -99,6 +100,8 @@ def messages_of(row: dict, key: str, where: str) -> Text:
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         for part in ("role", "content"):
             text_of(m, part, f"{where}: {key!r}")
+        if m["role"] not in ROLES:
+            raise UserError(f"{where}: {key!r} has the role {m['role']!r}, expected one of {', '.join(ROLES)}")
     return row[key]
 
 
@@ -143,6 +146,8 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     """Preference rows in any of TRL's forms, at most `limit`."""
     pairs = []
     for where, row in islice(read_jsonl(path), limit or None):
+        if "completion" in row and "chosen" not in row:
+            raise UserError(f"{where}: unpaired rows (KTO's prompt, completion, label); expected 'chosen' and 'rejected'")
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
         prompt = messages_of(row, "prompt", where) if "prompt" in row else None
         if prompt is None and (near := [key for key in row if get_close_matches(key, ASKING, 1)]):

@@ -23,6 +23,7 @@ from allo_mini import UserError
 HELD = {}  # run folder -> its open lock file; the system lets go of it when the process ends, however it ends
 NO_ROOM = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 MAX_LINE = 16 << 20  # bytes; a longer line is no row of ours
+OTHERS = {b"PAR1": "Parquet", b"\x1f\x8b": "gzip", b"[": "a JSON array"}  # how files begin that are no JSON Lines
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -65,10 +66,12 @@ def read_jsonl(path: str | Path):
         lines = [(number, raw) for number, raw in enumerate(iter(lambda: f.readline(MAX_LINE), b""), 1) if raw.strip()]
     if not lines:
         raise UserError(f"{path}: no rows")
+    if kind := next((kind for start, kind in OTHERS.items() if lines[0][1].lstrip().startswith(start)), None):
+        raise UserError(f"{path}: is {kind}, expected JSON Lines (one object a line); README, \"Data\", says how to convert")
     for number, raw in lines:
         if len(raw) == MAX_LINE:
             raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")
-        row = parse_object(raw, path, number, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        row = parse_object(raw.rstrip(), path, number, object_pairs_hook=no_duplicates, parse_constant=no_constant)
         yield f"{path}:{number}", row
 
 

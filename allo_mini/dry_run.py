@@ -17,6 +17,7 @@ import torch
 from allo_mini import memory, tasks
 from allo_mini.config import SETTINGS
 from allo_mini.data import Pair, steps_of
+from allo_mini.device import host_memory
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.generate import sample
 from allo_mini.log import say, table
@@ -152,4 +153,9 @@ def show(run: Run) -> None:
     if not run.needs:  # with --memory they have been printed
         blocks = 0 if cfg.checkpoint_blocks < 0 and run.device == "cpu" else cfg.checkpoint_blocks
         cfg = replace(cfg, locate_groups=run.locate_groups(cfg.locate == "snr"), checkpoint_blocks=blocks)
-        memory.show_needs(memory.needs_of(cfg, run.config, run.shapes, run.dtype.itemsize, run.rewriter))
+        needs = memory.needs_of(cfg, run.config, run.shapes, run.dtype.itemsize, run.rewriter)
+        memory.show_needs(needs)
+        on_card = run.device.startswith("cuda")
+        there = torch.cuda.get_device_properties(run.device).total_memory if on_card else host_memory()
+        if (most := max(sum(terms.values()) for terms in needs.values())) > there > 0:
+            say(f"WARNING: {most / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB; {memory.advice(cfg)}")

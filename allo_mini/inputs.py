@@ -155,6 +155,12 @@ def style_of(prompt: str, row: Task | Pair) -> str:
     return "chat" if isinstance(row.prompt, list) else "none"
 
 
+def unused_template(encoder: Encoder, prompt: str) -> str:
+    """A hint for who has not said --prompt, where the model has a chat template that is not used."""
+    unused = prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template
+    return " (the model has a chat template: --prompt chat uses it)" if unused else ""
+
+
 def both_sides(rows: list) -> list:
     """The (prompt, responses) of those rows that are pairs."""
     return [(row.prompt, [row.chosen, row.rejected]) for row in rows if isinstance(row, Pair)]
@@ -181,10 +187,12 @@ def check_rows(run: Run) -> None:
     silent = [t.source for t in run.tasks if gold_answer(t) is None] if not (cfg.pairs or cfg.only_sft) else []
     if silent and len(silent) == len(run.tasks):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
+    if twice := len(run.tasks) - len(run.questions):
+        say(f"training rows whose question stands there already: {twice}; a question is sampled once")
     if silent:
         say(f"training rows without an answer to grade by: {len(silent)}, the first {silent[0]}; they make no pairs")
     for rows, files in ((run.pairs, cfg.pairs), (run.test, cfg.test), (run.val, cfg.val)):
-        need_usable(encoder, both_sides(rows), ", ".join(files or cfg.pairs))
+        need_usable(encoder, both_sides(rows), ", ".join(files or cfg.pairs) + ", rows held out" * (not files))
     if cfg.sft or cfg.only_sft:
         need_usable(encoder, [(t.input, [t.output]) for t in run.tasks], ", ".join(cfg.train))
 
@@ -243,14 +251,14 @@ def open_run(cfg: Config) -> Run:
     tasks, pairs, val, test = read_rows(cfg)
     is_demo = not (cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
-    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs][0]), cfg.max_length)
+    chats = [p for p in pairs if isinstance(p.prompt, list)]  # one is enough: roles mean nothing in another style
+    encoder = Encoder(tokenizer, style_of(prompt, [*chats, *tasks, *pairs][0]), cfg.max_length)
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,
               config=model.config)
-    unused = prompt == "auto" and encoder.style != "chat" and tokenizer.template
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, {str(dtype).removeprefix('torch.')} on "
-        f"{device}; prompts: {encoder.style}" + " (the model has a chat template: --prompt chat uses it)" * bool(unused))
+        f"{device}; prompts: {encoder.style}{unused_template(encoder, prompt)}")
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:

@@ -63,6 +63,7 @@ def describe_mask(run: Run, mask: PackedMask, percent: float) -> None:
     total = shares.pop(("all", "all"))
     kinds = {kind: share for (kind, layer), share in shares.items() if layer == "all"}
     layers = {layer: share for (kind, layer), share in shares.items() if kind == "all"}
+    layers = dict(sorted(layers.items(), key=lambda item: int(item[0]) if item[0].isdigit() else -1))
     run.log.note("locate", percent=percent, **{"mask/density": total}, kinds=kinds, layers=layers, hash=mask_hash(mask))
     say(f"mask: {selected(mask):,} weights, {100 * total:.3f} % (asked: {percent:g} %)")
     for label, groups in (("by kind, % ", kinds), ("by layer, %", layers)):

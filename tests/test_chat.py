@@ -293,6 +293,16 @@ def test_preference_rows_train_as_they_are(chat_model, tmp_path, kind, capsys):
     assert ("--prompt chat uses it" in said) == ("messages" not in kind)
 
 
+def test_one_conversation_makes_a_run_of_conversations(chat_model, tmp_path, capsys):
+    """Beside strings, and beside task rows to fine-tune on."""
+    strings = [{**row, "prompt": row["prompt"] + "!"} for row in ROWS["UltraFeedback"]]
+    write(tmp_path / "pairs.jsonl", *strings, *ROWS["messages"])
+    write(tmp_path / "tasks.jsonl", *({"input": f"Add {i}.", "output": f"The answer is {i}"} for i in range(12)))
+    assert one_step(chat_model, tmp_path / "pairs.jsonl", tmp_path / "run", "--max-length", "400", "--sft", "--train",
+                    str(tmp_path / "tasks.jsonl"), "--dry-run") == 0
+    assert "prompts: chat\n" in capsys.readouterr().out
+
+
 def test_answers_that_a_template_cannot_set_behind_a_prompt_are_refused_before_the_run(tmp_path, capsys):
     save_model(tiny_model(), tmp_path / "model")
     write_tokenizer(tmp_path / "model", chat_template=THINKS.replace("NOTHING", "''"))

@@ -195,6 +195,13 @@ def test_seconds_of_a_stage(world, tmp_path):  # noqa: F811
     assert dry_run.line_of(run, "dpo", ROWS, SPEED).seconds == pytest.approx(16 + 3 * 4 * (0.02 + 0.05))  # 13 steps of 8
 
 
+def test_more_memory_than_there_is_is_warned_of(world, tmp_path, capsys, monkeypatch):  # noqa: F811
+    for there, warned in ((64 << 30, False), (1 << 20, True), (0, False)):  # 0: the system does not say
+        monkeypatch.setattr(dry_run, "host_memory", lambda: there)
+        assert train.main([*arguments(world, tmp_path / "run"), "--dry-run"]) == 0
+        assert ("WARNING: " in capsys.readouterr().out) == warned
+
+
 def test_what_is_measured_is_scaled_to_all_layers(world, tmp_path, monkeypatch):  # noqa: F811
     run = open_run(parse([*arguments(world, tmp_path / "run"), "--dry-run"]))
     layer = sum(shape.numel() for name, shape in run.shapes.items() if ".layers.0." in name)

@@ -13,7 +13,7 @@ from helpers import tiny_model, write_tokenizer, write_folder
 
 import eval as evaluation
 from allo_mini import tasks
-from allo_mini.checkpoint import save_model
+from allo_mini.checkpoint import save_model, save_patch
 from eval import bootstrap
 
 TEMPLATE = ("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}{{ eos_token if m['role'] == 'assistant' else '|' }}"
@@ -196,7 +196,20 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     assert many[1] == "+50.0" and 35 < low < 43 and 57 < high < 65 and float(many[4]) < 0.001 and many[5] == "200"
     assert rows[1:] == ["+0.0", "[+0.0,", "+0.0]", "1.0000", "3"]
     run(model, *files, "--out", "a", "--against", "b")
-    assert "-50.0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "-50.0" in said and "WARNING" not in said
+    run(model, *files, "--out", "c", "--against", "b", "--prompt", "none")
+    assert "rows.jsonl: WARNING: compared with answers that were made with another prompt ('none', there 'auto')" in capsys.readouterr().out
+
+
+def test_a_patch_brings_the_settings_of_its_run(model, place, capsys):
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/config.json").write_text(json.dumps({"config": {"prompt": "chat", "max_new_tokens": 4, "max_length": 200}}))
+    save_patch(model, model, Path("runs/demo/patch.safetensors"))
+    assert evaluation.main(["--model", str(model), "--patch", "runs/demo/patch.safetensors", "--test", "rows.jsonl"]) == 0
+    assert "rows.jsonl: 3 rows, prompts: chat\n" in capsys.readouterr().out
+    assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--max-new-tokens", "4"]) == 0
+    assert "prompts: alpaca (the model has a chat template: --prompt chat uses it)" in capsys.readouterr().out
 
 
 def test_bootstrap_agrees_with_the_normal_approximation():

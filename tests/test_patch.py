@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from allo_mini import UserError
+from allo_mini import UserError, checkpoint
 from allo_mini.checkpoint import apply_patch, load_model, save_model, save_patch
 from helpers import tiny_model
 
@@ -49,6 +49,18 @@ def test_base_and_patch_are_the_tuned_model(folders):
     assert "exists already" in again.stderr
 
 
+def test_what_an_fp32_run_changed_of_a_bf16_base_is_not_rounded_away(folders):
+    base = load_model(str(folders / "base"), torch.float32)
+    with torch.no_grad():
+        base.model.norm.weight += 2.0**-12  # lost in bf16
+    save_model(base, folders / "fine")
+    save_patch(folders / "base", folders / "fine", folders / "fine.safetensors")
+    paths = [str(folders / name) for name in ("base", "fine.safetensors", "whole")]
+    assert checkpoint.main(["apply", *paths]) == 0
+    written, wanted = (load_file(folders / name / "model.safetensors") for name in ("whole", "fine"))
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+
+
 def test_a_patch_is_small(folders):
     """5 % of the entries: a byte and a value each, two bytes for every block, and a header."""
     with safe_open(folders / "patch.safetensors", "pt") as f:
@@ -61,7 +73,7 @@ def test_a_patch_is_small(folders):
 
 def test_another_base_is_refused(folders):
     save_model(changed_copy(load_model(str(folders / "base")), 0.5, seed=9), folders / "other")
-    with pytest.raises(UserError, match="no patch for .*digest differs"):
+    with pytest.raises(UserError, match=f"no patch for .*digest differs.* was made for {folders.name}/base"):
         apply_patch(load_model(str(folders / "other")), folders / "patch.safetensors")
     save_model(tiny_model(vocab_size=300, hidden_size=32), folders / "smaller")
     with pytest.raises(UserError, match="no patch for"):

@@ -157,7 +157,7 @@ def test_there_are_no_blocks_of_other_kinds():
 def test_the_reading_order_names_every_file_once():
     section = README[README.index("## Read it in this order"):README.index("## Change it")]
     named = re.findall(r"^\| ((?:allo_mini/)?\w+\.py) \|", section, re.M)
-    there = {str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.py"), *ROOT.glob("allo_mini/*.py")]} - {"allo_mini/__init__.py"}
+    there = {str(p.relative_to(ROOT)) for p in ROOT.glob("allo_mini/*.py")} - {"allo_mini/__init__.py"} | {"train.py", "eval.py"}
     assert len(named) == len(set(named)) and set(named) == there
 
 

@@ -230,7 +230,7 @@ def test_readme_first_command_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/demo-2023/improve/model.safetensors").exists()
 
 
-def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_path):
+def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_path, capsys):
     rows = (world / "train.jsonl").read_text()
     (tmp_path / "twice.jsonl").write_text(rows + rows)
     made = []
@@ -240,6 +240,7 @@ def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_pa
         assert train.main(argv) == 0
         made.append((tmp_path / file.stem / "negatives.jsonl").read_text().splitlines())
     assert sorted(made[0]) == sorted(made[1])
+    assert "training rows whose question stands there already: 20;" in capsys.readouterr().out
 
 
 def test_of_rows_with_one_question_the_one_with_an_answer_counts():

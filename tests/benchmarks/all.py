@@ -1,6 +1,6 @@
 """The tests that need a GPU, then every benchmark that a README row stands for: on an H100 perhaps 15 minutes.
 
-    python tests/benchmarks/all.py OUT [--minutes 9] [--only memory speed ...]
+    python tests/benchmarks/all.py OUT [--minutes 60] [--only memory speed ...]
 
 For a rented GPU: OUT gets NAME.json and NAME.txt of each. What does not end within the minutes is stopped; the same
 command goes on with what OUT does not have yet. On a CPU it runs the benchmarks at their smaller sizes.
@@ -63,7 +63,7 @@ def run(name: str, out: Path, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all of it")
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all of it (default: %(default)g)")
     parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
