@@ -29,7 +29,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
 class TreeAttention:
     """Attention over a flat stream of trees, each one prompt P followed by its responses:
 
-        stream   P P P P  C C C  R R   P P  C C C C  R R R   ...      (no padding anywhere)
+        stream   P P P P  C C C  R R           P P  C C C C  R R R   ...      (no padding anywhere)
+        keys     P P P P  C C C  P P P P  R R  P P  C C C C  P P  R R R
         C sees   [P | C]  causally: one ordinary causal call
         R sees   [P | R]  causally, never C: queries R, keys and values [P | R], aligned at the lower right
 
@@ -39,58 +40,55 @@ class TreeAttention:
     """
 
     def __init__(self, trees: list[tuple[int, tuple[int, ...]]]):
-        self.trees, self.packed, self.masks = trees, None, {}
+        self.trees, self.cuts, self.masks = trees, None, {}
+        # lengths of the parts: of [P C] or [R], and of the [P C] or [P R] that it sees
+        self.queries = [length for prompt, (first, *others) in trees for length in (prompt + first, *others)]
+        self.keys = [prompt + length for prompt, responses in trees for length in responses]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
-        if q.is_cuda and q.dtype != torch.float32 and q.shape[-1] % 8 == 0 and varlen_kernel(q.device):
+        kind = q.dtype
+        if q.is_cuda and kind != torch.float32 and q.shape[-1] % 8 == 0 and varlen_kernel(q.device):
             return self.in_one_call(q, k, v, varlen_kernel(q.device))
-        kind, out, sizes = q.dtype, [], [prompt + sum(responses) for prompt, responses in self.trees]
         if q.device.type == "cpu" and kind == torch.bfloat16:  # whose backward takes 2-3 times as long as fp32's
             q, k, v = q.float(), k.float(), v.float()
-        # split, not sliced: in backward every slice would fill a gradient of the whole stream with zeros
-        for (prompt, (first, *others)), *tree in zip(self.trees, *(x.split(sizes) for x in (q, k, v))):
-            lengths = [prompt + first, *others]  # of [P | C], R, ...
-            (q, *queries), (k, *keys), (v, *values) = (x.split(lengths) for x in tree)
-            out.append(sdpa(q, k, v, is_causal=True))
-            k, v = (x.split([prompt, first])[0] for x in (k, v))  # [P]
-            for q, *own in zip(queries, keys, values):
-                whole = (torch.cat(pair) for pair in zip((k, v), own))  # [P | R]
-                out.append(sdpa(q, *whole, attn_mask=self.lower_right(len(q), prompt, q)))
-        return torch.cat(out).to(kind)
+        parts = zip(q.split(self.queries), *(self.as_keys(x).split(self.keys) for x in (k, v)))
+        return torch.cat([sdpa(*part, **self.sight(*part[:2])) for part in parts]).to(kind)
 
-    def lower_right(self, length: int, prompt: int, q: Tensor):
-        """Mask of `length` responses' tokens over [P | R]: each sees the prompt and what stands before it.
+    def as_keys(self, x: Tensor) -> Tensor:
+        """The stream, laid out as keys. Split, not indexed: in backward that fills no whole stream with zeros."""
+        pieces = iter(x.split([length for prompt, responses in self.trees for length in (prompt, *responses)]))
+        keys = []
+        for _, responses in self.trees:
+            prompt = next(pieces)
+            for response in itertools.islice(pieces, len(responses)):
+                keys += [prompt, response]
+        return torch.cat(keys)
 
-        A GPU's kernels know it by name; a CPU's do not, and there the import costs a second and 70 MB.
+    def sight(self, q: Tensor, k: Tensor) -> dict:
+        """How a part's queries see its keys: each what stands before it, the last one all.
+
+        A GPU's kernels know that by name; a CPU's do not, and there the import costs a second and 70 MB.
         """
-        if (length, prompt) not in self.masks:
+        size = len(q), len(k)
+        if size[0] == size[1]:
+            return {"is_causal": True}
+        if size not in self.masks:
             if q.is_cuda:
                 from torch.nn.attention.bias import causal_lower_right
-                self.masks[length, prompt] = causal_lower_right(length, prompt + length)
+                self.masks[size] = causal_lower_right(*size)
             else:
-                hidden = torch.ones(length, prompt + length, dtype=torch.bool, device=q.device).triu_(prompt + 1)
-                self.masks[length, prompt] = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-        return self.masks[length, prompt]
+                hidden = torch.ones(size, dtype=torch.bool, device=q.device).triu_(size[1] - size[0] + 1)
+                self.masks[size] = q.new_zeros(size).masked_fill_(hidden, -torch.inf)
+        return {"attn_mask": self.masks[size]}
 
     def in_one_call(self, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
-        """The same: queries are the stream as it stands, cut into [P C], [R], ...; each [R] gets keys [P R], copied."""
-        if self.packed is None:
-            sizes, keys, at = [], [], 0  # of each part: how many queries, where in the stream its keys stand
-            for prompt, (first, *others) in self.trees:
-                end = at + prompt + first
-                sizes += [prompt + first, *others]
-                keys.append(range(at, end))
-                for length in others:
-                    keys.append([*range(at, at + prompt), *range(end, end + length)])
-                    end += length
-                at = end
-            cuts = ([0, *itertools.accumulate(lengths)] for lengths in (sizes, map(len, keys)))
-            rows = torch.tensor([row for part in keys for row in part])
-            cuts = [torch.tensor(cut, dtype=torch.int32) for cut in cuts]
-            self.packed = (*(x.to(q.device, non_blocking=True) for x in (rows, *cuts)), max(sizes), max(map(len, keys)))
-        rows, *cuts = self.packed
-        return kernel(q, k[rows], v[rows], *cuts)
+        """The same by a kernel that is told where each part's queries and keys begin."""
+        if self.cuts is None:
+            starts = (torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+                      for sizes in (self.queries, self.keys))
+            self.cuts = [x.to(q.device, non_blocking=True) for x in starts]
+        return kernel(q, self.as_keys(k), self.as_keys(v), *self.cuts, max(self.queries), max(self.keys))
 
 
 @lru_cache
