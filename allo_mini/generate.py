@@ -9,7 +9,6 @@ own random stream, seeded by (seed, row, k), so company in the batch does not ch
 
 import hashlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +80,7 @@ class Prefill(TreeAttention):
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """One token per row. logits [A,V], u [A] uniform in [0,1) -> ids [A].
+    """One token per row. logits [A,V], u [A] uniform in [0,1), on the CPU -> ids [A].
 
     temperature 0 takes the largest logit. Otherwise the nucleus is the smallest set of most probable tokens whose
     mass reaches top_p (arXiv 1904.09751), and u picks from it by inverting its cumulative distribution.
@@ -94,11 +93,12 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     while size < whole and bool((top.sum(-1) < top_p).any()):
         size = min(8 * size, whole)
         top, ids = probs.topk(size, -1)
+    top = top.cpu()  # 64 numbers a row, mostly; under --deterministic torch refuses cumsum on CUDA
     total = top.cumsum(-1)
     top = top * (total - top < top_p)  # tokens up to and including the one that reaches top_p
     total = top.cumsum(-1)
     choice = (total <= u[:, None] * total[:, -1:]).sum(-1, keepdim=True)  # [A,1]
-    return ids.gather(-1, choice.clamp(max=size - 1)).squeeze(-1)
+    return ids.gather(-1, choice.clamp(max=size - 1).to(ids.device)).squeeze(-1)
 
 
 def uniforms(seed: int, row: int, k: int, count: int) -> Tensor:
@@ -150,18 +150,6 @@ def read_tokens(model: CausalLM, cache: Cache, running: list[Sample]) -> Tensor:
     return model(ids, cache.lengths, cache)
 
 
-@contextmanager
-def freely():
-    """Lets sampling run under --deterministic: torch refuses cumsum on CUDA then, though here it gives the same."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("default")  # use_deterministic_algorithms would import torch's compiler
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
-
-
-@freely()
 @torch.inference_mode()
 def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: int, temperature: float = 0.7,
            top_p: float = 0.95, eos_ids=(), seed: int = 0, rows: list[int] | None = None, slots: int = 64,
@@ -196,7 +184,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
             running += fresh
         else:
             fresh, hidden = running, read_tokens(model, cache, running)
-        u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(head.device)
+        u = torch.stack([s.u[len(s.tokens)] for s in fresh])
         for s, token in zip(fresh, pick(linear(hidden, head), temperature, top_p, u).tolist()):
             s.tokens.append(token)
         for i in reversed(range(len(running))):
