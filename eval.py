@@ -129,7 +129,8 @@ def compare(path: Path, folder: Path) -> list[str]:
     mine, theirs = verdicts(path), verdicts(folder / path.name)
     here, there = (read_json(out / "eval.json").get(path.name) or {} if (out / "eval.json").exists() else {}
                    for out in (path.parent, folder))
-    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in SHARED if k in here and k in there and here[k] != there[k]]:
+    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in SHARED
+                 if k in here and k in there and here[k] != there[k]]:
         say(f"{path.name}: WARNING: compared with answers that were made with another {', another '.join(other)}")
     both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])

@@ -144,14 +144,14 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
     shares = {stage: getattr(cfg, f"p_{stage}") or cfg.p for stage in ("forget", "improve")}
     if cfg.mask or cfg.mask_source == "none":
         return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes) if cfg.mask else None)
-    paths = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
-             for p in shares.values()}
-    missing, movement = [path for path in paths.values() if not path.exists()], None
+    path_of = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
+               for p in shares.values()}  # one where both phases have the same p
+    missing, movement = [path for path in path_of.values() if not path.exists()], None
     by_chance = cfg.mask_source == "random"
     if missing and cfg.locate in ("auto", "movement") and not by_chance:
         movement = load_tensors(warmup(run, theta, pairs))[0]
 
-    def make(_):  # all masks at once; the stage has the name of one that is missing
+    def make(_):  # one stage makes every mask; its artefact is the first that is missing
         if by_chance:
             importance = random_importance(run)
         else:
@@ -160,14 +160,14 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
                                                     compare=run.parameters < COMPARE_BELOW and not snr, snr=snr)
             importance = movement or gradient
             describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
-        for percent, path in paths.items():
+        for percent, path in path_of.items():
             mask = importance_mask(run, importance, percent)
             describe_mask(run, mask, percent)
             save_mask(mask, path)
 
     if missing:
         run.stage("locate", make, missing[0].name)
-    loaded = {p: load_mask(path, run.shapes) for p, path in paths.items()}
+    loaded = {p: load_mask(path, run.shapes) for p, path in path_of.items()}
     return {stage: loaded[p] for stage, p in shares.items()}
 
 
@@ -194,13 +194,13 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
 
 def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
     """Train the rewriting model (unless one was given) and let it score every token of every negative."""
-    folder, (wrong, responses) = run.cfg.reward_model, zip(*kept)
+    folder, (wrong, examples) = run.cfg.reward_model, zip(*kept)
 
     def prepare():
-        examples = rewrite_examples(run.encoder, wrong)
-        if len(examples) < len(wrong):
-            say(f"reward: {len(wrong) - len(examples)} rewrites dropped: as long as --max-length")
-        return examples, None if run.cfg.reward_base else located(run, theta, "reward", examples)
+        rewrites = rewrite_examples(run.encoder, wrong)
+        if len(rewrites) < len(wrong):
+            say(f"reward: {len(wrong) - len(rewrites)} rewrites dropped: as long as --max-length")
+        return rewrites, None if run.cfg.reward_base else located(run, theta, "reward", rewrites)
 
     if not folder:
         folder = trained(run, "reward", run.cfg.reward_base or theta, prepare, sft_objective())
@@ -208,7 +208,7 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
     def make(target):
         model = run.load(folder)
         with progress(total=len(kept), label="score", unit="response") as bar:
-            scores = token_scores(model, run.encoder, wrong, responses, run.cfg.micro_tokens, bar.update)
+            scores = token_scores(model, run.encoder, wrong, examples, run.cfg.micro_tokens, bar.update)
         low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
         say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
         write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))

@@ -104,7 +104,8 @@ def varlen_kernel(device):
     if "enable_gqa" in known:
         return partial(varlen_attn, enable_gqa=True, **causal)
 
-    def kernel(q, k, v, *cuts):  # every query head gets a key and value head of its own
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    def kernel(q, k, v, *cuts):
+        if q.shape[1] != k.shape[1]:  # every query head gets a key and value head of its own
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return varlen_attn(q, k, v, *cuts, **causal)
     return kernel

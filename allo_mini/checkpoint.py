@@ -198,7 +198,7 @@ def save_patch(base: Path, tuned: Path, path: Path) -> None:
         if changed.any():
             tensors |= Selection(new.shape, changed).named(name, new[changed])
             digest.update(name.encode() + bytes_of(old[changed]) + bytes_of(new[changed]))
-    save_tensors(tensors, path, {"digest": digest.hexdigest(), "base": "/".join(base.resolve().parts[-2:])})
+    save_tensors(tensors, path, {"digest": digest.hexdigest(), "base": base.resolve().name})
 
 
 @torch.no_grad()
@@ -219,8 +219,8 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
         if digest.hexdigest() != metadata["digest"]:
             raise ValueError("its digest differs")
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: no patch for {model.folder}, or broken ({' '.join(str(e).split())[:80]}); it was made "
-                        f"for {metadata.get('base', 'another model')}") from None
+        why = f"{' '.join(str(e).split())[:80]}; it was made for the folder {metadata.get('base', '?')}"
+        raise UserError(f"{path}: no patch for {model.folder}, or broken ({why})") from None
     return model
 
 

@@ -147,7 +147,7 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     pairs = []
     for where, row in islice(read_jsonl(path), limit or None):
         if "completion" in row and "chosen" not in row:
-            raise UserError(f"{where}: unpaired rows (KTO's prompt, completion, label); expected 'chosen' and 'rejected'")
+            raise UserError(f"{where}: unpaired (KTO's prompt, completion, label); expected 'chosen' and 'rejected'")
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
         prompt = messages_of(row, "prompt", where) if "prompt" in row else None
         if prompt is None and (near := [key for key in row if get_close_matches(key, ASKING, 1)]):
@@ -225,7 +225,7 @@ class Encoder:
             full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
             if full.startswith(framed):
                 return full[len(framed):]
-        said = framed + plain(response)
+        said = framed + plain(response)  # after what the template opens before any answer
         if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
             raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer "
                             "does not close it")

@@ -67,7 +67,7 @@ def read_jsonl(path: str | Path):
     if not lines:
         raise UserError(f"{path}: no rows")
     if kind := next((kind for start, kind in OTHERS.items() if lines[0][1].lstrip().startswith(start)), None):
-        raise UserError(f"{path}: is {kind}, expected JSON Lines (one object a line); README, \"Data\", says how to convert")
+        raise UserError(f"{path}: is {kind}, expected JSON Lines (one object a line); README says how to convert it")
     for number, raw in lines:
         if len(raw) == MAX_LINE:
             raise UserError(f"{path}:{number}: line is longer than {MAX_LINE} bytes")

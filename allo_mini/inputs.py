@@ -46,15 +46,15 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
         theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not all(isinstance(theirs.get(part), dict) for part in mine):
             raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
-        other = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
-                 if theirs[part].get(key) != mine[part].get(key)]
-        differ = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in other
-                  if part != "files"]
-        files, both = [file for part, file in other if part == "files"], theirs["files"].keys() & mine["files"].keys()
-        named = [file for file in files if file in both] if differ else files  # the others follow from the settings
-        differ += [f"another content of {file}" for file in named]
-        if differ and compare:
-            raise UserError(f"{folder}: holds a run with {', '.join(differ)}; choose another --out, or --restart")
+        changed = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
+                   if theirs[part].get(key) != mine[part].get(key)]
+        said = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in changed
+                if part != "files"]
+        # after a changed setting only files that both runs read are named: the others changed because of it
+        read = theirs["files"].keys() & mine["files"].keys() if said else {**theirs["files"], **mine["files"]}
+        said += [f"another content of {file}" for part, file in changed if part == "files" and file in read]
+        if said and compare:
+            raise UserError(f"{folder}: holds a run with {', '.join(said)}; choose another --out, or --restart")
 
 
 def claim_folder(cfg: Config, folder: Path, models: list[Path], machine: dict[str, str | int]) -> None:
@@ -93,7 +93,8 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         return tasks, [], val, test
     tasks = read_tasks(cfg.train, need_output=cfg.sft or cfg.only_sft or not cfg.pairs)
     pairs = [p for path in cfg.pairs for p in read_pairs(path)]
-    test, val, main = held_rows(cfg, "test"), held_rows(cfg, "val"), pairs if cfg.pairs else tasks
+    test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
+    main = pairs if cfg.pairs else tasks  # the list itself: what is cut off here is held out
     drop_held(tasks, [*test, *val], "training rows")
     drop_held(pairs, [*test, *val], "pairs")
     random.Random(f"{cfg.seed} rows").shuffle(main)

@@ -107,7 +107,8 @@ class MaskedEmbedding(torch.autograd.Function):
         reach = torch.arange(most, device=ids.device)
         step = max(1, chunk_of(ids.device) // (8 * most))  # an entry takes eight times the bytes of a value here
         for ids, dy in zip(*(x.split(step) for x in (ids, dy))):
-            entries = ends[ids, None] + reach  # [n,most]: the row's own, and then some of later rows, which count as 0
+            # [n,most]: of each row as many entries as the fullest one has; those beyond its own end are not real
+            entries = ends[ids, None] + reach
             real = entries < ends[ids + 1, None]
             entries = entries.clamp(max=len(columns) - 1)
             values = torch.where(real, dy.gather(1, columns[entries].long()).float(), 0.0)

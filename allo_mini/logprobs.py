@@ -139,3 +139,8 @@ def score(model: CausalLM, examples: list, tokens: int = 8192, on_batch=lambda n
             out[i] = [next(rows) for _ in responses]
         on_batch(len(group))
     return out
+
+
+def margins(model: CausalLM, pairs: list, tokens: int, on_batch=lambda n: None) -> list[float]:
+    """log pi(y+) - log pi(y-), summed over tokens, of every example (prompt, [y+, y-])."""
+    return [float(chosen.sum() - rejected.sum()) for chosen, rejected in score(model, pairs, tokens, on_batch)]

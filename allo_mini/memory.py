@@ -142,8 +142,8 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         return all(sum(terms.values()) <= room for terms in needs(tried).values())
 
     for rung in LADDER:
-        rung = {"p_sft": p_sft, **rung} if not cfg.p_sft else {**rung, "p_sft": p_sft}  # what was asked for stays
-        tried = replace(cfg, **rung, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
+        tried = replace(cfg, **{"p_sft": p_sft, **rung}, checkpoint_blocks=-1, micro_tokens=2 * cfg.max_length)
+        tried = replace(tried, p_sft=cfg.p_sft or tried.p_sft)  # what was asked for stays
         one = estimate("sample", replace(tried, sample_batch=1), c, shapes, size)
         slots = int((room - one["weights"] - one["at work"]) / (one["KV cache"] + one["logits"]))
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))

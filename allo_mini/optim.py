@@ -244,6 +244,7 @@ class MaskedAdamW(FlatGradient):
         for slot in (s for s in self.slots if f"{s.name}.values" in exact):
             values, theirs = exact[f"{slot.name}.values"], Selection.read(exact, slot.name, slot.p.shape, slot.p.device)
             for (rows, ours, our_index), (_, given, their_index) in zip(slot.selection.chunks(), theirs.chunks()):
+                # our values, over them theirs where they have any; read back where ours stand
                 dense = torch.zeros(slot.p[rows].shape, device=slot.p.device)
                 put(dense, our_index, self.master[slot.where][ours])
                 put(dense, their_index, values[given])

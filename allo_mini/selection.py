@@ -89,11 +89,11 @@ class Selection:
 
 
 def take(dense: Tensor, index: Tensor | None) -> Tensor:
-    """The selected entries of a dense chunk, flat."""
+    """The selected entries of a dense chunk, flat. index: int64 as a CPU keeps it, or int32 as a GPU has decoded it."""
     flat = dense.reshape(-1)
     if index is None:
         return flat
-    return flat.take(index) if index.dtype == torch.int64 else flat.index_select(0, index)  # CPU's kept, GPU's decoded
+    return flat.take(index) if index.dtype == torch.int64 else flat.index_select(0, index)
 
 
 def put(dense: Tensor, index: Tensor | None, values: Tensor) -> None:

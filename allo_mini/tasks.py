@@ -24,7 +24,7 @@ from allo_mini.disk import append_rows, keep_whole, read_jsonl
 from allo_mini.edits import nearest
 from allo_mini.generate import sample
 from allo_mini.log import exit_code, progress, say
-from allo_mini.logprobs import score
+from allo_mini.logprobs import margins
 
 GROUP = 64  # questions sampled together; a restart goes on at such a boundary, so it changes nothing
 ANSWER = re.compile(r"the answer is\s*:?\s*", re.IGNORECASE)
@@ -255,13 +255,13 @@ def evaluate(model, encoder: Encoder, rows: list, settings, eos, name: str = "ev
     part: a file to which the answers to Tasks are appended, settings.sample_batch at a time; those it holds already
     are not made again. "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
     """
+    if isinstance(rows[0], Pair):
+        kept = [(p, e) for p in rows if (e := encoder.example(p.prompt, [p.chosen, p.rejected]))]
+        with progress(total=len(kept), label=name, unit="row") as bar:
+            found = margins(model, [e for _, e in kept], settings.micro_tokens, bar.update)
+        return [{"prompt": p.prompt, "margin": m, "correct": m > 0} for (p, _), m in zip(kept, found)]
     group, began = settings.sample_batch if part else len(rows), time.monotonic()
     with progress(total=len(rows), label=name, unit="row") as bar:
-        if isinstance(rows[0], Pair):
-            kept = [(p, e) for p in rows if (e := encoder.example(p.prompt, [p.chosen, p.rejected]))]
-            scored = score(model, [e for _, e in kept], settings.micro_tokens, bar.update)
-            margins = [float(chosen.sum() - rejected.sum()) for chosen, rejected in scored]  # log pi(y+) - log pi(y-)
-            return [{"prompt": p.prompt, "margin": m, "correct": m > 0} for (p, _), m in zip(kept, margins)]
         done = keep_whole(part, group, len(rows)) if part else 0
         items = [row for _, row in read_jsonl(part)] if done else []
         bar.update(done)

@@ -141,7 +141,7 @@ PAIRS = [
      ["p.jsonl:1", "no 'prompt', but 'question'"]),
     ("implicit, two kinds", lines({"chosen": "yes", "rejected": talk("a")}),
      ["p.jsonl:1", "'rejected' must all be strings or all message lists"]),
-    ("unpaired rows", lines({"prompt": "a", "completion": "b", "label": True}), ["p.jsonl:1", "unpaired rows", "'rejected'"]),
+    ("unpaired rows", lines({"prompt": "a", "completion": "b", "label": True}), ["p.jsonl:1", "unpaired", "'rejected'"]),
     ("a misspelt role", lines(pair([{"role": "usr", "content": "a"}], talk("b"), talk("c"))),
      ["p.jsonl:1", "'prompt' has the role 'usr', expected one of system, "]),
     ("only empty responses", lines(*(pair(str(i), "", "x") for i in range(12))),
