@@ -36,11 +36,11 @@ PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder or hub id")
+    parser.add_argument("--model", metavar="FOLDER", help="a folder or hub id")
     patch_or_int8 = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
     patch_or_int8.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
                        "not with --int8: apply it first, python -m allo_mini.checkpoint apply")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--test", nargs="+", metavar="FILE", help="JSONL files, one table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead; its answers are greedy")
     parser.add_argument("--task", metavar="NAME", help=f"what the --test files hold: {', '.join(TASKS)} (default: "
@@ -219,6 +219,8 @@ def jobs_of(args) -> list[Job]:
 def run(args) -> None:
     """Answer every --test file and print the table, or talk."""
     check({name: value for name, value in vars(args).items() if name in (*SHARED, "limit")})
+    if not (args.model and (args.test or args.chat)):
+        raise UserError("expected --model FOLDER, and --test FILE or --chat; see --help")
     if args.task not in ("", *TASKS):
         raise UserError(f"--task is {args.task}, expected one of {', '.join(TASKS)}{similar(args.task, TASKS)}")
     settings = settings_of(args)

@@ -116,7 +116,8 @@ def reprint(run: Run) -> bool:
     """A finished run prints its table again."""
     path = run.folder / "results.json"
     if path.exists():
-        say(f"{run.folder}: this run is finished\n\n" + str(read_json(path).get("table")))
+        say(f"{run.folder}: this run is finished; its report is {run.folder / 'report.html'}\n\n"
+            f"{read_json(path).get('table')}")
         if not parallel.RANK:
             if not (run.folder / "report.html").exists():  # the run was stopped just before
                 try_report(run.folder)
