@@ -10,6 +10,7 @@ import operator
 import os
 import re
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from functools import partial
 
 from allo_mini import UserError
 from allo_mini.disk import read_json
@@ -162,8 +163,7 @@ class Config:
     eval_every: int = knob(0, "watching", "STEPS", "between validations in sft, forget, improve and dpo; the "
                            "best weights are kept (0: off)")
     save_minutes: float = knob(10.0, "watching", "MINUTES", "between checkpoints inside a stage")
-    stages: dict[str, Stage] = field(default_factory=lambda: {name: replace(OFFICIAL[name], lr=0.0, batch=0)
-                                                              for name in STAGES})
+    stages: dict[str, Stage] = field(default_factory=lambda: {s: replace(OFFICIAL[s], lr=0.0, batch=0) for s in STAGES})
 
 
 KNOBS = {f.name: f for f in fields(Config) if f.metadata} | {f"{s}_{f.name}": f for s in STAGES for f in fields(Stage)}
@@ -217,10 +217,10 @@ def add_knob(group, name: str) -> None:
 
 def make_parser() -> Parser:
     """All flags of train.py, grouped as --help shows them."""
-    usage = "train.py [--model FOLDER --train FILE --test FILE] [...]"
-    parser = Parser(prog="train.py", usage=usage, allow_abbrev=False, description=(
+    wide = partial(argparse.HelpFormatter, max_help_position=40)  # a flag and its text on one line
+    parser = Parser(usage="train.py [--model FOLDER --train FILE --test FILE] [...]", allow_abbrev=False, description=(
         "ALLO: align a language model by training few weights on few tokens. Without arguments: the demo, whose own "
-        "settings --print-config shows. In brackets: the default and where it comes from."))
+        "settings --print-config shows. In brackets: default and source."), prog="train.py", formatter_class=wide)
     parser.add_argument("--config", metavar="FILE.json", help="read settings from a file; flags override it")
     parser.add_argument("--print-config", action="store_true", help="print the settings as JSON and stop")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}

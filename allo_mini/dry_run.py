@@ -20,6 +20,7 @@ from allo_mini.data import Pair, steps_of
 from allo_mini.device import host_memory
 from allo_mini.files import load_mask, read_samples, read_weights
 from allo_mini.generate import sample
+from allo_mini.locate import COMPARE_BELOW
 from allo_mini.log import say, table
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.loop import resolve_stage
@@ -107,8 +108,9 @@ def line_of(run: Run, stage: str, rows: dict[str, int], m: Measured) -> Line:
         return Line(count, count * (m.response * m.sampled if stage == "sample" else reading))
     if stage in memory.LOCATING:
         count = min(count, cfg.locate_pairs)
-        passes = run.locate_groups(cfg.locate == "snr" and stage == "locate")
-        return Line(count, 3 * count * reading * passes, meanwhile=8 * n)  # gradients of two halves
+        snr = cfg.locate == "snr" and stage == "locate"
+        passes = run.locate_groups(snr) * (2 if snr and n < COMPARE_BELOW else 1)
+        return Line(count, 3 * count * reading * passes, meanwhile=(12 if snr else 8) * n)  # halves are compared
     s = resolve_stage(stage, cfg.stages[SETTINGS.get(stage, stage)], n, max(1, count))
     steps, percent = steps_of(count, s.batch, s.epochs, cfg.seed, cfg.max_steps), memory.percent_of(cfg, stage)
     seconds, weights = 4 * reading * sum(map(len, steps)), int(n * percent / 100)

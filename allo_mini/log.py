@@ -14,6 +14,9 @@ from allo_mini import UserError, parallel
 from allo_mini.disk import append_rows, keep_whole, rows_text, write_text
 
 
+LINES = 100  # of a stage's steps are printed, evenly spaced; metrics.jsonl has all
+
+
 def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
     """A tqdm bar that is silent when the output is not a terminal."""
     silent = parallel.RANK > 0 or not sys.stderr.isatty()
@@ -59,12 +62,13 @@ class Log:
             keep_whole(self.path)
 
     def step(self, stage: str, step: int, total: int, values: dict[str, float], shown: tuple[str, ...]) -> None:
-        """Record all `values`; print those named in `shown` as one aligned line."""
+        """Record all `values`; print those named in `shown` as one aligned line, unless there are very many steps."""
         if self.path:
             spent = round(time.time() - self.began, 2)
             append_rows(self.path, [{"stage": stage, "step": step, "time": spent, **values}])
-        columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
-        say(f"{stage:>8} {step:>{len(str(total))}}/{total}  {columns}")
+        if step in (1, total) or step % -(-total // LINES) == 0 or "eval/score" in values:
+            columns = "  ".join(f"{name} {values[name]:>9.4g}" for name in shown if name in values)
+            say(f"{stage:>8} {step:>{len(str(total))}}/{total}  {columns}")
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget the lines of a stage after `step`: they are about to be written again."""

@@ -1,4 +1,4 @@
-"""What a command tells the shell: exit codes, one line for a mistake, nothing when nobody reads on."""
+"""What a command says: exit codes, one line for a mistake, nothing when nobody reads on, not every step of very many."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from allo_mini import UserError
-from allo_mini.log import exit_code
+from allo_mini.log import Log, exit_code
 
 
 def fails(error):
@@ -43,3 +43,12 @@ def test_a_reader_who_has_seen_enough_ends_a_command_quietly(lines, monkeypatch,
             assert exit_code(lambda: [print("a line of output") for _ in range(lines)]) == 141
         out.flush()  # as Python does at the end: without an error now
     assert capsys.readouterr() == ("", "")
+
+
+def test_of_very_many_steps_some_are_printed_and_all_recorded(tmp_path, capsys):
+    log = Log(tmp_path)
+    for step in range(1, 251):
+        log.step("dpo", step, 250, {"loss": 1.0} | ({"eval/score": 0.5} if step == 100 else {}), ("loss",))
+    printed = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert printed == sorted({1, *range(3, 250, 3), 100, 250})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 250
