@@ -57,9 +57,13 @@ def make_parser() -> Parser:
 
 
 def settings_of(args) -> Config:
-    """The flags; for a model or patch out of a train.py run, its prompt style and lengths are the defaults."""
-    path, given = Path(args.patch or args.model).resolve().parent / "config.json", vars(args)
-    written = read_json(path).get("config", {}) if path.is_file() else {}
+    """The flags; for a patch or model out of a train.py run, its prompt style and lengths are the defaults."""
+    given, written = vars(args), {}
+    for path in (Path(file).resolve().parent / "config.json" for file in (args.patch, args.model) if file):
+        found = read_json(path).get("config") if path.is_file() else None
+        if isinstance(found, dict):
+            written = found
+            break
     own = {k: written[k] for k in ("prompt", "max_length", "max_new_tokens", "stop") if k in written and k not in given}
     check(own, str(path))
     if shown := ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v):
@@ -129,8 +133,8 @@ def compare(path: Path, folder: Path) -> list[str]:
     mine, theirs = verdicts(path), verdicts(folder / path.name)
     here, there = (read_json(out / "eval.json").get(path.name) or {} if (out / "eval.json").exists() else {}
                    for out in (path.parent, folder))
-    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in SHARED
-                 if k in here and k in there and here[k] != there[k]]:
+    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in ("task", "prompt", "max_length", "max_new_tokens",
+                 "stop", "dtype", "int8") if k in here and k in there and here[k] != there[k]]:
         say(f"{path.name}: WARNING: compared with answers that were made with another {', another '.join(other)}")
     both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
@@ -161,10 +165,10 @@ def write_for_judges(task: str, file: Path, items: list[dict], folder: Path) -> 
         say(f"{file}: for its judge: {folder / path}")
 
 
-def encoder_for(tokenizer, settings: Config, row=None) -> Encoder:
-    """Prompts in the style that --prompt or a graded row asks for, else by the checkpoint's chat template if any."""
-    auto = settings.prompt == "auto" and row is None
-    style = ("chat" if tokenizer.template else "alpaca") if auto else style_of(settings.prompt, row)
+def encoder_for(tokenizer, settings: Config, rows=None) -> Encoder:
+    """Prompts in the style that --prompt or graded rows ask for, else by the checkpoint's chat template if any."""
+    auto = settings.prompt == "auto" and rows is None
+    style = ("chat" if tokenizer.template else "alpaca") if auto else style_of(settings.prompt, rows)
     return Encoder(tokenizer, style, settings.max_length)
 
 
@@ -235,7 +239,7 @@ def run(args) -> None:
     if args.chat:
         encoder = encoder_for(tokenizer, settings)
         return talk(model, encoder, settings, {*ends, encoder.closing})
-    encoders = [encoder_for(tokenizer, settings, None if job.task in JUDGED else job.rows[0]) for job in jobs]
+    encoders = [encoder_for(tokenizer, settings, None if job.task in JUDGED else job.rows) for job in jobs]
     for job, encoder in zip(jobs, encoders):
         say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}" + unused_template(encoder, settings.prompt))
         need_usable(encoder, both_sides(job.rows), str(job.file))

@@ -157,7 +157,7 @@ def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]
         else:
             snr = cfg.locate == "snr"
             gradient, *halves = gradient_importance(run, theta, pairs[:cfg.locate_pairs], dpo_objective(cfg.beta),
-                                                    compare=run.parameters < COMPARE_BELOW, snr=snr)
+                                                    compare=run.parameters < COMPARE_BELOW and not snr, snr=snr)
             importance = movement or gradient
             describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
         for percent, path in path_of.items():

@@ -219,7 +219,8 @@ def apply_patch(model: CausalLM, path: str | Path) -> CausalLM:
         if digest.hexdigest() != metadata["digest"]:
             raise ValueError("its digest differs")
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as e:
-        why = f"{' '.join(str(e).split())[:80]}; it was made for the folder {metadata.get('base', '?')}"
+        why = " ".join(str(e).split())[:80]
+        why += f"; it was made for the folder {metadata['base']}" if "base" in metadata else ""
         raise UserError(f"{path}: no patch for {model.folder}, or broken ({why})") from None
     return model
 

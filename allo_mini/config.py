@@ -106,7 +106,7 @@ class Config:
     dry_run: bool = knob(False, "stages", "", "print what would run, its memory, disk and time; write nothing")
     eval: bool = knob(True, "stages", "", "evaluate the resulting models on --test")
 
-    n: int = knob(10, "sample", "RESPONSES", "sampled for each question", "paper", at_least=2)  # right ones and wrong
+    n: int = knob(10, "sample", "RESPONSES", "sampled for each question", "paper", at_least=1)
     temperature: float = knob(0.7, "sample", "NUMBER", "divides the logits; 0: always the likeliest token", "paper")
     top_p: float = knob(0.95, "sample", "SHARE", "nucleus: probability mass sampled from", "paper", above=0, at_most=1)
     max_new_tokens: int = knob(1024, "sample", "TOKENS", "of a response at most", "paper", at_least=1)
@@ -284,8 +284,8 @@ def parse(argv: list[str]) -> Config:
 
 def check_together(c: Config) -> None:
     """Refuse settings that contradict each other, or ask for rows that nobody gave. Raises UserError."""
-    if c.temperature == 0 and not (c.samples or c.pairs or c.only_sft):
-        raise UserError("--temperature 0 gives --n equal responses; use a temperature above 0")
+    if (c.temperature == 0 or c.n == 1) and not (c.samples or c.pairs or c.only_sft):
+        raise UserError("--temperature 0 or --n 1 gives a question no two different responses, as pairs need")
     if c.token_weights_file and c.token_weights in ("edit", "uniform"):
         raise UserError(f"--token-weights is {c.token_weights}, which uses no scores; with --token-weights-file, "
                         "expected threshold, soft or released")

@@ -100,8 +100,8 @@ def messages_of(row: dict, key: str, where: str) -> Text:
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         for part in ("role", "content"):
             text_of(m, part, f"{where}: {key!r}")
-        if m["role"] not in ROLES:
-            raise UserError(f"{where}: {key!r} has the role {m['role']!r}, expected one of {', '.join(ROLES)}")
+        if m["role"] not in ROLES and (near := get_close_matches(m["role"], ROLES, 1, 0.75)):
+            raise UserError(f"{where}: {key!r} has the role {m['role']!r}; did you mean {near[0]}?")
     return row[key]
 
 

@@ -109,8 +109,8 @@ def line_of(run: Run, stage: str, rows: dict[str, int], m: Measured) -> Line:
     if stage in memory.LOCATING:
         count = min(count, cfg.locate_pairs)
         snr = cfg.locate == "snr" and stage == "locate"
-        passes = run.locate_groups(snr) * (2 if snr and n < COMPARE_BELOW else 1)
-        return Line(count, 3 * count * reading * passes, meanwhile=(12 if snr else 8) * n)  # halves are compared
+        halves = 2 if stage == "locate" and n < COMPARE_BELOW and not snr else 1  # whose gradients are kept apart
+        return Line(count, 3 * count * reading * run.locate_groups(snr), meanwhile=4 * halves * n)
     s = resolve_stage(stage, cfg.stages[SETTINGS.get(stage, stage)], n, max(1, count))
     steps, percent = steps_of(count, s.batch, s.epochs, cfg.seed, cfg.max_steps), memory.percent_of(cfg, stage)
     seconds, weights = 4 * reading * sum(map(len, steps)), int(n * percent / 100)
@@ -157,7 +157,11 @@ def show(run: Run) -> None:
         cfg = replace(cfg, locate_groups=run.locate_groups(cfg.locate == "snr"), checkpoint_blocks=blocks)
         needs = memory.needs_of(cfg, run.config, run.shapes, run.dtype.itemsize, run.rewriter)
         memory.show_needs(needs)
-        on_card = run.device.startswith("cuda")
-        there = torch.cuda.get_device_properties(run.device).total_memory if on_card else host_memory()
-        if (most := max(sum(terms.values()) for terms in needs.values())) > there > 0:
-            say(f"WARNING: {most / 1e9:.1f} GB, and this machine has {there / 1e9:.1f} GB; {memory.advice(cfg)}")
+        room = host_memory()
+        if run.device.startswith("cuda"):
+            room = torch.cuda.get_device_properties(run.device).total_memory
+            needs.pop("sample", None)  # there it takes as many slots as fit
+        for stage, size in ((stage, sum(terms.values())) for stage, terms in needs.items()):
+            if size > room > 0:
+                say(f"WARNING: {stage} may take more than the {room / 1e9:.1f} GB that there are; lower --sample-batch, "
+                    "--micro-tokens or --max-length")

@@ -80,7 +80,7 @@ class Prefill(TreeAttention):
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
-    """One token per row. logits [A,V], u [A] uniform in [0,1), on the CPU -> ids [A].
+    """One token per row. logits [A,V], u [A] uniform in [0,1) -> ids [A].
 
     temperature 0 takes the largest logit. Otherwise the nucleus is the smallest set of most probable tokens whose
     mass reaches top_p (arXiv 1904.09751), and u picks from it by inverting its cumulative distribution.
@@ -93,7 +93,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, u: Tensor) -> Tensor:
     while size < whole and bool((top.sum(-1) < top_p).any()):
         size = min(8 * size, whole)
         top, ids = probs.topk(size, -1)
-    top = top.cpu()  # 64 numbers a row, mostly; under --deterministic torch refuses cumsum on CUDA
+    if torch.are_deterministic_algorithms_enabled():  # where torch refuses cumsum on CUDA
+        top, u = top.cpu(), u.cpu()
     total = top.cumsum(-1)
     top = top * (total - top < top_p)  # tokens up to and including the one that reaches top_p
     total = top.cumsum(-1)
@@ -169,7 +170,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
         most = min(max_new_tokens, max_length - len(prompt)) if max_length else max_new_tokens
         samples += [Sample(i, prompt, uniforms(seed, rows[i], k, max(1, most))) for k in range(n)]
     longest = max(map(len, prompts), default=0)
-    most = max((len(s.prompt) + len(s.u) for s in samples), default=0)
+    most = max((len(s.prompt) + len(s.u) for s in samples), default=1)
     if head.is_cuda:  # the cache may take 60 % of the memory that is free now
         each = most * cache_bytes(model.config, model.model.embed_tokens.weight.itemsize)
         slots = max(1, min(slots, int(0.6 * free_memory(head.device) / each)))
@@ -184,7 +185,7 @@ def sample(model: CausalLM, prompts: list[list[int]], n: int, max_new_tokens: in
             running += fresh
         else:
             fresh, hidden = running, read_tokens(model, cache, running)
-        u = torch.stack([s.u[len(s.tokens)] for s in fresh])
+        u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(head.device)
         for s, token in zip(fresh, pick(linear(hidden, head), temperature, top_p, u).tolist()):
             s.tokens.append(token)
         for i in reversed(range(len(running))):

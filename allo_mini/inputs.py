@@ -147,13 +147,14 @@ def key_of(row) -> str:
     return (row.input if isinstance(row, Task) else plain(row.prompt)).strip()
 
 
-def style_of(prompt: str, row: Task | Pair) -> str:
-    """What --prompt says; for auto alpaca for task rows and pairs made from them, chat for message lists, else none."""
+def style_of(prompt: str, rows: list[Task | Pair]) -> str:
+    """What --prompt says; for auto chat where any row is a conversation, for roles mean nothing in another style, else
+    by the first row: alpaca for task rows and pairs made from them, none for strings."""
     if prompt != "auto":
         return prompt
-    if isinstance(row, Task) or row.task is not None:
-        return "alpaca"
-    return "chat" if isinstance(row.prompt, list) else "none"
+    if any(isinstance(row, Pair) and isinstance(row.prompt, list) for row in rows):
+        return "chat"
+    return "alpaca" if isinstance(rows[0], Task) or rows[0].task is not None else "none"
 
 
 def unused_template(encoder: Encoder, prompt: str) -> str:
@@ -188,7 +189,8 @@ def check_rows(run: Run) -> None:
     silent = [t.source for t in run.tasks if gold_answer(t) is None] if not (cfg.pairs or cfg.only_sft) else []
     if silent and len(silent) == len(run.tasks):
         raise UserError(f"{', '.join(cfg.train)}: no row has an 'answer' or an 'output' that says \"The answer is X\"")
-    if twice := len(run.tasks) - len(run.questions):
+    twice = len(run.tasks) - len(run.questions)
+    if twice and not (cfg.pairs or cfg.only_sft):
         say(f"training rows whose question stands there already: {twice}; a question is sampled once")
     if silent:
         say(f"training rows without an answer to grade by: {len(silent)}, the first {silent[0]}; they make no pairs")
@@ -252,8 +254,8 @@ def open_run(cfg: Config) -> Run:
     tasks, pairs, val, test = read_rows(cfg)
     is_demo = not (cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
-    chats = [p for p in pairs if isinstance(p.prompt, list)]  # one is enough: roles mean nothing in another style
-    encoder = Encoder(tokenizer, style_of(prompt, [*chats, *tasks, *pairs][0]), cfg.max_length)
+    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs]), cfg.max_length)
+    cfg = replace(cfg, prompt=encoder.style)  # written into the run folder: eval.py asks in the same style
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
     run = Run(cfg, folder, base, device, dtype, shapes, encoder, Log(None), tasks, pairs, val, test,

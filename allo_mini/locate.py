@@ -38,14 +38,12 @@ def gradient_importance(run: Run, theta: Path, examples: list[Example], objectiv
 
     For L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)): no reference pass is needed, the policy is its own. A
     group of tensors at a time is accumulated, in as many passes over the examples as that takes. Returns [{name: fp32
-    tensor of the weight's shape}] and, with `compare`, the same of each half of the examples, whose masks' overlap says
-    how noisy the location is.
+    tensor of the weight's shape}] and, with `compare` (of sums alone), the same of each half of the examples, whose
+    masks' overlap says how noisy the location is.
     """
     if compare:
-        first, second = (gradient_importance(run, theta, examples[i::2], objective, snr=snr)[0] for i in (0, 1))
-        whole = gradient_importance(run, theta, examples, objective, snr=snr)[0] if snr else {  # ratios do not add up
-            name: first[name] + second[name] for name in first}
-        return [whole, first, second]
+        first, second = (gradient_importance(run, theta, examples[i::2], objective)[0] for i in (0, 1))
+        return [{name: first[name] + second[name] for name in first}, first, second]
     model, at, store = run.load(theta), 0, scratch(run.folder, run.parameters)
     named, groups = dict(model.named_parameters()), tensor_groups(run.shapes, run.locate_groups(snr))
     for number, names in enumerate(groups, 1):

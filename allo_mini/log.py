@@ -1,4 +1,4 @@
-"""What a run says: an aligned line a step, metrics.jsonl beside it, progress bars on terminals, errors in a line."""
+"""What a run says: aligned lines of steps, metrics.jsonl beside them, progress bars on terminals, errors in a line."""
 
 import os
 import re

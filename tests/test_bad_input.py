@@ -143,7 +143,7 @@ PAIRS = [
      ["p.jsonl:1", "'rejected' must all be strings or all message lists"]),
     ("unpaired rows", lines({"prompt": "a", "completion": "b", "label": True}), ["p.jsonl:1", "unpaired", "'rejected'"]),
     ("a misspelt role", lines(pair([{"role": "usr", "content": "a"}], talk("b"), talk("c"))),
-     ["p.jsonl:1", "'prompt' has the role 'usr', expected one of system, "]),
+     ["p.jsonl:1", "'prompt' has the role 'usr'; did you mean user?"]),
     ("only empty responses", lines(*(pair(str(i), "", "x") for i in range(12))),
      ["p.jsonl", "empty response"]),
     ("only identical pairs", lines(*(pair(str(i), "x", "x") for i in range(12))),

@@ -289,8 +289,10 @@ def test_preference_rows_train_as_they_are(chat_model, tmp_path, kind, capsys):
     assert "do not agree" not in said and "dropped" not in said and "trimmed" not in said
     base, new = load_file(chat_model / "model.safetensors"), load_file(tmp_path / "run/improve/model.safetensors")
     assert any(not torch.equal(base[name], new[name]) for name in base)
-    assert style_of("auto", read_pairs(tmp_path / "pairs.jsonl")[0]) == ("chat" if "messages" in kind else "none")
+    assert style_of("auto", read_pairs(tmp_path / "pairs.jsonl")) == ("chat" if "messages" in kind else "none")
     assert ("--prompt chat uses it" in said) == ("messages" not in kind)
+    style = json.loads((tmp_path / "run/config.json").read_text())["config"]["prompt"]  # by which eval.py will ask
+    assert style == ("chat" if "messages" in kind else "none")
 
 
 def test_one_conversation_makes_a_run_of_conversations(chat_model, tmp_path, capsys):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -207,6 +208,11 @@ def test_a_patch_brings_the_settings_of_its_run(model, place, capsys):
     Path("runs/demo/config.json").write_text(json.dumps({"config": {"prompt": "chat", "max_new_tokens": 4, "max_length": 200}}))
     save_patch(model, model, Path("runs/demo/patch.safetensors"))
     assert evaluation.main(["--model", str(model), "--patch", "runs/demo/patch.safetensors", "--test", "rows.jsonl"]) == 0
+    assert "rows.jsonl: 3 rows, prompts: chat\n" in capsys.readouterr().out
+    shutil.copytree(model, "runs/demo/sft")  # its own run's, where the patch lies beside none
+    shutil.copy("runs/demo/patch.safetensors", "patch.safetensors")
+    Path("config.json").write_text("{}")
+    assert evaluation.main(["--model", "runs/demo/sft", "--patch", "patch.safetensors", "--test", "rows.jsonl", "--out", "b"]) == 0
     assert "rows.jsonl: 3 rows, prompts: chat\n" in capsys.readouterr().out
     assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--max-new-tokens", "4"]) == 0
     assert "prompts: alpaca (the model has a chat template: --prompt chat uses it)" in capsys.readouterr().out

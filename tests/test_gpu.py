@@ -32,14 +32,14 @@ def mask_of(model) -> dict:
 
 
 def one_step(model, mask, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(log-probs [S], flat gradient, flat weights after a step) of a loss over all response tokens, on the CPU, fp32."""
+    """(log-probs [S], flat gradient, what a step changes) of a loss over all response tokens, on the CPU, fp32."""
     optimizer, batch = MaskedAdamW(model.named_parameters(), mask, 1e-3), pack(EXAMPLES, device)
     logps = token_logps(model, batch)
     (logps * torch.linspace(-1, 1, len(logps), device=device)).sum().backward()
     gradient = optimizer.grad.to("cpu", copy=True)  # which a step empties
     optimizer.clip(1.0)
     optimizer.step()
-    return logps.detach().float().cpu(), gradient, optimizer.master.cpu()
+    return logps.detach().float().cpu(), gradient, optimizer.master.cpu() - optimizer.start
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -57,7 +57,7 @@ def test_a_step_on_a_gpu_is_a_cpus(dtype, most, blocks):
     expected = one_step(model.float(), mask_of(model), "cpu")
     found = one_step(there, mask_of(model), "cuda")
     assert apart(found[0], expected[0]) < most / 5 and apart(found[1], expected[1]) < most
-    assert apart(found[2], expected[2]) < 1e-2
+    assert apart(found[2], expected[2]) < (0.02 if dtype == torch.float32 else 0.5)  # Adam's first step: signs
 
 
 @pytest.mark.parametrize("dtype, most", [("fp32", 1e-4), ("bf16", 0.05)])

@@ -185,19 +185,18 @@ def test_a_mask_from_importance_fits_the_models_names_and_shapes(world, tmp_path
     assert all(torch.equal(p[~mask[n]], before[n][~mask[n]]) for n, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("strategy", ["gradient", "movement", "snr"])
+@pytest.mark.parametrize("strategy", ["gradient", "movement"])
 def test_overlap_and_density_are_printed_and_true(world, tmp_path, capsys, strategy):
     run, examples = start(world, tmp_path, "--locate", strategy, "--locate-pairs", "6", "--p", "4",
                           "--p-forget", "2", "--max-steps", "1")
     masks = train.locate(run, run.base, examples)
     said = capsys.readouterr().out
-    gradient, *halves = gradient_importance(run, run.base, examples[:6], dpo_objective(run.cfg.beta), compare=True,
-                                            snr=strategy == "snr")
+    gradient, *halves = importance_of(run, examples[:6])
     noise = overlap(*(select_neurons(h, 0.04) for h in halves))
     assert f"overlap of gradient masks from two halves of the pairs: {100 * noise:.1f} % (chance 4 %)" in said
     other = 100 * overlap(masks["improve"], select_neurons(gradient, 0.04))
     assert (f"overlap of movement and gradient masks: {other:.1f} %" in said) == (strategy == "movement")
-    if strategy != "movement":
+    if strategy == "gradient":
         assert other == 100 and not (run.folder / "movement.safetensors").exists()
     for stage, p in (("improve", 4), ("forget", 2)):
         count = p * run.parameters // 100

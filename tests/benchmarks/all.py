@@ -1,4 +1,4 @@
-"""The tests that need a GPU, then every benchmark that a README row stands for: on an H100 perhaps 15 minutes.
+"""The tests that need a GPU, then every benchmark that a README row stands for (but sampling.py).
 
     python tests/benchmarks/all.py OUT [--minutes 60] [--only memory speed ...]
 
@@ -55,6 +55,9 @@ def run(name: str, out: Path, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             os.killpg(work.pid, signal.SIGKILL)  # and the processes that it has started
             return f"stopped after {seconds:.0f} s, when the time was up"
+        except BaseException:  # Ctrl-C
+            os.killpg(work.pid, signal.SIGKILL)
+            raise
     if name == "tests" and not code:
         done.write_text("{}\n")
     return f"{'done' if not code else f'FAILED (exit {code})'} in {time.monotonic() - began:.0f} s"

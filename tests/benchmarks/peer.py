@@ -71,7 +71,7 @@ def made_pairs(file: Path, count: int) -> str:
 
 
 def encoder_of(folder: Path, args, row) -> Encoder:
-    return Encoder(load_tokenizer(folder, 10**9), style_of(args.prompt, row), args.max_length)
+    return Encoder(load_tokenizer(folder, 10**9), style_of(args.prompt, [row]), args.max_length)
 
 
 class Clock(Log):
