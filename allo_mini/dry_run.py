@@ -163,5 +163,5 @@ def show(run: Run) -> None:
             needs.pop("sample", None)  # there it takes as many slots as fit
         for stage, size in ((stage, sum(terms.values())) for stage, terms in needs.items()):
             if size > room > 0:
-                say(f"WARNING: {stage} may take more than the {room / 1e9:.1f} GB that there are; lower --sample-batch, "
+                say(f"WARNING: {stage} may take more than the {room / 1e9:.1f} GB there are; lower --sample-batch, "
                     "--micro-tokens or --max-length")
