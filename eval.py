@@ -36,7 +36,7 @@ PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 def make_parser() -> Parser:
     """The flags; those that train.py has too mean the same and have the same defaults."""
     parser = Parser(prog="eval.py", allow_abbrev=False, argument_default="", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", metavar="FOLDER", help="a folder or hub id")
+    parser.add_argument("--model", metavar="FOLDER", help="a folder or hub id; needed")
     patch_or_int8 = parser.add_mutually_exclusive_group()  # to int8 weights no patch can be applied
     patch_or_int8.add_argument("--patch", metavar="FILE", help="patch.safetensors of a run, put into the model; "
                        "not with --int8: apply it first, python -m allo_mini.checkpoint apply")
@@ -97,6 +97,13 @@ def claim(out: Path, asked: dict[str, dict]) -> None:
     write_text(path, json.dumps({**record, **asked}, indent=2) + "\n")
 
 
+def made_with(out: Path, name: str) -> dict:
+    """What the answers of a file depend on, as `claim` has written it; {} where nobody has."""
+    path = out / "eval.json"
+    found = read_json(path).get(name) if path.exists() else None
+    return found if isinstance(found, dict) else {}
+
+
 def state_of(path: Path) -> list[int]:
     """Size and time of change: enough to notice that a file is another one, and quick on any size."""
     return [path.stat().st_size, path.stat().st_mtime_ns]
@@ -131,8 +138,7 @@ def bootstrap(mine: list[bool], theirs: list[bool], draws: int = 10_000, seed: i
 def compare(path: Path, folder: Path) -> list[str]:
     """Table row: accuracy here minus accuracy in the other folder over the questions that both have, interval and p."""
     mine, theirs = verdicts(path), verdicts(folder / path.name)
-    here, there = (read_json(out / "eval.json").get(path.name) or {} if (out / "eval.json").exists() else {}
-                   for out in (path.parent, folder))
+    here, there = (made_with(out, path.name) for out in (path.parent, folder))
     if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in ("task", "prompt", "max_length", "max_new_tokens",
                  "stop", "dtype", "int8") if k in here and k in there and here[k] != there[k]]:
         say(f"{path.name}: WARNING: compared with answers that were made with another {', another '.join(other)}")

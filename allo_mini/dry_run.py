@@ -161,7 +161,7 @@ def show(run: Run) -> None:
         if run.device.startswith("cuda"):
             room = torch.cuda.get_device_properties(run.device).total_memory
             needs.pop("sample", None)  # there it takes as many slots as fit
-        for stage, size in ((stage, sum(terms.values())) for stage, terms in needs.items()):
-            if size > room > 0:
+        for stage, terms in needs.items():
+            if sum(terms.values()) > room > 0:
                 say(f"WARNING: {stage} may take more than the {room / 1e9:.1f} GB there are; lower --sample-batch, "
                     "--micro-tokens or --max-length")

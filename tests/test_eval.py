@@ -201,6 +201,10 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     assert "-50.0" in said and "WARNING" not in said
     run(model, *files, "--out", "c", "--against", "b", "--prompt", "none")
     assert "rows.jsonl: WARNING: compared with answers that were made with another prompt ('none', there 'auto')" in capsys.readouterr().out
+    for broken in ('{"rows.jsonl": "task"}', '{"rows.jsonl": null}'):
+        Path("b/eval.json").write_text(broken)
+        run(model, "--test", "rows.jsonl", "--out", "c", "--against", "b", "--prompt", "none")
+        assert "WARNING" not in capsys.readouterr().out  # nothing is known of how they were made
 
 
 def test_a_patch_brings_the_settings_of_its_run(model, place, capsys):

@@ -74,7 +74,9 @@ def main() -> int:
     for name in args.only:
         said = run(name, args.out, end - time.monotonic())
         failed |= "FAILED" in said
-        print(f"=== {name}: {said}\n{(args.out / f'{name}.txt').read_text()[-4000:] if 'in' in said.split() else ''}", flush=True)
+        print(f"=== {name}: {said}", flush=True)
+        if not said.startswith(("there already", "left out")):
+            print((args.out / f"{name}.txt").read_text()[-4000:], flush=True)
     return int(failed)
 
 

@@ -177,8 +177,9 @@ def main() -> None:
                  gb(d["estimate"]), gb(d["allocated"]), gb(d["reserved"]) if d["reserved"] else "-", f"{d['ratio']:.3f}",
                  f"{gb(d['host'])} / {gb(d['resident'])}" if d["reserved"] else "-"])] for d in done]
     notes += [f"{d['shape']}, {d['memory']}, {d['stage']}: {d['failed']}" for d in done if "failed" in d]
-    if any("failed" in d for d in done):
-        args.json = None  # the same command makes the failed rows again; the others are kept beside it
+    if part and any("failed" in d for d in done):
+        args.json = None
+        notes.append(f"the same command makes the failed rows again; the others are kept in {part}")
     finish(args, ["GB", "settings", "p %", "estimate", "allocated" if device.startswith("cuda") else "metered", "reserved",
                   "of estimate", "host"], rows, notes, stages=done)
     if part and args.json:
