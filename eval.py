@@ -18,7 +18,7 @@ import numpy as np
 
 from allo_mini import UserError
 from allo_mini.checkpoint import apply_patch, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import Config, Parser, add_knob, check, similar
+from allo_mini.config import Config, Parser, add_knob, check, flat, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
@@ -52,7 +52,7 @@ def make_parser() -> Parser:
                         "difference with a 95 %% interval and p, by paired bootstrap")
     parser.add_argument("--limit", type=int, default=0, metavar="ROWS", help="of each file at most (0: all)")
     for name in SHARED:
-        add_knob(patch_or_int8 if name == "int8" else parser, name)
+        add_knob(patch_or_int8 if name == "int8" else parser, name, flat(Config())[name])
     return parser
 
 

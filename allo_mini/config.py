@@ -200,9 +200,9 @@ def similar(word: str, words) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def add_knob(group, name: str) -> None:
+def add_knob(group, name: str, default) -> None:
     """Make a knob's flag. It is absent from the result unless given, and `check` judges its value."""
-    f, unit, default = KNOBS[name], KNOBS[name].metadata["unit"], flat(Config())[name]
+    f, unit = KNOBS[name], KNOBS[name].metadata["unit"]
     shown = " ".join(default) if isinstance(default, list) else ("off", "on")[default] if f.type is bool else default
     source = f.metadata["source"] or ("official" if name.startswith(RELEASED) else "ours")
     options = {"help": f"{f.metadata['help']} [{shown if shown != '' else 'none'}; {source}]".replace("%", "%%")}
@@ -226,8 +226,8 @@ def make_parser() -> Parser:
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for stage, s in OFFICIAL.items():
         groups[stage].description = f"at 7B: --{stage}-lr {s.lr:g}, --{stage}-batch {s.batch}"
-    for name, f in KNOBS.items():
-        add_knob(groups[f.metadata["group"] or name.split("_")[0]], name)
+    for name, default in flat(Config()).items():
+        add_knob(groups[KNOBS[name].metadata["group"] or name.split("_")[0]], name, default)
     return parser
 
 

@@ -20,6 +20,11 @@ WORKERS = []  # the process, once it was needed
 
 def render(template: str, **values) -> str:
     """What a template makes of JSON values. Raises ValueError, in one line, when it fails or is stopped."""
+    return rendered(json.dumps([template, values]))
+
+
+@functools.lru_cache(16)  # a pair's prompt is asked for with each response
+def rendered(line: str) -> str:
     if not WORKERS or WORKERS[0].poll() is not None:
         WORKERS[:] = [subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True, start_new_session=True)]  # Ctrl-C is not for it
@@ -27,7 +32,7 @@ def render(template: str, **values) -> str:
     timer = threading.Timer(SECONDS, worker.kill)
     timer.start()
     try:
-        print(json.dumps([template, values]), file=worker.stdin, flush=True)
+        print(line, file=worker.stdin, flush=True)
         text, error = json.loads(worker.stdout.readline())
     except (OSError, ValueError):  # the process is gone, or its answer is cut off
         worker.kill()
