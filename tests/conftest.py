@@ -4,8 +4,12 @@ The few tests that need a GPU skip themselves without one: `CUDA_VISIBLE_DEVICES
 """
 
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -15,3 +19,15 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # no test cuts the power, and waiting for the disk would take a third of the time
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Modules with a function `begin` come last: it starts their processes now, on a core that the other tests leave free."""
+    last = [item for item in items if hasattr(item.module, "begin")]
+    items[:] = [item for item in items if item not in last] + last
+    if last and not config.option.collectonly:
+        folder = tempfile.mkdtemp()
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        for module in dict.fromkeys(item.module for item in last):
+            module.begin(Path(folder))

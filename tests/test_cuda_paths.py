@@ -1,11 +1,13 @@
 """The lines for CUDA on a pretended GPU (pretend_cuda.py): no tensor on the wrong device, the host waits where it must
-and nowhere else, and what comes out is what a CPU gives. Each run is a process of its own, all at once."""
+and nowhere else, and what comes out is what a CPU gives. The runs are processes of their own, one after the other from the
+moment the tests are collected (conftest.py), so that they take the second core while the other tests take the first."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,22 +22,31 @@ RUNS = {  # name -> device, flags
     "lean": ("cuda", ["--int8", "--offload", "gradient", "--state-bits", "8", "--sft", "--sft-epochs", "1", "--p-sft", "10",
                       "--locate", "gradient", "--locate-groups", "3", "--checkpoint-blocks", "2", "--deterministic"]),
     "card": ("cuda", ["--memory", "12gb", "--eval-every", "1", "--val-rows", "2"])}
+begun: dict[str, tuple[Path, Future]] = {}
+
+
+def run(name: str, folder: Path) -> subprocess.CompletedProcess:
+    device, flags = RUNS[name]
+    command = ["tests/pretend_cuda.py"] if device == "cuda" else []
+    command += ["train.py", "--device", device, "--out", str(folder / name), *SMALL, *flags]
+    return subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True, env=ONE_THREAD, timeout=240)
+
+
+def begin(folder: Path) -> None:
+    """Start all runs; conftest.py calls this."""
+    pool = ThreadPoolExecutor(1)
+    begun.update({name: (folder / name, pool.submit(run, name, folder)) for name in RUNS})
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, tuple[Path, str, dict[str, int]]]:
+def runs() -> dict[str, tuple[Path, str, dict[str, int]]]:
     """name -> (run folder, what it printed, {where the host waited: how often}), of runs that ended well."""
-    folder, started = tmp_path_factory.mktemp("runs"), {}
-    for name, (device, flags) in RUNS.items():
-        command = ["tests/pretend_cuda.py"] if device == "cuda" else []
-        command += ["train.py", "--device", device, "--out", str(folder / name), *SMALL, *flags]
-        started[name] = subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True,
-                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ONE_THREAD)
-    found, ended = {}, {name: process.communicate(timeout=240) for name, process in started.items()}
-    for name, (out, err) in ended.items():
-        assert started[name].returncode == 0, f"{name}: {out[-2000:]}{err[-4000:]}"
-        waits = {where: int(count) for count, where in re.findall(r"waited +(\d+) times at (.*)", err)}
-        found[name] = folder / name, out, waits
+    found = {}
+    for name, (folder, future) in begun.items():
+        ended = future.result()
+        assert ended.returncode == 0, f"{name}: {ended.stdout[-2000:]}{ended.stderr[-4000:]}"
+        waits = {where: int(count) for count, where in re.findall(r"waited +(\d+) times at (.*)", ended.stderr)}
+        found[name] = folder, ended.stdout, waits
     return found
 
 
