@@ -18,7 +18,7 @@ import numpy as np
 
 from allo_mini import UserError
 from allo_mini.checkpoint import apply_patch, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import Config, Parser, add_knob, check, flat, similar
+from allo_mini.config import Config, Parser, add_knob, check, check_together, flat, similar
 from allo_mini.data import Encoder, Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.device import pick_device
 from allo_mini.disk import read_json, read_jsonl, rows_text, write_jsonl, write_text
@@ -28,7 +28,7 @@ from allo_mini.report import COLUMNS, summary, summary_row
 from allo_mini.tasks import JUDGED, RULES, evaluate, respond, task_name
 
 SHARED = ("revision", "prompt", "max_length", "max_new_tokens", "sample_batch", "stop", "micro_tokens", "dtype",
-          "device", "int8")  # flags that train.py has too
+          "device", "int8", "stream")  # flags that train.py has too
 TASKS = (*RULES, *JUDGED, "generic")
 PART = ".part.jsonl"  # ends the name of a per-item file that is still growing
 
@@ -68,7 +68,9 @@ def settings_of(args) -> Config:
     check(own, str(path))
     if shown := ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in own.items() if v):
         say(f"as in {path}: {shown}")
-    return Config(**own, **{k: given[k] for k in SHARED if k in given})
+    settings = Config(**own, **{k: given[k] for k in SHARED if k in given})
+    check_together(settings)
+    return settings
 
 
 def read_rows(file: Path, args) -> tuple[str, list]:
@@ -236,7 +238,7 @@ def run(args) -> None:
     settings = settings_of(args)
     device, dtype = pick_device(settings.device, settings.dtype)
     jobs, folder = jobs_of(args), find_folder(args.model, settings.revision)
-    model = load_model(str(folder), dtype, device, int8=settings.int8)
+    model = load_model(str(folder), dtype, device, int8=settings.int8, stream=settings.stream)
     if args.patch:
         apply_patch(model, args.patch)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
@@ -250,7 +252,7 @@ def run(args) -> None:
         say(f"{job.file}: {len(job.rows)} rows, prompts: {encoder.style}" + unused_template(encoder, settings.prompt))
         need_usable(encoder, both_sides(job.rows), str(job.file))
     read = [*sorted(set(shard_files(folder).values())), *([Path(args.patch)] if args.patch else [])]
-    asked = {"model": [state_of(path) for path in read], **{k: getattr(settings, k) for k in SHARED},
+    asked = {"model": [state_of(path) for path in read], **{k: getattr(settings, k) for k in SHARED if k != "stream"},
              "device": device, "dtype": str(dtype)}
     claim(jobs[0].target.parent, {job.target.name: {**asked, "limit": args.limit, "task": job.task,
                                                     "test file": state_of(job.file)} for job in jobs})

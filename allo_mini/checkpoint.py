@@ -89,11 +89,12 @@ def read_tensor(path: Path, name: str) -> torch.Tensor:
 
 
 def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device: str | torch.device = "cpu",
-               int8: bool = False, mask=None) -> CausalLM:
+               int8: bool = False, mask=None, stream: bool = False) -> CausalLM:
     """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
 
     Built on the meta device and filled tensor by tensor from memory-mapped files, so the peak is one model.
-    int8: store the linear layers' weights in 8 bits, but the entries selected by `mask` (name -> bool) as they are.
+    int8: store the linear layers' weights in 8 bits, but the entries selected by `mask` (name -> bool) as they are;
+    with `stream` in host memory.
     Raises UserError for anything missing, truncated, misshapen or unsupported.
     """
     dtype, folder = DTYPES.get(dtype, dtype), find_folder(str(path_or_id))
@@ -115,7 +116,7 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
                     raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for "
                                     f"floating point {list(wanted[name])}")
                 if int8 and tensor.dim() == 2 and "embed_tokens" not in name:  # an embedding is read a row at a time
-                    state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device)
+                    state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device, stream)
                 else:
                     state[name] = tensor.to(device=device, dtype=dtype)
     model.requires_grad_(False).load_state_dict(state, strict=True, assign=True)

@@ -80,8 +80,7 @@ class Config:
     val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
     prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
                        "alpaca for task rows, none for strings, chat template for message lists)")
-    max_length: int = knob(0, "input", "TOKENS", "prompt and response together at most (0: 1200, or what the model was "
-                           "made for if that is less)", "official")
+    max_length: int = knob(0, "input", "TOKENS", "prompt + response at most (0: 1200 or the model's limit)", "official")
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
     restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
     keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "
@@ -141,20 +140,19 @@ class Config:
     micro_batch: int = knob(0, "training", "ROWS", "in a forward pass (0: as --micro-tokens allows)")
     micro_tokens: int = knob(4096, "training", "TOKENS", "in a forward pass", at_least=1)
     dtype: str = knob("auto", "training", ("auto", "bf16", "fp32"), "of the weights (auto: bf16 on CUDA)")
-    deterministic: bool = knob(False, "training", "", "equal runs bit for bit on CUDA too, where attention and "
-                               "embedding otherwise sum gradients in any order; slower")
+    deterministic: bool = knob(False, "training", "", "bit for bit equal runs on CUDA too, by slower, ordered sums")
     device: str = knob("auto", "training", "NAME", "cuda, cuda:1, mps or cpu (auto: the best there is)")
 
     memory: str = knob("", "memory", ("", "24gb", "16gb", "12gb", "8gb"), "fit every stage into such a card: chooses "
                        "this group's flags, --micro-tokens and --sample-batch, beginning from what is said of them")
     int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
     state_bits: int = knob(32, "memory", (8, 32), "of an optimizer moment; 8 are blockwise")
-    offload: str = knob("none", "memory", ("none", "state", "gradient"), "to host memory: the optimizer's "
-                        "state, or its gradient buffer too")
+    stream: bool = knob(False, "memory", "", "with --int8: these weights stay in host memory and are read from there")
+    offload: str = knob("none", "memory", ("none", "state", "gradient"), "on the host: optimizer's state, gradient too")
     p_sft: float = knob(0.0, "memory", "PERCENT", "of the weights that sft and the rewriting model train, located by "
                         "the gradient of their own loss (0: all)", at_least=0, at_most=100)
-    locate_groups: int = knob(0, "memory", "PASSES", "over the pairs when locating by gradient, each over a group of "
-                              "tensors (0: as many as the memory needs)")
+    locate_groups: int = knob(0, "memory", "PASSES", "over the pairs in locating, each for a group of tensors (0: as "
+                              "many as the memory needs)")
     checkpoint_blocks: int = knob(-1, "memory", "BLOCKS", "that recompute activations in backward, the first ones "
                                   "(-1: on CUDA as many as the memory needs, on CPU none)", at_least=-1)
     head_mb: int = knob(256, "memory", "MB", "of fp32 logits made at a time", at_least=1)
@@ -286,6 +284,8 @@ def check_together(c: Config) -> None:
     """Refuse settings that contradict each other, or ask for rows that nobody gave. Raises UserError."""
     if (c.temperature == 0 or c.n == 1) and not (c.samples or c.pairs or c.only_sft):
         raise UserError("--temperature 0 or --n 1 gives a question no two different responses, as pairs need")
+    if c.stream and not (c.int8 or c.memory):
+        raise UserError("--stream keeps the weights that --int8 makes on the host; give both")
     if c.token_weights_file and c.token_weights in ("edit", "uniform"):
         raise UserError(f"--token-weights is {c.token_weights}, which uses no scores; with --token-weights-file, "
                         "expected threshold, soft or released")

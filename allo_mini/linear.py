@@ -19,19 +19,25 @@ from allo_mini.quant import dequantize_rows, quantize_rows
 
 @dataclass
 class Int8:
-    """What stands beside the codes of an int8 weight: block scales, and the exact values of the selected entries."""
-    scale: Tensor  # fp32 [O, I / block]
+    """What an int8 weight [O,I] is made of. The parameter itself is a single zero in its shape."""
     selection: Selection
-    values: Tensor  # [selected entries]
+    values: Tensor  # [selected entries], exact
+    parts: list[tuple[Tensor, Tensor]]  # of every chunk of rows: codes int8 [R, I], scale fp32 [R, I / block]
 
 
-def to_int8(weight: Tensor, mask: Tensor | None, device) -> tuple[Tensor, Int8]:
-    """weight [O,I] -> (codes int8 [O,I], what belongs to them); the entries in `mask` (bool [O,I]) stay exact."""
+def to_int8(weight: Tensor, mask: Tensor | None, device, stream: bool = False) -> tuple[Tensor, Int8]:
+    """weight [O,I] -> (what stands for it in the model, what it is made of); entries in `mask` (bool [O,I]) stay exact.
+
+    stream: the codes stay in host memory.
+    """
     mask = torch.zeros(weight.shape, dtype=torch.bool) if mask is None else mask
-    int8 = Int8(None, Selection(weight.shape, mask, device), weight[mask].to(device))
-    parts = [quantize_rows(weight[rows].to(device), mask[rows].to(device)) for rows, _, _ in int8.selection.chunks()]
-    codes, int8.scale = (torch.cat(one) for one in zip(*parts))
-    return codes, int8
+    int8 = Int8(Selection(weight.shape, mask, device), weight[mask].to(device), [])
+    for rows, _, _ in int8.selection.chunks():
+        codes, scale = quantize_rows(weight[rows].to(device), mask[rows].to(device))
+        if stream and codes.is_cuda:
+            codes = torch.empty(codes.shape, dtype=torch.int8, pin_memory=True).copy_(codes)
+        int8.parts.append((codes, scale))
+    return torch.zeros(1, 1, dtype=torch.int8, device=device).expand(weight.shape), int8
 
 
 def dense_rows(weight: Tensor, dtype: torch.dtype):
@@ -40,8 +46,8 @@ def dense_rows(weight: Tensor, dtype: torch.dtype):
     if int8 is None:
         yield slice(0, weight.shape[0]), weight.detach().to(dtype)
         return
-    for rows, entries, index in int8.selection.chunks():
-        dense = dequantize_rows(weight[rows], int8.scale[rows], dtype)
+    for (rows, entries, index), (codes, scale) in zip(int8.selection.chunks(), int8.parts):
+        dense = dequantize_rows(codes.to(scale.device, non_blocking=True), scale, dtype)  # moved if it is streamed
         put(dense, index, int8.values[entries])
         yield rows, dense
 

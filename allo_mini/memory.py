@@ -7,6 +7,7 @@ each stage. T tokens of a micro-batch, H hidden size, I intermediate size, n tra
 """
 
 from dataclasses import replace
+from itertools import pairwise
 
 from allo_mini import UserError, parallel
 from allo_mini.architecture import ModelConfig, cache_bytes
@@ -14,14 +15,15 @@ from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.device import free_memory, host_memory
 from allo_mini.generate import PREFILL
 from allo_mini.log import say, table
-from allo_mini.selection import CHUNK
+from allo_mini.selection import CHUNK, row_edges
 
 CARDS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0, "8gb": 7.0}  # GiB for us: the card less context, desktop, driver
 SPARE = 0.96  # of that is planned with; the rest is for fragments and what the formulas leave out
 LADDER = ({}, {"state_bits": 8}, {"offload": "state"}, {"offload": "gradient"},  # from fastest to leanest
           {"int8": True, "state_bits": 8}, {"int8": True, "offload": "state"}, {"int8": True, "offload": "gradient"},
           {"int8": True, "offload": "gradient", "head_mb": 64},
-          {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0})
+          {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0},
+          {"int8": True, "offload": "gradient", "head_mb": 64, "p_sft": 5.0, "stream": True, "locate_groups": 12})
 TRAINING = (*STAGES, *SETTINGS)  # the stages that train
 LOCATING = ("locate", "sft-locate", "reward-locate")  # the stages that make the gradient of all weights
 
@@ -48,16 +50,22 @@ def block_bytes(c: ModelConfig, size: int) -> int:
 def at_work(cfg: Config, c: ModelConfig, size: int, share: float, checkpointed: bool) -> int:
     """The larger of two moments of a backward pass: in an MLP, and in the LM head; share of the weights is trained."""
     tokens, inner, logits = cfg.micro_tokens, size * c.intermediate_size, cfg.head_mb * 2**20
-    part = size * (3 if cfg.int8 else 1) + 24 * share  # bytes an entry: rows of dW, of dequantised W; positions int64
+    # bytes an entry: rows of dW, of dequantised W, of codes that came from the host; positions int64
+    part = size * (3 if cfg.int8 else 1) + cfg.stream + 24 * share
     block = tokens * inner + max(min(c.intermediate_size * c.hidden_size, CHUNK) * part, tokens * inner)
     head = max(3 * logits, logits + min(c.vocab_size * c.hidden_size, CHUNK) * part) + 2 * tokens * size * c.hidden_size
     return int(max(block + tokens * block_bytes(c, size) * checkpointed, head))
 
 
-def weight_bytes(shapes: dict, size: int, int8: bool) -> int:
-    """The model at rest; of an int8 matrix there is a byte for each entry, and a scale for each 256 of them."""
-    quantized = {name for name, shape in shapes.items() if int8 and len(shape) == 2 and "embed_tokens" not in name}
-    return sum(int(shape.numel() * (1 + 1 / 64 if name in quantized else size)) for name, shape in shapes.items())
+def weight_bytes(shapes: dict, size: int, cfg: Config) -> int:
+    """The model at rest; of an int8 matrix a byte for each entry (streamed: none), and a scale for each 256 of them."""
+    entry, matrices = (0 if cfg.stream else 1) + 1 / 64, quantized(shapes) if cfg.int8 else {}
+    return sum(int(shape.numel() * (entry if name in matrices else size)) for name, shape in shapes.items())
+
+
+def quantized(shapes: dict) -> dict:
+    """Shapes of the matrices that are int8 under --int8."""
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and "embed_tokens" not in name}
 
 
 def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 2, groups: int = 1) -> dict[str, int]:
@@ -65,8 +73,8 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
     every, tokens = sum(s.numel() for s in shapes.values()), cfg.micro_tokens
     if stage in TRAINING and percent_of(cfg, stage) == 100:
         # no int8, as Run.load has it; and no counting on the host, which would have to hold 20 bytes a weight
-        cfg = replace(cfg, int8=False, offload="none")
-    terms = {"weights": weight_bytes(shapes, size, cfg.int8)}
+        cfg = replace(cfg, int8=False, stream=False, offload="none")
+    terms = {"weights": weight_bytes(shapes, size, cfg)}
     if stage in TRAINING:
         n = int(every * percent_of(cfg, stage) / 100)
         if n < every:
@@ -85,7 +93,7 @@ def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 
         terms["logits"] = cfg.sample_batch * c.vocab_size * 10
         a_token = 3 * c.intermediate_size + 4 * c.hidden_size + 3 * c.num_attention_heads * c.head_dim
         reading = max(PREFILL, cfg.max_length) * size * a_token  # the prompts of new samples; one is read whole
-        terms["at work"] = reading + 2 * size * CHUNK * cfg.int8
+        terms["at work"] = reading + (2 * size + cfg.stream) * CHUNK * cfg.int8
     if stage == "score":
         terms["at work"] = at_work(cfg, c, size, 0, False) + 8 * tokens * size * c.hidden_size
     return {name: int(value) for name, value in terms.items() if value}
@@ -149,7 +157,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
         tried = replace(tried, sample_batch=max(1, min(cfg.sample_batch, slots)))
         beside = sum(v for term, v in estimate("locate", tried, c, shapes, size).items() if term != "gradient")
         groups = -(-4 * every // max(1, int(room - beside)))
-        tried = replace(tried, locate_groups=tried.locate_groups or min(len(shapes), groups))
+        tried = replace(tried, locate_groups=cfg.locate_groups or min(len(shapes), tried.locate_groups or groups))
         if fits(tried):
             layers = max(model.num_hidden_layers for model in (c, *(rewriter or ())[:1]))
             chosen = spend(tried, fits, layers)
@@ -204,19 +212,23 @@ def trained_bytes(cfg: Config) -> tuple[float, int]:
 
 def host_bytes(stage: str, cfg: Config, shapes: dict, pinned: bool = False) -> int:
     """What a stage (a rank of it) keeps in host memory: the values that its weights began with, and the best ones of
-    --eval-every; what --offload moves there; the sums of snr. pinned: for a GPU, whose access to master and gradient
-    takes memory that torch rounds up to a power of two."""
-    if stage not in (*TRAINING, *LOCATING):
-        return 0
+    --eval-every; what --offload and --stream move there; the sums of snr. pinned: for a GPU, whose access to master,
+    gradient and streamed weights takes memory that torch rounds up to a power of two."""
+    size, shared = 0, []  # shared: bytes of each vector and matrix that the GPU has access to
     if stage in TRAINING:
         n = int(sum(s.numel() for s in shapes.values()) * percent_of(cfg, stage) / 100)
-        vectors = {"none": 0, "state": 1, "gradient": 2}[cfg.offload]
         moved = sum(trained_bytes(replace(cfg, offload="none"))) - sum(trained_bytes(cfg))
         size = int(n * (moved + (8 if cfg.eval_every else 4)))
-    else:
-        n, vectors = largest_group(shapes, cfg.locate_groups or 1), int(cfg.offload == "gradient")
-        size = n * (8 * (cfg.locate == "snr" and stage == "locate") + 4 * vectors)
-    return size + pinned * vectors * ((1 << (4 * n - 1).bit_length()) - 4 * n)
+        shared = {"none": 0, "state": 1, "gradient": 2}[cfg.offload] * [4 * n]
+    elif stage in LOCATING:
+        n = largest_group(shapes, cfg.locate_groups or 1)
+        shared = [4 * n] if cfg.offload == "gradient" else []
+        size = 8 * n * (cfg.locate == "snr" and stage == "locate") + sum(shared)
+    if cfg.stream and not (stage in TRAINING and percent_of(cfg, stage) == 100):
+        codes = [(end - begin) * shape[1] for shape in quantized(shapes).values()
+                 for begin, end in pairwise(row_edges(shape, "cuda"))]
+        size, shared = size + sum(codes), shared + codes
+    return size + pinned * sum((1 << (bytes - 1).bit_length()) - bytes for bytes in shared)
 
 
 def advice(cfg: Config) -> str:
@@ -229,12 +241,12 @@ def advice(cfg: Config) -> str:
 def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
          rewriter: tuple[ModelConfig, dict] | None = None) -> None:
     """Print the chosen settings, the estimate, term by term, what the host has to hold, how often locating reads."""
-    chosen = ("int8", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch",
+    chosen = ("int8", "stream", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch",
               "head_mb")
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in chosen))
     show_needs(needs)
-    host = {stage: host_bytes(stage, cfg, rewriter[1] if rewriter and stage == "reward" else shapes, pinned=True)
-            for stage in needs}
+    others = dict.fromkeys(("reward", "score"), rewriter[1]) if rewriter else {}
+    host = {stage: host_bytes(stage, cfg, others.get(stage, shapes), pinned=True) for stage in needs}
     host |= {stage: parallel.HERE * host[stage] for stage in host if stage in TRAINING}
     worst, there = max(host, key=host.get), host_memory()
     say(f"host memory: {worst} keeps {host[worst] / 1e9:.1f} GB there, beside what Python and torch take" + (

@@ -78,9 +78,9 @@ class FlatGradient:
         for name, p in named_parameters:
             if mask is not None and (name not in mask or mask[name].shape != p.shape):
                 raise ValueError(f"the mask does not fit parameter {name} of shape {list(p.shape)}")
-            if not p.is_contiguous():
-                raise ValueError(f"parameter {name} is not contiguous")
             int8 = getattr(p, "int8", None)
+            if not (int8 or p.is_contiguous()):
+                raise ValueError(f"parameter {name} is not contiguous")
             selection = Selection(p.shape, None if mask is None else mask[name], p.device)
             if int8 and mask is not None:
                 if selection != int8.selection:

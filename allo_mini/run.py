@@ -62,7 +62,8 @@ class Run:
 
         mask: what is going to be trained. Under --int8 all but that is kept in 8 bits: nothing, with `train_all`.
         """
-        model = load_model(str(folder), self.dtype, self.device, int8=self.cfg.int8 and not train_all, mask=mask)
+        int8 = self.cfg.int8 and not train_all
+        model = load_model(str(folder), self.dtype, self.device, int8, mask, self.cfg.stream)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, self.cfg.checkpoint_blocks
         self.spend_memory(model, selected(mask) if mask else sum(p.numel() for p in model.parameters()))
         return model

@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[1]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SMALL = ["--limit", "12", "--n", "4", "--max-new-tokens", "70", "--seed", "7", "--no-eval", "--method", "allo"]
+LEAN = ["--int8", "--offload", "gradient", "--state-bits", "8", "--sft", "--sft-epochs", "1", "--p-sft", "10",
+        "--locate", "gradient", "--locate-groups", "3", "--checkpoint-blocks", "2", "--deterministic"]
 RUNS = {  # name -> device, flags
     "cpu": ("cpu", ["--dtype", "fp32"]), "plain": ("cuda", ["--dtype", "fp32"]),
-    "lean": ("cuda", ["--int8", "--offload", "gradient", "--state-bits", "8", "--sft", "--sft-epochs", "1", "--p-sft", "10",
-                      "--locate", "gradient", "--locate-groups", "3", "--checkpoint-blocks", "2", "--deterministic"]),
+    "lean": ("cuda", LEAN), "streamed": ("cuda", [*LEAN, "--stream"]),
     "card": ("cuda", ["--memory", "12gb", "--eval-every", "1", "--val-rows", "2"])}
 begun: dict[str, tuple[Path, Future]] = {}
 
@@ -63,16 +64,28 @@ def test_a_gpu_gives_what_a_cpu_gives(runs):
         assert a["stage"] == b["stage"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["plain", "lean", "card"])
+@pytest.mark.parametrize("name", ["plain", "lean", "streamed", "card"])
 def test_training_waits_for_the_gpu_twice_a_step(runs, name):
     """For the step's sums and for the gradient's norm, which are printed; with the gradient in host memory a tensor's
     part of it is waited for as it arrives there."""
     _, out, waits = runs[name]
     steps = len(re.findall(r"^ +[\w-]+ +\d+/\d+  ", out, re.MULTILINE))
     assert steps and waits["loop.py:accumulate tolist"] == steps
-    assert waits.get("optim.py:clip _local_scalar_dense", 0) == (0 if name == "lean" else steps)
+    assert waits.get("optim.py:clip _local_scalar_dense", 0) == (0 if name in ("lean", "streamed") else steps)
     inside = ("model.py", "attention.py", "pointwise.py", "linear.py", "losses.py", "logprobs.py:head", "logprobs.py:token")
-    assert not [where for where in waits if where.startswith(inside)]
+    assert not [where for where in waits if where.startswith(inside) and "to_int8" not in where]  # which loading calls
+
+
+def test_weights_that_are_read_from_the_host_give_the_same_run_in_less_memory(runs):
+    lean, streamed = ([json.loads(row) for row in (runs[name][0] / "metrics.jsonl").read_text().splitlines()]
+                      for name in ("lean", "streamed"))
+    for a, b in zip(lean, streamed, strict=True):
+        timed = {"time", "seconds", "tokens/s", "mem/peak_gb"}
+        assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
+        assert a["stage"] in ("dpo", "reward", "sft", "patch") or b.get("mem/peak_gb", 0) <= a.get("mem/peak_gb", 0)
+    for model in ("forget", "improve"):
+        first, second = (load_file(runs[name][0] / model / "model.safetensors") for name in ("lean", "streamed"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("name", ["lean", "card"])

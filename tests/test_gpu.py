@@ -60,12 +60,14 @@ def test_a_step_on_a_gpu_is_a_cpus(dtype, most, blocks):
     assert apart(found[2], expected[2]) < (0.02 if dtype == torch.float32 else 0.5)  # Adam's first step: signs
 
 
-@pytest.mark.parametrize("dtype, most", [("fp32", 1e-4), ("bf16", 0.05)])
-def test_int8_weights_on_a_gpu_are_a_cpus(dtype, most, tmp_path):
+@pytest.mark.parametrize("dtype, most, stream", [("fp32", 1e-4, False), ("bf16", 0.05, False), ("bf16", 0.05, True)])
+def test_int8_weights_on_a_gpu_are_a_cpus(dtype, most, stream, tmp_path):
     save_model(tiny_model(std=0.05, **WIDE), tmp_path / "model")
     mask = mask_of(tiny_model(**WIDE))
     expected = one_step(load_model(tmp_path / "model", "fp32", "cpu", int8=True, mask=mask), mask, "cpu")
-    found = one_step(load_model(tmp_path / "model", dtype, "cuda", int8=True, mask=mask), mask, "cuda")
+    there = load_model(tmp_path / "model", dtype, "cuda", int8=True, mask=mask, stream=stream)
+    assert all(codes.is_cuda != stream for p in there.parameters() if hasattr(p, "int8") for codes, _ in p.int8.parts)
+    found = one_step(there, mask, "cuda")
     assert apart(found[0], expected[0]) < most / 5 and apart(found[1], expected[1]) < most
 
 

@@ -212,8 +212,8 @@ def test_backward_of_a_model_makes_no_tensor_of_its_embeddings_size(monkeypatch)
 # ---- int8 --------------------------------------------------------------------------------------------------
 
 def int8_parameter(dense, mask) -> nn.Parameter:
-    codes, int8 = to_int8(dense, mask, "cpu")
-    weight = nn.Parameter(codes, requires_grad=False)
+    weight, int8 = to_int8(dense, mask, "cpu")
+    weight = nn.Parameter(weight, requires_grad=False)
     weight.int8 = int8
     return weight
 
@@ -240,9 +240,10 @@ def test_int8_is_the_rows_quantised_with_the_selected_entries_exact(monkeypatch,
     mask = torch.rand(300, width, generator=generator) < 0.2
     mask[7], mask[8] = True, False
     dense[mask] *= 100  # what is selected stands out: it must not widen its block
-    codes, int8 = to_int8(dense, mask, "cpu")
-    plain_codes, scale = quantize_rows(dense, mask)
-    assert codes.dtype == torch.int8 and torch.equal(codes, plain_codes) and torch.equal(int8.scale, scale)
+    weight, int8 = to_int8(dense, mask, "cpu")
+    (codes, scale), (plain_codes, plain_scale) = map(torch.cat, zip(*int8.parts)), quantize_rows(dense, mask)
+    assert codes.dtype == torch.int8 and torch.equal(codes, plain_codes) and torch.equal(scale, plain_scale)
+    assert weight.shape == dense.shape and weight.untyped_storage().nbytes() == 1  # what stands for it takes no memory
     assert torch.equal(int8.values, dense[mask]) and len(int8.selection) == int(mask.sum())
     rebuilt = torch.cat([rows for _, rows in dense_rows(int8_parameter(dense, mask), torch.float32)])
     assert torch.equal(rebuilt[mask], dense[mask])

@@ -140,10 +140,11 @@ def shapes_of(name: str) -> dict[str, torch.Size]:
     return {n: p.shape for n, p in model.named_parameters()}
 
 
-def random_model(name: str, dtype: torch.dtype, device: str, int8: bool = False, mask=None, seed: int = 0) -> CausalLM:
+def random_model(name: str, dtype: torch.dtype, device: str, int8: bool = False, mask=None, stream: bool = False,
+                 seed: int = 0) -> CausalLM:
     """A model of a shape in SHAPES with normal(0, 0.02) weights, made tensor by tensor where it is going to stand.
 
-    int8, mask: as checkpoint.load_model.
+    int8, mask, stream: as checkpoint.load_model.
     """
     with torch.device("meta"):
         model = CausalLM(parse_config(SHAPES[name])).requires_grad_(False)
@@ -152,7 +153,7 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8: bool = False,
         w = torch.empty(p.shape, dtype=dtype, device=device)
         w = w.normal_(0, 0.02, generator=generator) if w.dim() == 2 else w.fill_(0.0 if key.endswith("bias") else 1.0)
         if int8 and w.dim() == 2 and "embed_tokens" not in key:
-            w, beside[key] = to_int8(w, mask and mask[key], device)
+            w, beside[key] = to_int8(w, mask and mask[key], device, stream)
         state[key] = w
     model.load_state_dict(state, strict=True, assign=True)
     for key, extra in beside.items():

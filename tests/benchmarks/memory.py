@@ -1,6 +1,6 @@
 """Memory of every stage under every --memory setting: the planner's estimate against what was allocated.
 
-    python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10] [--json FILE]
+    python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb 8gb] [--p 5 10] [--json FILE]
 
 On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
 (23.0, 15.0 or 11.0 GiB), in a process of its own, as many at a time as the caps leave room for (a process's peaks do
@@ -40,8 +40,9 @@ from meter import Meter
 
 SHAPES |= {"micro-wide": shape("LlamaForCausalLM", 8000, 1024, 2752, 4, 8, 8),
            "micro-vocabulary": shape("LlamaForCausalLM", 30000, 512, 1408, 6, 8, 2)}
-SHOWN = ("int8", "state_bits", "offload", "checkpoint_blocks", "locate_groups")  # settings that a row names
-RUNGS = ({}, {"checkpoint_blocks": 0}, {"int8": True}, {"int8": True, "state_bits": 8}, {"int8": True, "offload": "gradient"})
+SHOWN = ("int8", "stream", "state_bits", "offload", "checkpoint_blocks", "locate_groups")  # settings that a row names
+RUNGS = ({}, {"checkpoint_blocks": 0}, {"int8": True}, {"int8": True, "state_bits": 8}, {"int8": True, "offload": "gradient"},
+         {"int8": True, "stream": True})
 
 
 class RandomRun(Run):
@@ -49,7 +50,7 @@ class RandomRun(Run):
     name: str = ""
 
     def load(self, folder, mask=None, **more):
-        model = random_model(self.name, self.dtype, self.device, self.cfg.int8, mask)
+        model = random_model(self.name, self.dtype, self.device, self.cfg.int8, mask, self.cfg.stream)
         model.head_bytes, model.checkpoint_blocks = self.cfg.head_mb << 20, max(0, self.cfg.checkpoint_blocks)
         return model
 
@@ -146,7 +147,7 @@ def in_processes(jobs: list[tuple], device: str, tokens: int, part: Path | None)
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--shape", nargs="+", default=None)
-    parser.add_argument("--card", nargs="+", default=["24gb", "16gb", "12gb"], choices=tuple(memory.CARDS))
+    parser.add_argument("--card", nargs="+", default=list(memory.CARDS), choices=tuple(memory.CARDS))
     parser.add_argument("--p", type=float, nargs="+", default=[5.0, 10.0])
     parser.add_argument("--tokens", type=int, default=1024, help="of each of a pair's two sequences")
     args = parser.parse_args()

@@ -42,7 +42,7 @@ def training(args, tokens: int, checkpointing: bool) -> dict | None:
     if args.compile:
         compile_pointwise()
     mask = RandomMask(shapes, args.p, device)
-    model = random_model(args.shape, dtype, device, args.int8, mask)
+    model = random_model(args.shape, dtype, device, args.int8, mask, args.stream)
     model.checkpoint_blocks = layers if checkpointing else 0
     each = max(1, tokens // size_of(random_pairs(1, args.length, vocab)[0]))  # pairs a micro-batch
     group = [Example(*pair) for pair in random_pairs(each * args.micros, args.length, vocab)]
@@ -74,7 +74,7 @@ def generation(args, int8: bool) -> dict | None:
     """New tokens/s of sampling args.n responses to each of args.prompts random prompts."""
     pick_device(args.device, args.dtype)
     device, vocab = args.device, SHAPES[args.shape]["vocab_size"]
-    model = random_model(args.shape, DTYPES[args.dtype], device, int8)
+    model = random_model(args.shape, DTYPES[args.dtype], device, int8, stream=int8 and args.stream)
     prompts = [prompt for prompt, _ in random_pairs(args.prompts, args.prompt_tokens, vocab, 1 - 1 / args.prompt_tokens)]
     reset_peak(device)
 
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="both", choices=("none", "all", "both"), help="of activations")
     parser.add_argument("--p", type=float, default=5.0, help="percent of the weights that are trained")
     parser.add_argument("--int8", action="store_true", help="frozen weights in 8 bits")
+    parser.add_argument("--stream", action="store_true", help="with --int8: these weights in host memory")
     parser.add_argument("--state-bits", type=int, default=32, choices=(8, 32))
     parser.add_argument("--offload", default="none", choices=("none", "state", "gradient"))
     parser.add_argument("--compile", action="store_true", help="torch.compile for the pointwise pieces")
