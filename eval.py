@@ -141,8 +141,11 @@ def compare(path: Path, folder: Path) -> list[str]:
     """Table row: accuracy here minus accuracy in the other folder over the questions that both have, interval and p."""
     mine, theirs = verdicts(path), verdicts(folder / path.name)
     here, there = (made_with(out, path.name) for out in (path.parent, folder))
-    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in ("task", "prompt", "max_length", "max_new_tokens",
-                 "stop", "dtype", "int8") if k in here and k in there and here[k] != there[k]]:
+    matter = ["task", "prompt", "max_length", "dtype", "int8"]
+    if "response" in next(read_jsonl(path))[1]:
+        matter += ["max_new_tokens", "stop"]
+    if other := [f"{k} ({here[k]!r}, there {there[k]!r})" for k in matter
+                 if k in here and k in there and here[k] != there[k]]:
         say(f"{path.name}: WARNING: compared with answers that were made with another {', another '.join(other)}")
     both = [key for key in mine if key in theirs]
     difference, low, high, p = bootstrap([mine[key] for key in both], [theirs[key] for key in both])
@@ -185,11 +188,14 @@ def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
     print("/reset begins anew, an empty line ends\n> ", end="", flush=True)
     messages: list[dict] = []
     while line := sys.stdin.readline().strip():
-        messages = [] if line == "/reset" else [*messages, {"role": "user", "content": line}]
+        said = {"role": "user", "content": line.encode(errors="replace").decode()}  # bytes that are no text as "?"
+        messages = [] if line == "/reset" else [*messages, said]
         if messages:
-            [[(text, _)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
+            [[(text, ended)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
             messages.append({"role": "assistant", "content": text})
-            print(text)
+            print(text if ended else text + " ... (--max-new-tokens)")
+            if encoder.report():
+                print("(the talk has outgrown --max-length: its beginning is left out)")
         print("> ", end="", flush=True)
 
 
@@ -254,8 +260,9 @@ def run(args) -> None:
     read = [*sorted(set(shard_files(folder).values())), *([Path(args.patch)] if args.patch else [])]
     asked = {"model": [state_of(path) for path in read], **{k: getattr(settings, k) for k in SHARED if k != "stream"},
              "device": device, "dtype": str(dtype)}
-    claim(jobs[0].target.parent, {job.target.name: {**asked, "limit": args.limit, "task": job.task,
-                                                    "test file": state_of(job.file)} for job in jobs})
+    claim(jobs[0].target.parent, {job.target.name: {
+        **asked, "prompt": encoder.style, "limit": args.limit, "task": job.task, "test file": state_of(job.file)}
+        for job, encoder in zip(jobs, encoders)})
     lines = []
     for job, encoder in zip(jobs, encoders):
         began = time.monotonic()

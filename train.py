@@ -34,7 +34,7 @@ from allo_mini.data import Example, Negative, Pair
 from allo_mini.disk import append_rows, keep_whole, write_jsonl
 from allo_mini.edits import edit_weights
 from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_weights, save_mask
-from allo_mini.inputs import drop_held, open_run
+from allo_mini.inputs import open_run, own_weights
 from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
 from allo_mini.log import exit_code, progress, say
 from allo_mini.loop import Objective, dpo_objective, npo_objective, run_stage, sft_objective
@@ -82,6 +82,7 @@ def sample(run: Run, theta: Path) -> Path:
                                     "unfinished": sum(not finished for _, finished in texts)}
                                    for t, texts in zip(rows, said)))
         part.rename(target)
+        run.report_dropped("questions", len(asked))
     return run.stage("sample", make, "samples.jsonl")
 
 
@@ -175,8 +176,7 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
     """Every negative as an example with its token weights (see scoring.py for the modes)."""
     cfg, encoder = run.cfg, run.encoder
     if cfg.token_weights_file:
-        negatives = read_weights(cfg.token_weights_file)
-        drop_held(negatives, [*run.test, *run.val], "token weight rows")
+        negatives = own_weights(run)
     kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
     run.report_dropped("negatives", len(kept))
     if cfg.token_weights == "uniform" or not cfg.forget:  # without forgetting only the report looks at them
@@ -256,7 +256,7 @@ def run_all(run: Run) -> None:
                 if mask["improve"]:  # what ALLO changed of theta_ref, in a file of a few per cent of the model
                     run.stage("patch", lambda target: save_patch(theta, models["ALLO"], target), "patch.safetensors")
             else:  # from the same model on the same samples; all weights, unless --mask-source is given
-                models[NAMES[method]] = trained(
+                models[NAMES.get(method, method)] = trained(
                     run, "more-sft" if method == "sft" else method, theta,
                     lambda: (rows_for(run, method, pairs, negatives, examples), mask["improve"]),
                     OBJECTIVES[method](cfg), run.validator())

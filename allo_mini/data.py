@@ -6,7 +6,6 @@
     official ALLO    {"question", "prediction"} and {"input", "output", "reward"[, "ref_prob"]}
 """
 
-import random
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -18,15 +17,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from allo_mini import UserError
+from allo_mini.config import similar
 from allo_mini.disk import read_jsonl
+from allo_mini.template import HH_TURN, is_dialogue, messages
 from allo_mini.tokenizer import Tokenizer, in_common
 
 # The form ALLO's official scripts use for its tasks (from WizardMath, arXiv 2308.09583; github.com/RUCAIBox/ALLO).
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
-HH_TURN = "\n\nAssistant:"  # what a response follows in Anthropic HH strings
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-ASKING = ("prompt", "question", "input", "instruction", "query")  # keys that are a prompt, whatever they are called
+ASKING = ("prompt", "question", "input", "instruction", "query", "conversations", "history")  # mean a prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 
@@ -100,8 +100,9 @@ def messages_of(row: dict, key: str, where: str) -> Text:
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         for part in ("role", "content"):
             text_of(m, part, f"{where}: {key!r}")
-        if m["role"] not in ROLES and (near := get_close_matches(m["role"], ROLES, 1, 0.75)):
-            raise UserError(f"{where}: {key!r} has the role {m['role']!r}; did you mean {near[0]}?")
+        if m["role"] not in ROLES:
+            raise UserError(f"{where}: {key!r} has the role {m['role']!r}, expected one of {', '.join(ROLES)}"
+                            + similar(m["role"], ROLES))
     return row[key]
 
 
@@ -148,6 +149,8 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     for where, row in islice(read_jsonl(path), limit or None):
         if "completion" in row and "chosen" not in row:
             raise UserError(f"{where}: unpaired (KTO's prompt, completion, label); expected 'chosen' and 'rejected'")
+        if row.get("system"):
+            raise UserError(f"{where}: 'system' is not read; make it the first message of a 'prompt' of messages")
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
         prompt = messages_of(row, "prompt", where) if "prompt" in row else None
         if prompt is None and (near := [key for key in row if get_close_matches(key, ASKING, 1)]):
@@ -161,7 +164,7 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
             prompt, chosen, rejected = split_implicit(chosen, rejected, where)
         elif isinstance(prompt, list):  # take it off where a whole conversation was given
             chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
-        task = row.get("task") if isinstance(row.get("task"), int) else None
+        task = row["task"] if isinstance(row.get("task"), int) and "rewrite" in row else None  # as train.py writes them
         pairs.append(Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True)))
     return pairs
 
@@ -169,11 +172,6 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
 def plain(text: Text) -> str:
     """A response or prompt as one string (message lists: the contents, one after the other)."""
     return text if isinstance(text, str) else "\n\n".join(m["content"] for m in text)
-
-
-def messages(text: Text, role: str) -> list[dict]:
-    """A string as one message of `role`; a message list as it is."""
-    return text if isinstance(text, list) else [{"role": role, "content": text}]
 
 
 # ---- text -> token ids -------------------------------------------------------------------------------------
@@ -220,6 +218,8 @@ class Encoder:
         """
         if self.style != "chat":
             return (" " if self.style == "alpaca" else "") + plain(response)
+        if is_dialogue(prompt):
+            response = response.strip()
         for talk in (messages(prompt, "user"), messages("x", "user")):
             framed = self.frame(talk)
             full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
@@ -234,6 +234,7 @@ class Encoder:
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; of a prompt that leaves no room for a response, the last half of max_length."""
         ids = self.tokenizer.encode(self.frame(prompt), bos=self.bos)
+        self.trimmed += len(ids) >= self.max_length
         return self.trim(ids, self.max_length // 2) if len(ids) >= self.max_length else ids
 
     def trim(self, ids: list[int], room: int) -> list[int]:
@@ -248,13 +249,15 @@ class Encoder:
         """
         if not all(plain(r).strip() for r in responses):
             return self.drop("empty response")
-        if len({plain(r) for r in responses}) < len(responses):
-            return self.drop("identical pair")
+        if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+            return self.drop("prompt that ends in an answer")
         if any(isinstance(r, list) and [m["role"] for m in r] != ["assistant"] for r in responses):
             return self.drop("response not one message of the assistant")
         ids, answers = self.split(prompt, responses)
         if not ids:
             return self.drop("empty prompt")
+        if len({*map(tuple, answers)}) < len(answers):  # as text they may differ
+            return self.drop("identical pair")
         room = self.max_length - max(map(len, answers))
         if room < 1 + len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
@@ -287,14 +290,3 @@ class Encoder:
         notes = {"dropped": dropped, "kept with a trimmed prompt": self.trimmed}
         self.dropped, self.trimmed = Counter(), 0
         return "; ".join(f"{what}: {count}" for what, count in notes.items() if count)
-
-
-def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
-    """Row numbers of every optimizer step: epochs are seeded shuffles laid end to end, then cut into batches."""
-    order, rng, total = [], random.Random(seed), round(count * epochs)
-    while len(order) < total:
-        epoch = list(range(count))
-        rng.shuffle(epoch)
-        order += epoch
-    steps = [order[i:min(i + batch, total)] for i in range(0, total, batch)]
-    return steps[:max_steps or None]

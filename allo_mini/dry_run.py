@@ -16,14 +16,15 @@ import torch
 
 from allo_mini import memory, tasks
 from allo_mini.config import SETTINGS
-from allo_mini.data import Pair, steps_of
+from allo_mini.data import Pair
 from allo_mini.device import host_memory
-from allo_mini.files import load_mask, read_samples, read_weights
+from allo_mini.files import load_mask, read_samples
 from allo_mini.generate import sample
+from allo_mini.inputs import own_weights
 from allo_mini.locate import COMPARE_BELOW
 from allo_mini.log import say, table
 from allo_mini.logprobs import pack, token_logps
-from allo_mini.loop import resolve_stage
+from allo_mini.loop import resolve_stage, steps_of
 from allo_mini.mask import selected
 from allo_mini.model import build
 from allo_mini.run import Run
@@ -82,7 +83,7 @@ def rows_of(run: Run) -> dict[str, int]:
         graded = [[tasks.is_correct(s, t) for s in {*samples[t.input]}] for t in run.questions if t.input in samples]
         right, wrong = (sum(row.count(side) for row in graded) for side in (True, False))
         pairs = sum(min(cfg.pairs_per_question, row.count(True) * row.count(False)) for row in graded)
-    weighted = len(read_weights(cfg.token_weights_file)) if cfg.token_weights_file else wrong
+    weighted = len(own_weights(run)) if cfg.token_weights_file else wrong
     return {"questions": len(asked) * cfg.n, "solutions": len(run.tasks) or len(run.pairs), "pairs": pairs,
             "right": right, "wrong": wrong, "weighted": weighted}
 

@@ -11,8 +11,8 @@ import torch
 
 from allo_mini import UserError, demo, memory, parallel
 from allo_mini.checkpoint import TOKENIZER_FILES, eos_ids, find_folder, load_model, load_tokenizer, shard_files
-from allo_mini.config import HOME, Config, flat
-from allo_mini.data import Encoder, Pair, Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.config import HOME, SETTINGS, Config, flat
+from allo_mini.data import Encoder, Negative, Pair, Task, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.device import pick_device
 from allo_mini.disk import lock, move_aside, open_bytes, read_json, write_jsonl, write_text
 from allo_mini.files import load_mask, read_samples, read_weights
@@ -46,6 +46,8 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
         theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not all(isinstance(theirs.get(part), dict) for part in mine):
             raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
+        unknown = {key: value for key, value in flat(Config()).items() if key in mine["config"]}  # a flag made since
+        theirs["config"] = unknown | theirs["config"]
         changed = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
                    if theirs[part].get(key) != mine[part].get(key)]
         said = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in changed
@@ -102,9 +104,12 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         cut = max(1, min(500, len(main) // 10))
         test, main[:cut] = main[:cut], []
         say(f"{cut} of {cut + len(main)} pairs held out as test rows (--test FILE to bring your own)")
-    if not val:
-        cut = cfg.val_rows or (200 if cfg.eval_every else 0)
+    if (cfg.val or cfg.val_rows) and not cfg.eval_every:
+        raise UserError("--val and --val-rows are for --eval-every STEPS, which is not given")
+    if not val and cfg.eval_every:
+        cut = cfg.val_rows or 200
         val, main[:cut] = main[:cut], []
+        say(f"{len(val)} of {len(val) + len(main)} rows held out to validate on (--val FILE to bring your own)")
     drop_held(tasks, [*test, *val], "training rows")  # what has just been held out may stand in other rows too
     drop_held(pairs, [*test, *val], "pairs")
     for rows in (tasks, pairs):
@@ -206,6 +211,12 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     Raises UserError naming what does not fit.
     """
     cfg, encoder = run.cfg, run.encoder
+    allo = "allo" in cfg.method and not cfg.only_sft
+    for flag in ("mask", "token_weights_file", "reward_model"):
+        if getattr(cfg, flag) and not (allo or (flag, cfg.mask_source) == ("mask", "top")):
+            raise UserError(f"--{flag.replace('_', '-')} is for allo, which --method does not name")
+    if cfg.mask and any(getattr(cfg, flag) != getattr(Config, flag) for flag in ("p", "p_forget", "p_improve")):
+        say("no effect: --p, --p-forget and --p-improve, for --mask says which weights are trained")
     for flag in ("p_sft", *(() if cfg.mask or cfg.only_sft else ("p", "p_forget", "p_improve"))):
         if 0 < getattr(cfg, flag) < 100 / run.parameters:
             raise UserError(f"--{flag.replace('_', '-')} is {getattr(cfg, flag):g}, which selects none of the model's "
@@ -215,12 +226,14 @@ def check_own_files(run: Run, others: list[Path]) -> None:
         if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.questions):
             raise UserError(f"{cfg.samples}: no training question has both a correct and a wrong sample in it")
     if path := cfg.token_weights_file:
-        asked, rows = {key_of(row) for row in [*run.tasks, *run.pairs]}, read_weights(path)
+        rows, own = read_weights(path), own_weights(run)
         need_usable(encoder, [(n.prompt, [n.response]) for n in rows], path)
-        known = [(encoder.response_ids(n.prompt, n.response), n.scores) for n in rows if key_of(n) in asked]
+        known = [(encoder.response_ids(n.prompt, n.response), n.scores) for n in own]
         if not any(len(tokens) == len(scores) for tokens, scores in known):
             raise UserError(f"{path}: no row has a training question as 'input' and one score for each token "
                             "of 'output' and its end")
+        if len(own) < len(rows):
+            say(f"{path}: {len(rows) - len(own)} of {len(rows)} rows left out, which belong to no training question")
     if cfg.mask:
         load_mask(cfg.mask, run.shapes)
     for folder in others:
@@ -229,6 +242,12 @@ def check_own_files(run: Run, others: list[Path]) -> None:
         other = load_model(str(folder), run.dtype, "meta")
         other.config.length(cfg.max_length, f"{folder}/config.json")
         run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
+
+
+def own_weights(run: Run) -> list[Negative]:
+    """The rows of --token-weights-file that are about training questions."""
+    asked = {key_of(row) for row in [*run.tasks, *run.pairs]}
+    return [n for n in read_weights(run.cfg.token_weights_file) if key_of(n) in asked]
 
 
 def open_run(cfg: Config) -> Run:
@@ -254,7 +273,7 @@ def open_run(cfg: Config) -> Run:
     tasks, pairs, val, test = read_rows(cfg)
     is_demo = not (cfg.train or cfg.pairs)
     prompt = "chat" if is_demo and cfg.prompt == "auto" else cfg.prompt  # the demo model's template is a line break
-    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs]), cfg.max_length)
+    encoder = Encoder(tokenizer, style_of(prompt, [*tasks, *pairs, *test, *val]), cfg.max_length)
     cfg = replace(cfg, prompt=encoder.style)  # written into the run folder: eval.py asks in the same style
     folder = Path(cfg.out or f"runs/{Path([*cfg.pairs, *cfg.train, 'demo'][0]).stem}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -262,6 +281,10 @@ def open_run(cfg: Config) -> Run:
               config=model.config)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, {str(dtype).removeprefix('torch.')} on "
         f"{device}; prompts: {encoder.style}{unused_template(encoder, prompt)}")
+    used = {SETTINGS.get(stage, stage) for stage in memory.stages_of(cfg)}
+    idle = [f"--{name}-..." for name, s in cfg.stages.items() if s != Config().stages[name] and name not in used]
+    if idle and not is_demo:  # whose own settings have some for every stage
+        say(f"no effect in this run, which does not come to these stages: {', '.join(idle)}")
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:

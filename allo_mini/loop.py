@@ -5,6 +5,7 @@ One training step in two files: this loop (batches -> log-probs -> loss -> backw
 """
 
 import math
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from allo_mini import UserError, losses, parallel
 from allo_mini.config import OFFICIAL, SETTINGS, Stage
-from allo_mini.data import Example, steps_of
+from allo_mini.data import Example
 from allo_mini.device import peak_gb
 from allo_mini.files import load_tensors
 from allo_mini.log import progress, say
@@ -112,6 +113,17 @@ def resolve_stage(name: str, stage: Stage, parameters: int, rows: int) -> Stage:
     return replace(stage, lr=lr, batch=stage.batch or max(1, min(official.batch, max(8, rows // 50), rows)))
 
 
+def steps_of(count: int, batch: int, epochs: float, seed: int, max_steps: int = 0) -> list[list[int]]:
+    """Row numbers of every optimizer step: epochs are seeded shuffles laid end to end, then cut into batches."""
+    order, rng, total = [], random.Random(seed), round(count * epochs)
+    while len(order) < total:
+        epoch = list(range(count))
+        rng.shuffle(epoch)
+        order += epoch
+    steps = [order[i:min(i + batch, total)] for i in range(0, total, batch)]
+    return steps[:max_steps or None]
+
+
 def accumulate(run: Run, model, group: list[Example], objective: Objective) -> dict[str, float]:
     """Forward and backward of a step's examples; gradients gather in the optimizer's flat buffer.
 
@@ -202,8 +214,9 @@ def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
 def pair_objective(values: Callable[..., Tensor], beta: float, step0, epsilon: float = 1.0) -> Objective:
     """Mean over pairs of values(chosen, rejected, ref_chosen, ref_rejected, tokens of chosen, of rejected), all [B].
 
-    The first four are log-probs summed over tokens, those of y- over the useful ones. Without a reference (step0 None)
-    the logged rewards are beta times mean log-probs, else beta log pi_theta/pi_ref.
+    The first four are log-probs summed over tokens, those of y- over the useful ones. With step0 None there is no
+    reference, pi_ref's are pi_theta's, and the logged rewards are beta times mean log-probs; else they are
+    beta log pi_theta/pi_ref. Another beta than cfg.beta puts check_numbers' nats into other units.
     """
     def loss(logps, ref, real, examples):
         keep = losses.useful_token_mask(logps[1::2], ref[1::2], real[1::2], epsilon)  # [B,T]

@@ -241,8 +241,8 @@ def advice(cfg: Config) -> str:
 def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
          rewriter: tuple[ModelConfig, dict] | None = None) -> None:
     """Print the chosen settings, the estimate, term by term, what the host has to hold, how often locating reads."""
-    chosen = ("int8", "stream", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks", "sample_batch",
-              "head_mb")
+    chosen = ("int8", "stream", "state_bits", "offload", "locate", "p_sft", "micro_tokens", "checkpoint_blocks",
+              "sample_batch", "head_mb")
     say(f"--memory {cfg.memory}: " + ", ".join(f"{key} {getattr(cfg, key)}" for key in chosen))
     show_needs(needs)
     others = dict.fromkeys(("reward", "score"), rewriter[1]) if rewriter else {}
@@ -253,7 +253,7 @@ def show(cfg: Config, needs: dict[str, dict[str, int]], shapes: dict,
         f"   <-- WARNING: this machine has {there / 1e9:.1f} GB; lower --p or --p-sft, or raise --locate-groups"
         if host[worst] > SPARE * there > 0 else ""))
     if "locate" in needs:
-        say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over {cfg.locate_pairs} pairs\n")
+        say(f"locate: {len(tensor_groups(shapes, cfg.locate_groups))} passes over at most {cfg.locate_pairs} pairs\n")
 
 
 def show_needs(needs: dict[str, dict[str, int]]) -> None:

@@ -92,7 +92,8 @@ def watch_tokens(run: Run, model, examples: list[Example]):
     after improving, and which of them the filter keeps then.
     """
     shown = [examples[int(i)] for i in np.linspace(0, len(examples) - 1, min(SHOWN, len(examples)))]
-    t, (head, _, tail) = run.encoder.tokenizer, run.encoder.frame("\0").partition("\0")
+    t = run.encoder.tokenizer
+    head, tail = (t.decode(t.encode(part)) for part in run.encoder.frame("\0").partition("\0")[::2])
     before = score(model, shown, run.cfg.micro_tokens)
     yield
     rows = []

@@ -175,8 +175,9 @@ JUDGED = {"alpaca_eval": ("instruction",), "arena_hard": ("prompt", "uid")}  # w
 def task_name(file: str) -> str:
     """Which of the ten tasks a file holds, by its name (or a task's own name); "" for any other file."""
     name = Path(file).name.lower().replace("-", "_")
-    found = [task for task in (*RULES, *JUDGED) if re.search(rf"(?<![a-z]){task}(?![a-z])", name)]
-    return found[0] if len(found) == 1 else ""
+    known = {task.lower().replace("-", "_"): task for task in (*RULES, *JUDGED)}
+    found = sorted((task for task in known if re.search(rf"(?<![a-z]){task}(?![a-z])", name)), key=len)
+    return known[found[-1]] if found and all(task in found[-1] for task in found) else ""  # "math" is in "math_sort"
 
 
 def grader_for(name: str) -> tuple:

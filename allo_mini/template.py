@@ -16,7 +16,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS, MEMORY, BYTES = 10, 1 << 30, 1 << 24  # for one rendering
 TODAY = date(2024, 7, 26)  # for all templates, Llama 3's own choice: what a run learns must not depend on its day
 WORKERS = []  # the process, once it was needed
+HH_TURN, HH_ROLES = "\n\nAssistant:", {"Human": "user", "Assistant": "assistant"}  # in Anthropic HH's dialogues
 
+
+def messages(text: str | list[dict], role: str) -> list[dict]:
+    """A string as one message of `role`, one with Anthropic's dialogue as its turns; a message list as it is."""
+    if isinstance(text, list):
+        return text
+    if not is_dialogue(text):
+        return [{"role": role, "content": text}]
+    turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())[1:]
+    return [{"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])
+            if said.strip()]
+
+
+def is_dialogue(text: str | list[dict]) -> bool:
+    """Whether a text is a dialogue as Anthropic HH has it, in one string."""
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and HH_TURN in text
 
 def render(template: str, **values) -> str:
     """What a template makes of JSON values. Raises ValueError, in one line, when it fails or is stopped."""

@@ -167,7 +167,8 @@ def test_spaces_around_a_response_follow_the_template(make, family, kind):
 
 
 @pytest.mark.parametrize("prompt, family, says", [
-    ([*TALK, user("again")], "mistral 0.3", "roles must alternate"), (TALK[:2], "mistral 0.2", "roles must alternate"),
+    ([*TALK, user("again")], "mistral 0.3", "roles must alternate"), ([*TALK[:2], *TALK[:2], *TALK[1:]], "mistral 0.2",
+     "roles must alternate"),
     (SYSTEM + TALK, "mistral 0.1", "roles must alternate")])
 def test_a_conversation_that_a_strict_template_has_no_form_for_is_refused_in_one_line(make, prompt, family, says):
     with pytest.raises(UserError, match=f"^[^\n]*the chat template fails: [^\n]*{says}[^\n]*$"):
@@ -179,7 +180,36 @@ def test_a_pair_that_parts_before_the_last_turn_is_dropped(make, tmp_path):
           {"chosen": [*TALK, assistant("x")], "rejected": [TALK[0], assistant("ba"), TALK[2], assistant("x")]})
     encoder = encoder_of(make, "smollm2")
     assert [encoder.example(p.prompt, [p.chosen, p.rejected]) for p in read_pairs(tmp_path / "p.jsonl")] == [None, None]
-    assert encoder.report() == "dropped: 2 response not one message of the assistant"
+    assert encoder.report() == "dropped: 1 prompt that ends in an answer, 1 response not one message of the assistant"
+
+
+@pytest.mark.parametrize("family, chosen, rejected", [("smollm2", "use <|im_end|> to end, good", "use <|im_end|> to end, bad"),
+                                                      ("llama3", "yes", " yes\n")])
+def test_responses_that_are_one_as_tokens_make_no_pair(make, family, chosen, rejected):
+    encoder = encoder_of(make, family)
+    assert encoder.example([user("q")], [[assistant(chosen)], [assistant(rejected)]]) is None
+    assert encoder.report() == "dropped: 1 identical pair"
+
+
+def test_a_dialogue_in_one_string_becomes_turns_in_chat_style_alone(make):
+    hh = "\n\nHuman: Hi!\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    turns = [user("Hi!"), assistant("Hello."), user("Why?")]
+    encoder = encoder_of(make, "smollm2")
+    assert encoder.example(hh, [" So.", " No."]) == encoder.example(turns, [[assistant("So.")], [assistant("No.")]])
+    assert encoder.prompt_ids(hh) == encoder.prompt_ids(turns)
+    for plain in ("Say\n\nAssistant: x", "Human: a"):  # a string that only looks a bit like it
+        assert encoder.prompt_ids(plain) == encoder.prompt_ids([user(plain)])
+    encoder.style, encoder.bos = "none", True
+    assert encoder.frame(hh) == hh and encoder.answer(hh, " So.") == " So."
+
+
+def test_prompts_that_are_trimmed_for_sampling_are_counted(make):
+    encoder = encoder_of(make, "smollm2")
+    whole = encoder.prompt_ids("a b c d e f g h")
+    assert encoder.report() == ""
+    encoder.max_length = len(whole)
+    assert encoder.prompt_ids("a b c d e f g h") == whole[-(len(whole) // 2):]
+    assert encoder.report() == "kept with a trimmed prompt: 1"
 
 
 def test_a_response_that_begins_with_a_line_break_is_whole(make):

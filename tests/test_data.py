@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from allo_mini import UserError
 from allo_mini.checkpoint import save_model
 from allo_mini.config import parse
-from allo_mini.data import ALPACA, Encoder, is_pairs, plain, read_pairs, read_tasks, steps_of
+from allo_mini.data import ALPACA, Encoder, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.loop import steps_of
 from allo_mini.files import read_samples, read_weights
 from allo_mini.inputs import need_answers, open_run
 from allo_mini.tokenizer import Tokenizer
@@ -365,10 +366,33 @@ def test_a_pairs_prompt_that_is_a_test_question_is_dropped(place, capsys):
 def test_held_out_pairs_share_no_prompt_with_the_rest(place):
     rows = ({"prompt": f"{i % 10}?", "chosen": f"a{i}", "rejected": "b"} for i in range(50))
     write(place / "p.jsonl", *rows)
-    run = opened("--pairs p.jsonl --val-rows 3")
+    run = opened("--pairs p.jsonl --val-rows 3 --eval-every 1")
     held = {plain(p.prompt) for p in [*run.test, *run.val]}
     assert len(run.test) == 5 and len(run.val) == 3 and run.pairs
     assert not held & {plain(p.prompt) for p in run.pairs}
+
+
+def test_conversations_among_the_test_rows_decide_the_style_too(place):
+    write(place / "p.jsonl", *({"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(8)))
+    talk = {"prompt": [{"role": "user", "content": "t"}], "chosen": [{"role": "assistant", "content": "a"}],
+            "rejected": [{"role": "assistant", "content": "b"}]}
+    write(place / "test.jsonl", talk)
+    assert opened("--pairs p.jsonl").encoder.style == "none"
+    with pytest.raises(UserError, match="no chat template"):  # of this model
+        opened("--pairs p.jsonl --test test.jsonl")
+
+
+def test_a_column_named_task_makes_no_pairs_of_ours(place):
+    write(place / "p.jsonl", *({"prompt": f"{i}?", "chosen": "a", "rejected": "b", "task": i} for i in range(8)))
+    assert opened("--pairs p.jsonl").encoder.style == "none"
+
+
+def test_flags_of_stages_that_do_not_run_are_named(place, capsys):
+    write(place / "p.jsonl", *({"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(8)))
+    opened("--pairs p.jsonl --method dpo --improve-lr 1e-5 --sft-epochs 2 --dpo-lr 1e-5")
+    assert "no effect in this run, which does not come to these stages: --sft-..., --improve-..." in capsys.readouterr().out
+    opened("--pairs p.jsonl --method dpo --dpo-lr 1e-5 --out other")
+    assert "no effect" not in capsys.readouterr().out
 
 
 def test_unusable_rows_among_good_ones_are_skipped(place, capsys):

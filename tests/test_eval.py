@@ -159,7 +159,7 @@ def test_finished_answers_are_not_made_again(model, place, capsys, monkeypatch):
     run(model, "--test", "gsm8k_test.jsonl", "--out", "out")  # another file, same folder
     assert len(asked) == 10
     for words, says in ((["--limit", "2"], "another limit (0, now 2)"), (["--stop", "x"], "another stop"),
-                        (["--prompt", "none"], "another prompt ('auto', now 'none')")):
+                        (["--prompt", "none"], "another prompt ('alpaca', now 'none')")):
         run(model, "--test", "rows.jsonl", "--out", "out", *words, code=2)
         assert says in capsys.readouterr().err
     write("rows.jsonl", [{"input": "Row?", "answer": "5"}])
@@ -200,7 +200,7 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "-50.0" in said and "WARNING" not in said
     run(model, *files, "--out", "c", "--against", "b", "--prompt", "none")
-    assert "rows.jsonl: WARNING: compared with answers that were made with another prompt ('none', there 'auto')" in capsys.readouterr().out
+    assert "rows.jsonl: WARNING: compared with answers that were made with another prompt ('none', there 'alpaca')" in capsys.readouterr().out
     for broken in ('{"rows.jsonl": "task"}', '{"rows.jsonl": null}'):
         Path("b/eval.json").write_text(broken)
         run(model, "--test", "rows.jsonl", "--out", "c", "--against", "b", "--prompt", "none")
@@ -263,6 +263,15 @@ def test_chat_with_and_without_a_template(model, place, tmp_path, capsys, monkey
         typed(monkeypatch, "hello")  # then the end of the input
         assert evaluation.main(["--model", str(folder), "--chat", "--max-new-tokens", "3", "--max-length", "400"]) == 0
     assert framed[0] == "u:hello|" and "### Instruction:\nhello\n" in framed[1]
+    assert capsys.readouterr().out.count(" ... (--max-new-tokens)") >= 1  # random weights rarely end an answer
+
+
+def test_a_talk_that_outgrows_the_length_limit_says_so(model, place, capsys, monkeypatch):
+    typed(monkeypatch, "short", "a long line " * 20, "bytes \udce9")
+    run(model, "--chat", "--max-length", "60", "--max-new-tokens", "2")
+    said = capsys.readouterr().out
+    before, after = said.split("its beginning is left out", 1)
+    assert before.count("> ") == 2 and "outgrown" not in before.split("> ")[1]
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------

@@ -214,6 +214,14 @@ def test_a_file_name_tells_the_task(file, task):
     assert task_name(file) == task
 
 
+@pytest.mark.parametrize("name, file", [("sort-letters", "sort-letters_train.jsonl"), ("Sorting", "sorting.jsonl"),
+                                        ("math_sort", "math-sort_test.jsonl")])
+def test_a_task_of_ones_own_is_found_however_it_is_spelled(name, file, monkeypatch):
+    """And although its name holds one of the ten."""
+    monkeypatch.setitem(RULES, name, (str, str))
+    assert task_name(file) == name and task_name("math_test.jsonl") == "math" and task_name("gsm8k_math.jsonl") == ""
+
+
 def test_rows_of_an_unknown_file_keep_the_plain_rule(tmp_path):
     assert grader_for("rows.jsonl")[1] is same_plain
     plain = Task(0, "q", None, "5")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from allo_mini import UserError, attention, checkpoint, logprobs, selection
 from allo_mini import generate as generate_module
-from allo_mini.architecture import parse_config
+from allo_mini.architecture import FAMILIES as ARCHITECTURES, parse_config
 from allo_mini.attention import TreeAttention, causal_attention
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.generate import generate, pick, sample
@@ -631,7 +631,7 @@ def test_optional_keys_have_hugging_face_defaults():
         assert "".join(x for x in "qkvo" if getattr(attention, f"{x}_proj").bias is not None) == biased
 
 
-def test_lengths_the_model_was_not_made_for_are_refused():
+def test_lengths_the_model_was_not_made_for_are_refused(monkeypatch):
     """Longer than max_position_embeddings, or than a sliding window where one is in use."""
     base = {**RAW, "sliding_window": 64, "max_position_embeddings": 100}
     mistral, qwen = ({**base, "architectures": [f"{family}ForCausalLM"]} for family in ("Mistral", "Qwen2"))
@@ -639,7 +639,9 @@ def test_lengths_the_model_was_not_made_for_are_refused():
     assert parse_config({**mistral, "sliding_window": None, "max_position_embeddings": 4096}).length(0) == 1200
     parse_config({**mistral, "sliding_window": None}).length(100)
     parse_config({**qwen, "use_sliding_window": False}).length(100)
-    for raw, tokens, key in ((mistral, 65, "sliding_window"),
+    parse_config({**base, "architectures": ["LlamaForCausalLM"]}).length(100)
+    monkeypatch.setitem(ARCHITECTURES, "OwnForCausalLM", "own")  # a fork's: a window that is named is one
+    for raw, tokens, key in ((mistral, 65, "sliding_window"), ({**base, "architectures": ["OwnForCausalLM"]}, 65, "sliding_window"),
                              ({**qwen, "use_sliding_window": True}, 65, "sliding_window"),
                              (qwen, 101, "max_position_embeddings")):
         with pytest.raises(UserError, match=key):

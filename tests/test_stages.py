@@ -13,13 +13,13 @@ import train
 from allo_mini import UserError
 from allo_mini import linear, locate, loop, optim, run as run_module, scoring
 from allo_mini.config import OFFICIAL, STAGES, Stage, parse
-from allo_mini.data import Example, steps_of
+from allo_mini.data import Example
 from allo_mini.files import EXACT, load_mask
 from allo_mini.inputs import open_run
 from allo_mini.linear import dense_rows
 from allo_mini.locate import gradient_importance
 from allo_mini.memory import tensor_groups
-from allo_mini.loop import dpo_objective, npo_objective, resolve_stage, run_stage, sft_objective
+from allo_mini.loop import dpo_objective, npo_objective, resolve_stage, run_stage, sft_objective, steps_of
 from allo_mini.mask import kind_of, overlap, select_neurons
 from allo_mini.scoring import rewrite_examples
 from helpers import gradients, random_ids, separate_logps

@@ -94,7 +94,17 @@ def test_every_stage_end_to_end(world, tmp_path, capsys):
     assert train.main(again) == 0 and results["table"] in capsys.readouterr().out
     assert train.main([*again, "--beta", "0.2"]) == 2
     assert "another beta (0.1, now 0.2)" in capsys.readouterr().err
-    assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    # a run that was begun before there was some flag has its default
+    file = out / "config.json"
+    known = file.read_text()
+    config = json.loads(known)
+    del config["config"]["beta"]
+    file.write_text(json.dumps(config))
+    assert train.main(again) == 0 and train.main([*again, "--beta", "0.2"]) == 2
+    assert "another beta (0.1, now 0.2)" in capsys.readouterr().err
+    file.write_text(known)
+    del written[file]
+    assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p != file}
 
 
 @pytest.mark.parametrize("mode", ["soft", "released", "edit", "uniform"])
@@ -135,6 +145,20 @@ def test_own_mask_and_token_weights(world, tmp_path):
     own = ["--mask", str(tmp_path / "a/mask.safetensors"), "--token-weights-file", str(tmp_path / "a/token_weights.jsonl")]
     assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--method", "allo", *own)) == 0
     assert not (tmp_path / "b/reward").exists() and not (tmp_path / "b/mask.safetensors").exists()
+    same(tmp_path / "a/improve", tmp_path / "b/improve")
+
+
+def test_token_weights_of_other_questions_are_left_out(world, tmp_path, capsys):
+    first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--method", "allo")
+    assert train.main(first) == 0
+    rows = (tmp_path / "a/token_weights.jsonl").read_text()
+    other = {"input": "else", "output": "The answer is 5", "reward": [0.1] * 50}
+    (tmp_path / "more.jsonl").write_text(json.dumps(other) + "\n" + rows)
+    own = ["--token-weights-file", str(tmp_path / "more.jsonl"), "--mask", str(tmp_path / "a/mask.safetensors")]
+    capsys.readouterr()
+    assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--method", "allo", *own)) == 0
+    total = 1 + len(rows.splitlines())
+    assert f"more.jsonl: 1 of {total} rows left out, which belong to no training question" in capsys.readouterr().out
     same(tmp_path / "a/improve", tmp_path / "b/improve")
 
 

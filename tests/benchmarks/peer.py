@@ -32,12 +32,12 @@ from common import (DTYPES, SHAPES, RandomMask, finish, fresh_process, gb, guard
 from allo_mini import UserError, demo
 from allo_mini.checkpoint import find_folder, load_model, load_tokenizer
 from allo_mini.config import parse
-from allo_mini.data import Encoder, plain, read_pairs, steps_of
+from allo_mini.data import Encoder, plain, read_pairs
 from allo_mini.device import pick_device
 from allo_mini.disk import write_jsonl
 from allo_mini.inputs import style_of
 from allo_mini.log import Log
-from allo_mini.loop import dpo_objective, run_stage
+from allo_mini.loop import dpo_objective, run_stage, steps_of
 from allo_mini.pointwise import compile_pointwise
 from allo_mini.run import Run
 
