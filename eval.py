@@ -193,7 +193,7 @@ def talk(model, encoder: Encoder, settings: Config, eos: set[int]) -> None:
         if messages:
             [[(text, ended)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
             messages.append({"role": "assistant", "content": text})
-            print(text if ended else text + " ... (--max-new-tokens)")
+            print(text if ended else text + " ... (cut: --max-new-tokens, --max-length)")
             if encoder.report():
                 print("(the talk has outgrown --max-length: its beginning is left out)")
         print("> ", end="", flush=True)

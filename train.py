@@ -212,7 +212,10 @@ def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -
         low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
         say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
         write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))
-    return [n.scores for n in read_weights(run.stage("score", make, "token_weights.jsonl"))]
+    scored = read_weights(path := run.stage("score", make, "token_weights.jsonl"))
+    if [(n.prompt, n.response) for n in scored] != [(n.prompt, n.response) for n in wrong]:
+        raise UserError(f"{path}: holds the scores of other responses; delete it to score again")
+    return [n.scores for n in scored]
 
 
 def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:

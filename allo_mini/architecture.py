@@ -94,8 +94,8 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     if heads % kv_heads or head_dim % 2:
         raise UserError(f"{where}: num_attention_heads {heads}, num_key_value_heads {kv_heads} and head_dim "
                         f"{head_dim} do not fit together")
-    unsaid = family not in ("llama", "qwen2", "qwen3")  # Llama has no window, Qwen has none unless it says so
-    windowed = raw.get("sliding_window") is not None and raw.get("use_sliding_window", unsaid)
+    asked = raw.get("use_sliding_window", family not in ("llama", "qwen2", "qwen3"))  # a Qwen has one if it says so
+    windowed = raw.get("sliding_window") is not None and (asked or family == "mistral")
     return ModelConfig(**plain, family=family, rope_scaling=scaling, raw=raw,
                        sliding_window=get(raw, "sliding_window", int) if windowed else None)
 

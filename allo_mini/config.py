@@ -147,7 +147,7 @@ class Config:
                        "this group's flags, --micro-tokens and --sample-batch, beginning from what is said of them")
     int8: bool = knob(False, "memory", "", "8 bits for the linear layers' weights that a stage does not train")
     state_bits: int = knob(32, "memory", (8, 32), "of an optimizer moment; 8 are blockwise")
-    stream: bool = knob(False, "memory", "", "with --int8: these weights stay in host memory and are read from there")
+    stream: bool = knob(False, "memory", "", "with --int8, on CUDA: these weights stay in host memory, read from there")
     offload: str = knob("none", "memory", ("none", "state", "gradient"), "on the host: optimizer's state, gradient too")
     p_sft: float = knob(0.0, "memory", "PERCENT", "of the weights that sft and the rewriting model train, located by "
                         "the gradient of their own loss (0: all)", at_least=0, at_most=100)

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,8 @@ from allo_mini.tokenizer import Tokenizer, in_common
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-ASKING = ("prompt", "question", "input", "instruction", "query", "conversations", "history")  # mean a prompt
+OTHER_ROLES, TURNS = ("human", "gpt", "bot"), ("conversations", "history")  # ShareGPT's and others'; we read neither
+ASKING = ("prompt", "question", "input", "instruction", "query")  # keys that are a prompt, whatever they are called
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 
@@ -100,7 +101,7 @@ def messages_of(row: dict, key: str, where: str) -> Text:
             raise UserError(f"{where}: {key!r} holds {str(m)[:60]!r}, expected {{\"role\": ..., \"content\": ...}}")
         for part in ("role", "content"):
             text_of(m, part, f"{where}: {key!r}")
-        if m["role"] not in ROLES:
+        if m["role"] not in ROLES and get_close_matches(m["role"], [*ROLES, *OTHER_ROLES], 1, 0.75):
             raise UserError(f"{where}: {key!r} has the role {m['role']!r}, expected one of {', '.join(ROLES)}"
                             + similar(m["role"], ROLES))
     return row[key]
@@ -149,21 +150,21 @@ def read_pairs(path: str, limit: int = 0) -> list[Pair]:
     for where, row in islice(read_jsonl(path), limit or None):
         if "completion" in row and "chosen" not in row:
             raise UserError(f"{where}: unpaired (KTO's prompt, completion, label); expected 'chosen' and 'rejected'")
-        if row.get("system"):
-            raise UserError(f"{where}: 'system' is not read; make it the first message of a 'prompt' of messages")
         chosen, rejected = (messages_of(row, key, where) for key in ("chosen", "rejected"))
         prompt = messages_of(row, "prompt", where) if "prompt" in row else None
-        if prompt is None and (near := [key for key in row if get_close_matches(key, ASKING, 1)]):
+        if prompt is None and (near := [key for key in row if key in TURNS or get_close_matches(key, ASKING, 1)]):
             raise UserError(f"{where}: no 'prompt', but {near[0]!r}; rename it, or leave it out where the prompt is "
                             "the common beginning of 'chosen' and 'rejected'")
         if isinstance(prompt, str) and isinstance(chosen, list):  # as UltraFeedback has it: the first turn once more
-            prompt = messages(prompt, "user") if len(chosen) == 1 else None
+            prompt = [{"role": "user", "content": prompt}] if len(chosen) == 1 else None
         if len({type(text) for text in (prompt, chosen, rejected) if text is not None}) > 1:
             raise UserError(f"{where}: 'prompt', 'chosen' and 'rejected' must all be strings or all message lists")
         if prompt is None:
             prompt, chosen, rejected = split_implicit(chosen, rejected, where)
         elif isinstance(prompt, list):  # take it off where a whole conversation was given
             chosen, rejected = (r[len(prompt):] if r[:len(prompt)] == prompt else r for r in (chosen, rejected))
+        if row.get("system") and not (isinstance(prompt, list) and prompt and prompt[0]["role"] == "system"):
+            raise UserError(f"{where}: 'system' is not read; make it the first message of a 'prompt' of messages")
         task = row["task"] if isinstance(row.get("task"), int) and "rewrite" in row else None  # as train.py writes them
         pairs.append(Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True)))
     return pairs
@@ -205,7 +206,7 @@ class Encoder:
     def frame(self, prompt: Text) -> str:
         """The prompt as text, in this style."""
         if self.style == "chat":
-            return self.tokenizer.render(messages(prompt, "user"), True)
+            return self.tokenizer.render(messages(prompt), True)
         return ALPACA.format(plain(prompt)) if self.style == "alpaca" else plain(prompt)
 
     def answer(self, prompt: Text, response: Text) -> str:
@@ -218,18 +219,18 @@ class Encoder:
         """
         if self.style != "chat":
             return (" " if self.style == "alpaca" else "") + plain(response)
-        if is_dialogue(prompt):
-            response = response.strip()
-        for talk in (messages(prompt, "user"), messages("x", "user")):
+        text = plain(response).strip() if is_dialogue(prompt) else plain(response)
+        turn = response if isinstance(response, list) else [{"role": "assistant", "content": text}]
+        for talk in (messages(prompt), messages("x")):
             framed = self.frame(talk)
-            full = self.tokenizer.render([*talk, *messages(response, "assistant")], False)
+            full = self.tokenizer.render([*talk, *turn], False)
             if full.startswith(framed):
                 return full[len(framed):]
-        said = framed + plain(response)  # after what the template opens before any answer
+        said = framed + text  # after what the template opens before any answer
         if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
             raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with <think>, and this answer "
                             "does not close it")
-        return plain(response)
+        return text
 
     def prompt_ids(self, prompt: Text) -> list[int]:
         """Ids to generate from; of a prompt that leaves no room for a response, the last half of max_length."""
@@ -249,8 +250,13 @@ class Encoder:
         """
         if not all(plain(r).strip() for r in responses):
             return self.drop("empty response")
-        if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        if self.style == "chat" and is_dialogue(prompt) and any("\n\nHuman:" in plain(r) for r in responses):
+            return self.drop("response not one message of the assistant")
+        turns = messages(prompt) if self.style == "chat" else []
+        if turns and turns[-1]["role"] == "assistant":
             return self.drop("prompt that ends in an answer")
+        if is_dialogue(prompt) and any(a["role"] == b["role"] for a, b in pairwise(turns)):
+            return self.drop("dialogue with two turns of one side")
         if any(isinstance(r, list) and [m["role"] for m in r] != ["assistant"] for r in responses):
             return self.drop("response not one message of the assistant")
         ids, answers = self.split(prompt, responses)

@@ -104,12 +104,11 @@ def read_rows(cfg: Config) -> tuple[list[Task], list[Pair], list, list]:
         cut = max(1, min(500, len(main) // 10))
         test, main[:cut] = main[:cut], []
         say(f"{cut} of {cut + len(main)} pairs held out as test rows (--test FILE to bring your own)")
-    if (cfg.val or cfg.val_rows) and not cfg.eval_every:
-        raise UserError("--val and --val-rows are for --eval-every STEPS, which is not given")
-    if not val and cfg.eval_every:
-        cut = cfg.val_rows or 200
+    if not val:
+        cut = cfg.val_rows or (200 if cfg.eval_every else 0)
         val, main[:cut] = main[:cut], []
-        say(f"{len(val)} of {len(val) + len(main)} rows held out to validate on (--val FILE to bring your own)")
+    if val:
+        say(f"{len(val)} rows held out to validate on" + ("" if cfg.eval_every else ", which needs --eval-every STEPS"))
     drop_held(tasks, [*test, *val], "training rows")  # what has just been held out may stand in other rows too
     drop_held(pairs, [*test, *val], "pairs")
     for rows in (tasks, pairs):
@@ -214,7 +213,7 @@ def check_own_files(run: Run, others: list[Path]) -> None:
     allo = "allo" in cfg.method and not cfg.only_sft
     for flag in ("mask", "token_weights_file", "reward_model"):
         if getattr(cfg, flag) and not (allo or (flag, cfg.mask_source) == ("mask", "top")):
-            raise UserError(f"--{flag.replace('_', '-')} is for allo, which --method does not name")
+            raise UserError(f"--{flag.replace('_', '-')} is for allo, which this run does not train")
     if cfg.mask and any(getattr(cfg, flag) != getattr(Config, flag) for flag in ("p", "p_forget", "p_improve")):
         say("no effect: --p, --p-forget and --p-improve, for --mask says which weights are trained")
     for flag in ("p_sft", *(() if cfg.mask or cfg.only_sft else ("p", "p_forget", "p_improve"))):
@@ -281,15 +280,15 @@ def open_run(cfg: Config) -> Run:
               config=model.config)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, {str(dtype).removeprefix('torch.')} on "
         f"{device}; prompts: {encoder.style}{unused_template(encoder, prompt)}")
-    used = {SETTINGS.get(stage, stage) for stage in memory.stages_of(cfg)}
-    idle = [f"--{name}-..." for name, s in cfg.stages.items() if s != Config().stages[name] and name not in used]
-    if idle and not is_demo:  # whose own settings have some for every stage
-        say(f"no effect in this run, which does not come to these stages: {', '.join(idle)}")
     check_rows(run)
     check_own_files(run, others)
     if cfg.memory:
         run.cfg, run.needs = memory.plan(cfg, run.config, run.shapes, dtype.itemsize, run.rewriter)
         memory.show(run.cfg, run.needs, run.shapes, run.rewriter)
+    used = {SETTINGS.get(stage, stage) for stage in memory.stages_of(run.cfg)}
+    idle = [f"--{name}-..." for name, s in cfg.stages.items() if s != Config().stages[name] and name not in used]
+    if idle and not is_demo:  # whose own settings have some for every stage
+        say(f"no effect in this run, which does not come to these stages: {', '.join(idle)}")
     threads = {"threads": torch.get_num_threads()} if device == "cpu" else {}  # sums depend on how they are split
     machine = {"device": device.split(":")[0], "dtype": str(dtype), **threads}
     claim_folder(run.cfg, folder, [base, *others], machine)

@@ -139,7 +139,7 @@ def plan(cfg: Config, c: ModelConfig, shapes: dict, size: int = 2,
     Raises UserError naming the stage, what it needs and the flag to change when none does.
     """
     room = SPARE * CARDS[cfg.memory] * 2**30
-    cfg = replace(cfg, locate="snr" if cfg.locate == "auto" else cfg.locate)
+    cfg = replace(cfg, locate="snr" if cfg.locate == "auto" else cfg.locate, int8=cfg.int8 or cfg.stream)
     every = sum(s.numel() for s in shapes.values())
     p_sft = cfg.p_sft or (100.0 if room > 18 * every else 10.0)  # bytes: bf16 weight, fp32 master, gradient and moments
 

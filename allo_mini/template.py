@@ -19,20 +19,18 @@ WORKERS = []  # the process, once it was needed
 HH_TURN, HH_ROLES = "\n\nAssistant:", {"Human": "user", "Assistant": "assistant"}  # in Anthropic HH's dialogues
 
 
-def messages(text: str | list[dict], role: str) -> list[dict]:
-    """A string as one message of `role`, one with Anthropic's dialogue as its turns; a message list as it is."""
-    if isinstance(text, list):
-        return text
-    if not is_dialogue(text):
-        return [{"role": role, "content": text}]
-    turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())[1:]
-    return [{"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2])
-            if said.strip()]
+def is_dialogue(prompt: str | list[dict]) -> bool:
+    """Whether a prompt is a dialogue as Anthropic HH has it, in one string."""
+    return isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and HH_TURN in prompt
 
 
-def is_dialogue(text: str | list[dict]) -> bool:
-    """Whether a text is a dialogue as Anthropic HH has it, in one string."""
-    return isinstance(text, str) and text.lstrip().startswith("Human:") and HH_TURN in text
+def messages(prompt: str | list[dict]) -> list[dict]:
+    """A string as what a user says, one with Anthropic's dialogue as its turns; a message list as it is."""
+    if not is_dialogue(prompt):
+        return prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + prompt.strip())[1:]
+    turns = [{"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+    return turns if turns[-1]["content"] else turns[:-1]  # the last one asks for an answer
 
 def render(template: str, **values) -> str:
     """What a template makes of JSON values. Raises ValueError, in one line, when it fails or is stopped."""

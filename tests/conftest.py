@@ -24,10 +24,10 @@ os.fsync = lambda handle: None  # no test cuts the power, and waiting for the di
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Modules with a function `begin` come last: it starts their processes now, on a core that the other tests leave free."""
-    last = [item for item in items if hasattr(item.module, "begin")]
+    last = [item for item in items if hasattr(getattr(item, "module", None), "begin")]
     items[:] = [item for item in items if item not in last] + last
     if last and not config.option.collectonly:
         folder = tempfile.mkdtemp()
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         for module in dict.fromkeys(item.module for item in last):
-            module.begin(Path(folder))
+            config.add_cleanup(module.begin(Path(folder)))

@@ -199,8 +199,32 @@ def test_a_dialogue_in_one_string_becomes_turns_in_chat_style_alone(make):
     assert encoder.prompt_ids(hh) == encoder.prompt_ids(turns)
     for plain in ("Say\n\nAssistant: x", "Human: a"):  # a string that only looks a bit like it
         assert encoder.prompt_ids(plain) == encoder.prompt_ids([user(plain)])
+    said = "Human: x\n\nAssistant: y"  # as a response it is one
+    assert encoder.example("q", [said, "b"]) == encoder.example([user("q")], [[assistant(said)], [assistant("b")]])
+    encoder.response_ids(hh, [assistant(" a list")])
     encoder.style, encoder.bos = "none", True
     assert encoder.frame(hh) == hh and encoder.answer(hh, " So.") == " So."
+
+
+@pytest.mark.parametrize("family", ["smollm2", "mistral 0.2", "llama3"])
+@pytest.mark.parametrize("prompt, chosen, reason", [
+    ("Human: a\n\nAssistant: b\n\nAssistant:", "c", "prompt that ends in an answer"),
+    ("Human: a\n\nAssistant: Sure", "c", "prompt that ends in an answer"),
+    ("Human: a\n\nHuman: b\n\nAssistant:", "c", "dialogue with two turns of one side"),
+    ("Human: a\n\nAssistant:", "b\n\nHuman: c\n\nAssistant: d", "response not one message of the assistant")])
+def test_odd_dialogues_are_dropped_and_counted(make, family, prompt, chosen, reason):
+    encoder = encoder_of(make, family)
+    assert encoder.example(prompt, [chosen, "x"]) is None and encoder.report() == f"dropped: 1 {reason}"
+    encoder.style, encoder.bos = "none", True
+    assert encoder.example(prompt, [chosen, "x"])
+
+
+def test_rows_that_only_look_like_other_forms_are_read(tmp_path):
+    turns = [{"role": "system", "content": "s"}, user("q"), {"role": "tool_results", "content": "t"}]
+    write(tmp_path / "p.jsonl", {"system": "s", "prompt": turns, "chosen": [assistant("a")], "rejected": [assistant("b")]},
+          {"conversation_id": 5, "story": "x", "chosen": "Say a", "rejected": "Say b"})
+    first, second = read_pairs(tmp_path / "p.jsonl")
+    assert first.prompt == turns and second.prompt == "Say"
 
 
 def test_prompts_that_are_trimmed_for_sampling_are_counted(make):

@@ -24,19 +24,34 @@ RUNS = {  # name -> device, flags
     "lean": ("cuda", LEAN), "streamed": ("cuda", [*LEAN, "--stream"]),
     "card": ("cuda", ["--memory", "12gb", "--eval-every", "1", "--val-rows", "2"])}
 begun: dict[str, tuple[Path, Future]] = {}
+running: list[subprocess.Popen] = []
 
 
 def run(name: str, folder: Path) -> subprocess.CompletedProcess:
     device, flags = RUNS[name]
     command = ["tests/pretend_cuda.py"] if device == "cuda" else []
     command += ["train.py", "--device", device, "--out", str(folder / name), *SMALL, *flags]
-    return subprocess.run([sys.executable, *command], cwd=ROOT, text=True, capture_output=True, env=ONE_THREAD, timeout=240)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=ONE_THREAD) as process:
+        running[:] = [process]
+        try:
+            out, err = process.communicate(timeout=240)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def begin(folder: Path) -> None:
-    """Start all runs; conftest.py calls this."""
+def begin(folder: Path):
+    """Start all runs; conftest.py calls this, and what it returns when the tests end, however they do."""
     pool = ThreadPoolExecutor(1)
     begun.update({name: (folder / name, pool.submit(run, name, folder)) for name in RUNS})
+
+    def end():
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()
+        pool.shutdown()
+    return end
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +97,8 @@ def test_weights_that_are_read_from_the_host_give_the_same_run_in_less_memory(ru
     for a, b in zip(lean, streamed, strict=True):
         timed = {"time", "seconds", "tokens/s", "mem/peak_gb"}
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
-        assert a["stage"] in ("dpo", "reward", "sft", "patch") or b.get("mem/peak_gb", 0) <= a.get("mem/peak_gb", 0)
+        if "mem/peak_gb" in a and a["stage"] in ("locate", "forget", "improve"):
+            assert b["mem/peak_gb"] < a["mem/peak_gb"]
     for model in ("forget", "improve"):
         first, second = (load_file(runs[name][0] / model / "model.safetensors") for name in ("lean", "streamed"))
         assert all(torch.equal(first[name], second[name]) for name in first)

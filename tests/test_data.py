@@ -363,10 +363,11 @@ def test_a_pairs_prompt_that_is_a_test_question_is_dropped(place, capsys):
     assert "1 pairs dropped" in capsys.readouterr().out
 
 
-def test_held_out_pairs_share_no_prompt_with_the_rest(place):
+def test_held_out_pairs_share_no_prompt_with_the_rest(place, capsys):
     rows = ({"prompt": f"{i % 10}?", "chosen": f"a{i}", "rejected": "b"} for i in range(50))
     write(place / "p.jsonl", *rows)
-    run = opened("--pairs p.jsonl --val-rows 3 --eval-every 1")
+    run = opened("--pairs p.jsonl --val-rows 3")
+    assert "3 rows held out to validate on, which needs --eval-every" in capsys.readouterr().out
     held = {plain(p.prompt) for p in [*run.test, *run.val]}
     assert len(run.test) == 5 and len(run.val) == 3 and run.pairs
     assert not held & {plain(p.prompt) for p in run.pairs}

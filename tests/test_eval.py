@@ -263,7 +263,7 @@ def test_chat_with_and_without_a_template(model, place, tmp_path, capsys, monkey
         typed(monkeypatch, "hello")  # then the end of the input
         assert evaluation.main(["--model", str(folder), "--chat", "--max-new-tokens", "3", "--max-length", "400"]) == 0
     assert framed[0] == "u:hello|" and "### Instruction:\nhello\n" in framed[1]
-    assert capsys.readouterr().out.count(" ... (--max-new-tokens)") >= 1  # random weights rarely end an answer
+    assert capsys.readouterr().out.count(" ... (cut: --max-new-tokens") >= 1  # random weights rarely end an answer
 
 
 def test_a_talk_that_outgrows_the_length_limit_says_so(model, place, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The whole method through train.main: every stage with real saving and loading, resuming, own artefacts, the README."""
 
 import json
+import shutil
 import re
 import shlex
 import sys
@@ -160,6 +161,13 @@ def test_token_weights_of_other_questions_are_left_out(world, tmp_path, capsys):
     total = 1 + len(rows.splitlines())
     assert f"more.jsonl: 1 of {total} rows left out, which belong to no training question" in capsys.readouterr().out
     same(tmp_path / "a/improve", tmp_path / "b/improve")
+    # scores that stand in the run folder belong to its negatives, in their order
+    (tmp_path / "a/token_weights.jsonl").write_text("".join(reversed(rows.splitlines(keepends=True))))
+    for made in ("forget", "improve"):
+        shutil.rmtree(tmp_path / "a" / made)
+    assert train.main(first) == 0  # finished, only the table
+    (tmp_path / "a/results.json").unlink()
+    assert train.main(first) == 2 and "token_weights.jsonl: holds the scores of other responses" in capsys.readouterr().err
 
 
 def same(a, b):

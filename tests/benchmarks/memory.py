@@ -3,7 +3,7 @@
     python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb 8gb] [--p 5 10] [--json FILE]
 
 On CUDA each stage runs on a random model of the shape, one pair of 2x1024 tokens, under the card's hard cap
-(23.0, 15.0 or 11.0 GiB), in a process of its own, as many at a time as the caps leave room for (a process's peaks do
+(23.0, 15.0, 11.0 or 7.0 GiB), in a process of its own, as many at a time as the caps leave room for (a process's peaks do
 not depend on the others); allocated and reserved are the allocator's peaks, "host" is host memory, planned / resident
 (with Python and torch). On a CPU, where no 7B model trains in minutes, a small shape runs with a micro-model's card,
 and "allocated" is the sum of live tensors that a meter counted (meter.py): it checks the planner's formulas, and is no
