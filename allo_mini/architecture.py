@@ -68,8 +68,9 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
         if kind is bool:
             need(isinstance(value, bool), key, value, "true or false")
         else:
-            good = type(value) in (int, kind) and 0 < value < 1e10
-            need(good, key, value, f"a positive {kind.__name__} below 1e10")
+            most = 1e10 if kind is float else 1000 if key == "num_hidden_layers" else 1e8  # no model comes near them
+            good = type(value) in (int, kind) and 0 < value < most
+            need(good, key, value, f"a positive {kind.__name__} below {most:g}")
         return value
 
     if {"config", "files", "machine"} <= raw.keys():

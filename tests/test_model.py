@@ -598,6 +598,7 @@ CONFIG_ERRORS = [  # what is changed in RAW, a word the message must hold
     ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, "low_freq_factor"),
     ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}}, "original_max_position"),
     ({"architectures": ["MistralForCausalLM"], "sliding_window": "4096"}, "sliding_window"),
+    ({"num_hidden_layers": 1 << 31}, "num_hidden_layers"), ({"hidden_size": 1 << 31}, "hidden_size"),
     ({"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": -1}, "sliding"),
 ]
 
