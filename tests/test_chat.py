@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from allo_mini import UserError, tasks
 from allo_mini.checkpoint import save_model
 from allo_mini.data import Encoder, read_pairs
 from allo_mini.inputs import style_of
+from allo_mini.report import watch_tokens
 from allo_mini.tokenizer import Tokenizer
 from helpers import tiny_model, write_tokenizer
 from test_data import assistant, bpe, make, user, write  # noqa: F401 (fixtures)
@@ -391,6 +393,16 @@ def test_talking_with_a_model_remembers_what_was_said(make, tmp_path, monkeypatc
     monkeypatch.setattr(tasks, "sample", sampled)
     assert evaluation.main(["--model", str(tmp_path / "model"), "--chat"]) == 0
     assert prompts == [*asked, asked[0]]
+
+
+def test_the_report_shows_questions_without_the_templates_frame(make, tmp_path):
+    """Also where the frame holds special tokens, which a decoded prompt does not show."""
+    encoder = Encoder(make(chat_template=CHATML, **IM), "chat", 200)
+    e = encoder.example("What is it?", ["So."])._replace(weights=[1.0] * 9)
+    run = SimpleNamespace(encoder=encoder, cfg=SimpleNamespace(micro_tokens=512, epsilon=0.5), folder=tmp_path)
+    with watch_tokens(run, tiny_model(vocab_size=encoder.tokenizer.size), [e]):
+        pass
+    assert json.loads((tmp_path / "token_examples.jsonl").read_text())["prompt"] == "What is it?"
 
 
 # ---- published data ----------------------------------------------------------------------------------------
