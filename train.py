@@ -176,7 +176,7 @@ def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
     """Every negative as an example with its token weights (see scoring.py for the modes)."""
     cfg, encoder = run.cfg, run.encoder
     if cfg.token_weights_file:
-        negatives = own_weights(run)
+        negatives, _ = own_weights(run)
     kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
     run.report_dropped("negatives", len(kept))
     if cfg.token_weights == "uniform" or not cfg.forget:  # without forgetting only the report looks at them

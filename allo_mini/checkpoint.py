@@ -26,7 +26,7 @@ from allo_mini.architecture import parse_config
 from allo_mini.device import DTYPES
 from allo_mini.disk import atomic, read_json
 from allo_mini.files import load_tensors, open_safetensors, save_tensors
-from allo_mini.linear import to_int8
+from allo_mini.linear import is_quantized, to_int8
 from allo_mini.log import exit_code, say
 from allo_mini.selection import Selection, put, take
 from allo_mini.model import CausalLM, build
@@ -115,7 +115,7 @@ def load_model(path_or_id: str, dtype: torch.dtype | str = torch.float32, device
                 if tensor.shape != wanted[name] or not tensor.is_floating_point():
                     raise UserError(f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, config.json asks for "
                                     f"floating point {list(wanted[name])}")
-                if int8 and tensor.dim() == 2 and "embed_tokens" not in name:  # an embedding is read a row at a time
+                if int8 and is_quantized(name, tensor.shape):
                     state[name], beside[name] = to_int8(tensor.to(dtype), mask and mask[name], device, stream)
                 else:
                     state[name] = tensor.to(device=device, dtype=dtype)

@@ -80,7 +80,7 @@ class Config:
     val_rows: int = knob(0, "input", "ROWS", "training rows to validate on, without --val (0: 200 if --eval-every)")
     prompt: str = knob("auto", "input", ("auto", "alpaca", "chat", "none"), "one form for all (auto: official "
                        "alpaca for task rows, none for strings, chat template for message lists)")
-    max_length: int = knob(0, "input", "TOKENS", "prompt + response at most (0: 1200 or the model's limit)", "official")
+    max_length: int = knob(0, "input", "TOKENS", "prompt + response (0: 1200, the model's limit if less)", "official")
     out: str = knob("", "input", "FOLDER", "of the run, which goes on if begun there (none: runs/<data>-<seed>)")
     restart: bool = knob(False, "input", "", "start over: what --out holds is renamed to FOLDER.1, FOLDER.2, ...")
     keep: int = knob(0, "input", "COUNT", "of a finished run's outputs as large as a model stay: the last of sft, dpo, "

@@ -219,7 +219,7 @@ class Encoder:
         """
         if self.style != "chat":
             return (" " if self.style == "alpaca" else "") + plain(response)
-        text = plain(response).strip() if is_dialogue(prompt) else plain(response)
+        text = plain(response).strip() if is_dialogue(prompt) else plain(response)  # whose turns begin with a space
         turn = response if isinstance(response, list) else [{"role": "assistant", "content": text}]
         for talk in (messages(prompt), messages("x")):
             framed = self.frame(talk)

@@ -83,7 +83,7 @@ def rows_of(run: Run) -> dict[str, int]:
         graded = [[tasks.is_correct(s, t) for s in {*samples[t.input]}] for t in run.questions if t.input in samples]
         right, wrong = (sum(row.count(side) for row in graded) for side in (True, False))
         pairs = sum(min(cfg.pairs_per_question, row.count(True) * row.count(False)) for row in graded)
-    weighted = len(own_weights(run)) if cfg.token_weights_file else wrong
+    weighted = len(own_weights(run)[0]) if cfg.token_weights_file else wrong
     return {"questions": len(asked) * cfg.n, "solutions": len(run.tasks) or len(run.pairs), "pairs": pairs,
             "right": right, "wrong": wrong, "weighted": weighted}
 

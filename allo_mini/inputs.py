@@ -46,8 +46,8 @@ def check_folder(folder: Path, mine: dict[str, dict], compare: bool = True) -> N
         theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
         if not all(isinstance(theirs.get(part), dict) for part in mine):
             raise UserError(f"{folder}: is there already and is no run of ours; choose another --out")
-        unknown = {key: value for key, value in flat(Config()).items() if key in mine["config"]}  # a flag made since
-        theirs["config"] = unknown | theirs["config"]
+        defaults = {key: value for key, value in flat(Config()).items() if key in mine["config"]}
+        theirs["config"] = defaults | theirs["config"]  # which does not know the flags made since
         changed = [(part, key) for part in mine for key in {**theirs[part], **mine[part]}
                    if theirs[part].get(key) != mine[part].get(key)]
         said = [f"another {key} ({theirs[part].get(key)!r}, now {mine[part].get(key)!r})" for part, key in changed
@@ -225,7 +225,7 @@ def check_own_files(run: Run, others: list[Path]) -> None:
         if all(len({is_correct(s, t) for s in samples.get(t.input, [])}) < 2 for t in run.questions):
             raise UserError(f"{cfg.samples}: no training question has both a correct and a wrong sample in it")
     if path := cfg.token_weights_file:
-        rows, own = read_weights(path), own_weights(run)
+        own, rows = own_weights(run)
         need_usable(encoder, [(n.prompt, [n.response]) for n in rows], path)
         known = [(encoder.response_ids(n.prompt, n.response), n.scores) for n in own]
         if not any(len(tokens) == len(scores) for tokens, scores in known):
@@ -243,10 +243,10 @@ def check_own_files(run: Run, others: list[Path]) -> None:
         run.rewriter = other.config, {name: p.shape for name, p in other.named_parameters()}
 
 
-def own_weights(run: Run) -> list[Negative]:
-    """The rows of --token-weights-file that are about training questions."""
-    asked = {key_of(row) for row in [*run.tasks, *run.pairs]}
-    return [n for n in read_weights(run.cfg.token_weights_file) if key_of(n) in asked]
+def own_weights(run: Run) -> tuple[list[Negative], list[Negative]]:
+    """The rows of --token-weights-file that are about training questions, and all of them."""
+    asked, rows = {key_of(row) for row in [*run.tasks, *run.pairs]}, read_weights(run.cfg.token_weights_file)
+    return [n for n in rows if key_of(n) in asked], rows
 
 
 def open_run(cfg: Config) -> Run:

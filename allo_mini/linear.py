@@ -25,6 +25,11 @@ class Int8:
     parts: list[tuple[Tensor, Tensor]]  # of every chunk of rows: codes int8 [R, I], scale fp32 [R, I / block]
 
 
+def is_quantized(name: str, shape: torch.Size) -> bool:
+    """Whether a parameter is int8 under --int8: every matrix but the embedding, which is read a row at a time."""
+    return len(shape) == 2 and "embed_tokens" not in name
+
+
 def to_int8(weight: Tensor, mask: Tensor | None, device, stream: bool = False) -> tuple[Tensor, Int8]:
     """weight [O,I] -> (what stands for it in the model, what it is made of); entries in `mask` (bool [O,I]) stay exact.
 

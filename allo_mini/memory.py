@@ -14,6 +14,7 @@ from allo_mini.architecture import ModelConfig, cache_bytes
 from allo_mini.config import SETTINGS, STAGES, Config
 from allo_mini.device import free_memory, host_memory
 from allo_mini.generate import PREFILL
+from allo_mini.linear import is_quantized
 from allo_mini.log import say, table
 from allo_mini.selection import CHUNK, row_edges
 
@@ -59,13 +60,9 @@ def at_work(cfg: Config, c: ModelConfig, size: int, share: float, checkpointed: 
 
 def weight_bytes(shapes: dict, size: int, cfg: Config) -> int:
     """The model at rest; of an int8 matrix a byte for each entry (streamed: none), and a scale for each 256 of them."""
-    entry, matrices = (0 if cfg.stream else 1) + 1 / 64, quantized(shapes) if cfg.int8 else {}
-    return sum(int(shape.numel() * (entry if name in matrices else size)) for name, shape in shapes.items())
-
-
-def quantized(shapes: dict) -> dict:
-    """Shapes of the matrices that are int8 under --int8."""
-    return {name: shape for name, shape in shapes.items() if len(shape) == 2 and "embed_tokens" not in name}
+    entry = (0 if cfg.stream else 1) + 1 / 64
+    return sum(int(shape.numel() * (entry if cfg.int8 and is_quantized(name, shape) else size))
+               for name, shape in shapes.items())
 
 
 def estimate(stage: str, cfg: Config, c: ModelConfig, shapes: dict, size: int = 2, groups: int = 1) -> dict[str, int]:
@@ -225,7 +222,7 @@ def host_bytes(stage: str, cfg: Config, shapes: dict, pinned: bool = False) -> i
         shared = [4 * n] if cfg.offload == "gradient" else []
         size = 8 * n * (cfg.locate == "snr" and stage == "locate") + sum(shared)
     if cfg.stream and not (stage in TRAINING and percent_of(cfg, stage) == 100):
-        codes = [(end - begin) * shape[1] for shape in quantized(shapes).values()
+        codes = [(end - begin) * shape[1] for name, shape in shapes.items() if is_quantized(name, shape)
                  for begin, end in pairwise(row_edges(shape, "cuda"))]
         size, shared = size + sum(codes), shared + codes
     return size + pinned * sum((1 << (bytes - 1).bit_length()) - bytes for bytes in shared)

@@ -1,6 +1,7 @@
 """Chat templates come with a checkpoint and are programs: they run in jinja2's immutable sandbox, in a process of its
 own that is stopped when it takes too long, too much memory or writes too much. A template can change nothing and reach
-nothing; without the process it could still loop for years or fill the memory.
+nothing; without the process it could still loop for years or fill the memory. What a template is given is a list of
+messages, which `messages` makes of prompts in other forms.
 """
 
 import functools
@@ -32,6 +33,7 @@ def messages(prompt: str | list[dict]) -> list[dict]:
     turns = [{"role": HH_ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
     return turns if turns[-1]["content"] else turns[:-1]  # the last one asks for an answer
 
+
 def render(template: str, **values) -> str:
     """What a template makes of JSON values. Raises ValueError, in one line, when it fails or is stopped."""
     return rendered(json.dumps([template, values]))
@@ -39,6 +41,7 @@ def render(template: str, **values) -> str:
 
 @functools.lru_cache(16)  # a pair's prompt is asked for with each response
 def rendered(line: str) -> str:
+    """`render` of a line of JSON, as the process reads it."""
     if not WORKERS or WORKERS[0].poll() is not None:
         WORKERS[:] = [subprocess.Popen([sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                        text=True, start_new_session=True)]  # Ctrl-C is not for it

@@ -211,7 +211,7 @@ FLAGS = [
     ("train --model t.jsonl --train t.jsonl", {}, ["t.jsonl", "no such model folder"]),
     ("train --model nobody/nothing --train t.jsonl", {}, ["nobody/nothing", "hub"]),
     (T + " --test t.jsonl", {}, ["t.jsonl", "no rows are left"]),
-    (T + " --val-rows 4 --eval-every 1", {}, ["t.jsonl", "no rows are left"]),
+    (T + " --val-rows 4", {}, ["t.jsonl", "no rows are left"]),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, ["q.jsonl:1", "'answer'"]),
     (T + " --test q.jsonl", {"q.jsonl": lines(task("a"), {"input": "b", "output": "5"})},
      ["q.jsonl:2", "'answer'"]),

@@ -1,9 +1,9 @@
 """The whole method through train.main: every stage with real saving and loading, resuming, own artefacts, the README."""
 
 import json
-import shutil
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 

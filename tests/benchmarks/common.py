@@ -31,7 +31,7 @@ from allo_mini import UserError, demo  # noqa: E402
 from allo_mini.architecture import FAMILIES, parse_config  # noqa: E402
 from allo_mini.checkpoint import save_model  # noqa: E402
 from allo_mini.device import DTYPES, pick_device  # noqa: E402
-from allo_mini.linear import slow_bf16, to_int8  # noqa: E402
+from allo_mini.linear import is_quantized, slow_bf16, to_int8  # noqa: E402
 from allo_mini.log import table  # noqa: E402
 from allo_mini.model import CausalLM  # noqa: E402
 from allo_mini.tokenizer import Tokenizer  # noqa: E402
@@ -152,7 +152,7 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8: bool = False,
     for key, p in model.named_parameters():
         w = torch.empty(p.shape, dtype=dtype, device=device)
         w = w.normal_(0, 0.02, generator=generator) if w.dim() == 2 else w.fill_(0.0 if key.endswith("bias") else 1.0)
-        if int8 and w.dim() == 2 and "embed_tokens" not in key:
+        if int8 and is_quantized(key, w.shape):
             w, beside[key] = to_int8(w, mask and mask[key], device, stream)
         state[key] = w
     model.load_state_dict(state, strict=True, assign=True)
