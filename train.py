@@ -4,275 +4,389 @@
     sample   n responses per question, labelled by their final answer -> pairs (y+, y-), negatives y-
     warmup   one epoch of DPO; how far each weight moves is its importance
     locate   the top p % of all weights are the "neurons" that may change; theta returns to theta_ref
-    reward   a rewriting model (a copy of theta_ref, unless --reward-base) scores the tokens of y-: low means unaligned
-    forget   token-weighted NPO on the unaligned tokens, masked weights only
+    rewrite  a rewriting model (a copy of theta_ref, unless --rewriter) scores the tokens of y-
+    forget   token-weighted NPO on the unaligned tokens (of low score), masked weights only
     improve  DPO whose rejected side counts only the most useful tokens, masked weights only
-    patch    what that changed of theta_ref, as a small file; other --methods: baselines.py
 
 Departures from the official code, and why:
- a. It first cuts each tensor to its own top 2p %: 5 % became 21 % in our test; our top p % is exact and global.
- b. It keeps epsilon x padded width tokens and takes a log-ratio of 0 for padding; we count response tokens.
+ a. It first cuts each tensor to its own top 2p %: 5 % became 21 %; our top p % is exact and global.
+ b. It keeps epsilon x padded width tokens, a log-ratio of 0 is padding; we count response tokens.
  c. Its forgetting collator shifts the prompt mask in ragged batches and loses tokens; we never pad.
- d. Its optimizer keeps full-size moments and decays unselected weights; ours knows selected weights only.
+ d. Its optimizer keeps full-size moments and decays unselected weights; ours knows selected ones only.
  e. It clips by the dense gradient's norm; we clip by the selected entries'.
  f. It averages losses per micro-batch; we normalise over the whole step.
  g. Its rewards/* are per token at equal index; ours are per sequence, with TRL's names and meanings.
  h. Its AdamW adds eps before bias correction; ours follows torch.optim.AdamW.
- i. It rewrites with GPT-4; we use the data's rewrite, else the policy's nearest correct sample, else the reference.
+ i. It rewrites with GPT-4; we use the data's rewrite, else the policy's nearest correct sample, else
+    the reference solution.
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
+import random
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from fractions import Fraction
 from pathlib import Path
+from statistics import fmean
 
-from allo_mini import UserError, dry_run, parallel, tasks
-from allo_mini.baselines import NAMES, OBJECTIVES
-from allo_mini.checkpoint import save_patch
-from allo_mini.config import parse
-from allo_mini.data import Example, Negative, Pair
-from allo_mini.disk import append_rows, keep_whole, write_jsonl
-from allo_mini.edits import edit_weights
-from allo_mini.files import EXACT, load_mask, load_tensors, read_samples, read_weights, save_mask
-from allo_mini.inputs import open_run, own_weights
-from allo_mini.locate import COMPARE_BELOW, gradient_importance, importance_mask, located, random_importance
-from allo_mini.log import exit_code, progress, say
-from allo_mini.loop import Objective, dpo_objective, npo_objective, run_stage, sft_objective
-from allo_mini.mask import PackedMask
-from allo_mini.report import describe_mask, describe_noise, finish, reprint, watch_tokens
-from allo_mini.run import Run
-from allo_mini.scoring import rewrite_examples, token_scores, weights_from_scores
+import torch
+
+from allo_mini import UserError
+from allo_mini.data.encoder import Example
+from allo_mini.data.rows import Negative, Pair
+from allo_mini.evaluation.answers import label, read_samples, respond
+from allo_mini.evaluation.graders import is_correct
+from allo_mini.locate import gradient_importance, random_importance
+from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
+from allo_mini.mask import select_neurons, to_tensors
+from allo_mini.masked_adamw import MaskedAdamW, cosine_lr
+from allo_mini.objectives import (BASELINES, Objective, dpo_objective, npo_objective,
+                                  sft_objective)
+from allo_mini.patch import begin_at, save_patch
+from allo_mini.run import parallel
+from allo_mini.run.config import parse, schedule
+from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
+from allo_mini.run.folder import Policy, Run, open_run
+from allo_mini.run.log import Progress, exit_code, progress, say
+from allo_mini.run.memory import locate_groups, show_plan
+from allo_mini.run.results import describe_mask, finish, record_tokens, reprint
+from allo_mini.token_weights import (edit_weights, read_scores, rewrite_examples, token_scores,
+                                     weights_from_scores)
+
+MOVEMENT = "movement.safetensors"
+GROUP = 64  # questions sampled together: a restart goes on between two groups, and changes nothing
 
 
-# Stages, in the order they run. Each writes one artefact and is skipped when that exists.
-def sft(run: Run, theta: Path) -> Path:
-    """Supervised fine-tuning on the reference solutions; of all weights, or of --p-sft % of them."""
-    def prepare():
-        examples = run.encode(solutions(run), "training rows")
-        return examples, located(run, theta, "sft", examples)
-    return trained(run, "sft", theta, prepare, sft_objective(), run.validator())
+# ---- the training loop -------------------------------------------------------------------------
+
+def optimize(run: Run, name: str, policy: Policy, examples: list[Example], objective: Objective,
+             mask=None):
+    """Train a policy; only the weights in `mask` (None: all) move. Returns (model, optimizer)."""
+    cfg, model = run.cfg, run.load(policy, mask, training=True)
+    plan = schedule(cfg, name, run.parameters, len(examples))
+    planned = steps_of(examples, plan.batch, plan.epochs, cfg.seed)[:cfg.max_steps or None]
+    steps = [step for step in planned if sum(map(objective.units, step))]
+    if not steps:
+        raise UserError(f"{name}: no token of {len(examples)} rows has a weight to train on")
+    optimizer = MaskedAdamW(model.named_parameters(), mask, weight_decay=cfg.weight_decay,
+                            state_bits=cfg.state_bits, offload=cfg.offload)
+    for path in policy.changes:
+        begin_at(optimizer, path)
+    tokens = [sum(map(size_of, step)) for step in steps]
+    shares = [parallel.share(step) for step in steps]  # this rank's; without torchrun all
+    if objective.first_loss:
+        bar = progress(shares, label=f"{name}: reference", unit="step")
+        shares = [with_reference(model, share, cfg.micro_tokens) for share in bar]
+    micros = [micro_batches(share, cfg.micro_tokens) for share in shares]
+    place = Progress(run, name, len(steps), optimizer, objective)
+    say(f"{name}: {len(examples)} rows, {len(steps)} steps of {plan.batch}, lr {plan.lr:g}, "
+        f"{len(optimizer.master):,} weights in training")
+
+    for at in progress(range(place.step, len(steps)), label=name, unit="step"):
+        step, sums = steps[at], defaultdict(float)
+        units = sum(map(objective.units, step))  # of the whole step (departure f)
+        for micro in micros[at]:
+            logps, ref, real = responses_of(model, micro)  # [R,T]
+            loss, metrics = objective.loss(logps, ref, real, micro)
+            (loss / units).backward()  # adds the selected weights' gradients to optimizer.grad
+            metrics["loss"] = loss * (len(step) / units)
+            for key, values in metrics.items():
+                sums[key] += values.detach().float().sum()  # on the device: nothing waits
+        if parallel.WORLD > 1:
+            sums = parallel.sum_up(optimizer.grad, sums, run.device)
+        totals = torch.stack(list(sums.values())).tolist()
+        metrics = {key: total / len(step) for key, total in zip(sums, totals)}
+        metrics["grad_norm"] = optimizer.clip(cfg.clip)
+        place.check(metrics, objective.first_loss and objective.first_loss(step))
+        optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
+        optimizer.step()
+        objective.after(metrics)
+        metrics["epoch"] = plan.epochs * (at + 1) / len(steps)
+        if cfg.eval_every:
+            metrics |= run.validate(name, model, at + 1, len(steps))
+        place.after_step(metrics, tokens[at])
+    run.report_change(name, optimizer, len(planned) - len(steps))
+    return model, optimizer
 
 
-def trained(run: Run, name: str, theta: Path, prepare: Callable[[], tuple[list[Example], PackedMask | None]],
-            objective: Objective, validate: Callable | None = None) -> Path:
-    """The model that training theta ends in. prepare() -> (examples, mask of the weights that move; None: all)."""
+def steps_of(examples, batch, epochs, seed):
+    """The examples of every step: seeded shuffles laid end to end, then cut into batches."""
+    order, rng = [], random.Random(seed)
+    total = round(len(examples) * epochs)
+    while len(order) < total:
+        epoch = list(examples)
+        rng.shuffle(epoch)
+        order += epoch
+    del order[total:]
+    return [order[at:at + batch] for at in range(0, total, batch)]
+
+
+# ---- the stages: each makes one artefact, and is skipped when that is there --------------------
+# run: a Run; policy: the Policy, a model on disk, that a stage begins with; pairs: Examples.
+
+def trained(run, name, policy, examples, objective, mask=None, artefact="", whole=True) -> Policy:
+    """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
+    artefact = artefact or (name if whole else f"{name}.safetensors")
+
     def make(target):
-        examples, mask = prepare()
-        model = run.load(theta, mask, train_all=mask is None)
-        run_stage(run, name, model, examples, objective, mask, validate)
-        run.save(model, target)
-    return run.stage(name, make, ranks=True)
+        model, optimizer = optimize(run, name, policy, examples, objective, mask)
+        run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
+
+    path = run.stage(name, artefact, make, ranks=True)
+    return Policy(path) if whole else Policy(policy.folder, (*policy.changes, path))
 
 
-def sample(run: Run, theta: Path) -> Path:
-    """n responses per training question, in fixed groups of questions so that a restart changes nothing."""
+def sft(run, policy) -> Policy:
+    """Supervised fine-tuning on the reference solutions."""
+    examples = run.encode(solutions(run), "training rows")
+    mask = own_mask(run, "sft", policy, examples)
+    return trained(run, "sft", policy, examples, sft_objective(), mask)
+
+
+def solutions(run) -> list[tuple]:
+    """(question, [reference solution]); of preference rows, what was chosen."""
+    rows = [(task.input, [task.output]) for task in run.tasks]
+    return rows or [(pair.prompt, [pair.chosen]) for pair in run.pairs]
+
+
+def own_mask(run, name, policy, examples):
+    """The --p-sft % of the weights that sft or the rewriting model train; None: all."""
+    if run.cfg.p_sft in (0, 100):
+        return None
+    return top(run, f"mask-{name}.safetensors", run.cfg.p_sft,
+               lambda: by_gradient(run, policy, examples, sft_objective(), snr=False))
+
+
+def sample(run, policy) -> dict[str, list[str]]:
+    """Question -> n responses, in fixed groups of questions so that a restart changes nothing."""
+    cfg = run.cfg
+    asked = run.questions[:cfg.sample_questions or None]
+
     def make(target):
-        model, part = run.load(theta), run.folder / "samples.part.jsonl"
-        asked = run.questions[:run.cfg.sample_questions or None]
-        done = keep_whole(part, tasks.GROUP, len(asked))
-        if done:
-            say(f"sample: goes on after {done} of {len(asked)} questions")
-        with progress(total=len(asked) * run.cfg.n, label="sample", unit="response") as bar:
-            bar.update(done * run.cfg.n)
-            for at in range(done, len(asked), tasks.GROUP):
-                rows = asked[at:at + tasks.GROUP]
-                said = tasks.respond(model, run.encoder, [t.input for t in rows], run.cfg, run.eos(model),
-                                     n=run.cfg.n, rows=[t.id for t in rows], on_done=lambda *_: bar.update())
-                append_rows(part, ({"input": t.input, "samples": [text for text, finished in texts if finished],
-                                    "unfinished": sum(not finished for _, finished in texts)}
-                                   for t, texts in zip(rows, said)))
-        part.rename(target)
+        model, growing = run.load(policy), run.folder / "samples.part.jsonl"
+        done = keep_whole(growing, GROUP, len(asked))
+        bar = progress(total=len(asked) * cfg.n, label="sample", unit="response")
+        bar.update(done * cfg.n)
+        for at in range(done, len(asked), GROUP):
+            tasks = asked[at:at + GROUP]
+            texts = respond(model, run.encoder, [task.input for task in tasks], cfg,
+                            run.eos(model), cfg.n, rows=[task.id for task in tasks],
+                            on_done=lambda *_: bar.update())
+            append_rows(growing, map(sample_row, tasks, texts))
+        growing.rename(target)
         run.report_dropped("questions", len(asked))
-    return run.stage("sample", make, "samples.jsonl")
+
+    return read_samples(run.stage("sample", "samples.jsonl", make))
 
 
-def preferences(run: Run, theta: Path) -> tuple[list[Pair], list[Negative]]:
-    """Label samples by their final answer -> up to 5 random (y+, y-) per question, and every wrong one to forget."""
-    if run.cfg.pairs:
-        negatives = [Negative(p.prompt, p.rejected, p.chosen, p.rewrite or p.chosen) for p in run.pairs]
-        return run.pairs, negatives
-    samples, unfinished = read_samples(run.cfg.samples or sample(run, theta))
-    asked = [t for t in run.questions if t.input in samples and tasks.gold_answer(t) is not None]
-    pairs, negatives, report = tasks.label(asked, samples, run.cfg.pairs_per_question, run.cfg.seed, run.encoder)
-    say(f"pairs: {report}" + (f" ({unfinished} samples that hit the length limit left out)" if unfinished else ""))
+def sample_row(task, responses) -> dict:
+    """A line of samples.jsonl: the responses that ended by themselves, and how many did not."""
+    texts = [text for text, finished in responses if finished]
+    return {"input": task.input, "samples": texts, "unfinished": len(responses) - len(texts)}
+
+
+def preferences(run, samples) -> tuple[list[Pair], list[Negative]]:
+    """Samples labelled by their final answer -> random (y+, y-), and every y- to forget."""
+    if run.pairs:
+        return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
+                                    pair.rewrite or pair.chosen) for pair in run.pairs]
+    pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
+                             run.encoder)
     if not pairs:
-        most_cut = unfinished > sum(map(len, samples.values()))
-        raise UserError("no question has both a correct and a wrong sample: " + (
-            "most hit the length limit; try another --prompt, --stop or --max-new-tokens" if most_cut else
-            f"see {run.cfg.samples or run.folder / 'samples.jsonl'}; sample more (--n), or fine-tune first (--sft)"))
-    if not parallel.RANK:
-        write_jsonl(run.folder / "pairs.jsonl", (vars(p) for p in pairs))
-        write_jsonl(run.folder / "negatives.jsonl", (vars(n) for n in negatives))
+        raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
+                        "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
+    if parallel.RANK == 0:
+        write_jsonl(run.folder / "pairs.jsonl", map(vars, pairs))
+        write_jsonl(run.folder / "negatives.jsonl", map(vars, negatives))
     return pairs, negatives
 
 
-def rows_for(run: Run, method: str, pairs: list[Pair], negatives: list[Negative],
-             examples: list[Example]) -> list[Example]:
-    """What a method trains on: solutions, correct samples, wrong samples, or (the others) the pairs as `examples`."""
-    if method == "npo":
-        return run.encode(((n.prompt, [n.response]) for n in negatives), "negatives")
-    if method == "rft":
-        return run.encode(((q, [good]) for q, good in correct_samples(run, pairs)), "correct samples")
-    return run.encode(solutions(run), "training rows") if method == "sft" else examples
-
-
-def solutions(run: Run) -> list[tuple]:
-    """(question, [reference solution]); of preference rows, what was chosen."""
-    return [(t.input, [t.output]) for t in run.tasks] or [(p.prompt, [p.chosen]) for p in run.pairs]
-
-
-def correct_samples(run: Run, pairs: list[Pair]) -> list[tuple[str, str]]:
-    """(question, response) of every different correct sample, also of questions that were never answered wrongly."""
-    if run.cfg.pairs:
-        return [(p.prompt, p.chosen) for p in pairs]
-    samples, _ = read_samples(run.cfg.samples or run.folder / "samples.jsonl")
-    return [(t.input, s) for t in run.questions for s in dict.fromkeys(samples.get(t.input, []))
-            if tasks.is_correct(s, t)]
-
-
-def warmup(run: Run, theta: Path, examples: list[Example]) -> Path:
-    """One epoch of full-weight DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
+def warmup(run, policy, pairs):
+    """An epoch of DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     def make(target):
-        model = run.load(theta, train_all=True)
-        optimizer = run_stage(run, "warmup", model, examples, dpo_objective(run.cfg.beta))
+        _, optimizer = optimize(run, "warmup", policy, pairs, dpo_objective(run.cfg.beta))
         run.save(optimizer.movement(), target)
-    return run.stage("warmup", make, "movement.safetensors", ranks=True)
+
+    run.stage("warmup", MOVEMENT, make, ranks=True)
 
 
-def locate(run: Run, theta: Path, pairs: list[Example]) -> dict[str, PackedMask]:
-    """The masks of forgetting and improving: {"forget": mask, "improve": mask}, None where all weights are trained."""
+def locate(run, policy, pairs) -> tuple:
+    """The masks of forgetting and of improving; None where all weights are trained."""
+    cfg, percents = run.cfg, {"mask.safetensors": run.cfg.p}
+    if cfg.p_forget:
+        percents["mask-forget.safetensors"] = cfg.p_forget
+    missing = [name for name, percent in percents.items()
+               if percent < 100 and not (run.folder / name).exists()]
+    if missing and cfg.locate == "movement":
+        warmup(run, policy, pairs)
+
+    def importance():
+        if cfg.locate == "movement":
+            moved = load_tensors(run.folder / MOVEMENT)[0]
+            if {name: values.shape for name, values in moved.items()} != run.shapes:
+                raise UserError(f"{run.folder / MOVEMENT}: of another model")
+            return moved
+        if cfg.locate == "random":
+            return random_importance(run.shapes, cfg.seed)
+        return by_gradient(run, policy, pairs, dpo_objective(cfg.beta), cfg.locate == "snr")
+
+    masks = [top(run, name, percent, importance) for name, percent in percents.items()]
+    return masks[-1], masks[0]
+
+
+def top(run, artefact, percent, importance):
+    """The mask of the top `percent` of all weights by importance() of each; None: of all."""
+    if percent == 100:
+        return None
+
+    def make(target):
+        mask = select(importance(), percent, run.device)
+        describe_mask(run, mask, percent)
+        run.save_mask(mask, target)
+
+    run.stage("locate", artefact, make)
+    return run.load_mask(artefact)
+
+
+def select(importance, percent, device) -> dict:
+    """{name: importance} -> the mask of exactly the top `percent`. Raises UserError for NaN."""
+    try:
+        return select_neurons(importance, Fraction(str(percent)) / 100, device)
+    except ValueError as e:
+        raise UserError(f"{e}; use --dtype fp32, or lower --lr-warmup") from None
+
+
+def by_gradient(run, policy, examples, objective, snr) -> dict:
+    """{tensor's name: importance of its weights} by the loss's gradient over --locate-pairs rows."""
     cfg = run.cfg
-    shares = {stage: getattr(cfg, f"p_{stage}") or cfg.p for stage in ("forget", "improve")}
-    if cfg.mask or cfg.mask_source == "none":
-        return dict.fromkeys(shares, load_mask(cfg.mask, run.shapes) if cfg.mask else None)
-    path_of = {p: run.folder / ("mask.safetensors" if p == shares["improve"] else "mask-forget.safetensors")
-               for p in shares.values()}  # one where both phases have the same p
-    missing, movement = [path for path in path_of.values() if not path.exists()], None
-    by_chance = cfg.mask_source == "random"
-    if missing and cfg.locate in ("auto", "movement") and not by_chance:
-        movement = load_tensors(warmup(run, theta, pairs))[0]
-
-    def make(_):  # one stage makes every mask; its artefact is the first that is missing
-        if by_chance:
-            importance = random_importance(run)
-        else:
-            snr = cfg.locate == "snr"
-            gradient, *halves = gradient_importance(run, theta, pairs[:cfg.locate_pairs], dpo_objective(cfg.beta),
-                                                    compare=run.parameters < COMPARE_BELOW and not snr, snr=snr)
-            importance = movement or gradient
-            describe_noise(run, importance_mask, movement, gradient, halves, shares["improve"])
-        for percent, path in path_of.items():
-            mask = importance_mask(run, importance, percent)
-            describe_mask(run, mask, percent)
-            save_mask(mask, path)
-
-    if missing:
-        run.stage("locate", make, missing[0].name)
-    loaded = {p: load_mask(path, run.shapes) for p, path in path_of.items()}
-    return {stage: loaded[p] for stage, p in shares.items()}
+    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective,
+                               run.folder, snr, locate_groups(run), cfg.micro_tokens, cfg.offload)
 
 
-def reward(run: Run, theta: Path, negatives: list[Negative]) -> list[Example]:
-    """Every negative as an example with its token weights (see scoring.py for the modes)."""
+def token_weights(run, policy, negatives) -> list[Example]:
+    """Every negative as an example with its token weights (token_weights.py has the modes)."""
     cfg, encoder = run.cfg, run.encoder
-    if cfg.token_weights_file:
-        negatives, _ = own_weights(run)
-    kept = [(n, e) for n in negatives if (e := encoder.example(n.prompt, [n.response]))]
-    run.report_dropped("negatives", len(kept))
-    if cfg.token_weights == "uniform" or not cfg.forget:  # without forgetting only the report looks at them
-        return [e._replace(weights=[float(cfg.forget)] * len(e.responses[0])) for _, e in kept]
-    if cfg.token_weights == "edit":
-        return [e._replace(weights=edit_weights(e.responses[0], encoder.response_ids(n.prompt, n.rewrite)))
-                for n, e in kept]
-    scores = [n.scores for n, _ in kept] if cfg.token_weights_file else reward_scores(run, theta, kept)
-    weighted = [e._replace(scores=s, weights=weights_from_scores(s, cfg.token_weights, cfg.threshold))
-                for (_, e), s in zip(kept, scores) if len(s) == len(e.responses[0])]
-    if dropped := len(kept) - len(weighted):
-        say(f"token weights: {dropped} rows dropped: as many scores as tokens (with EOS) were expected")
-    return weighted
+    mode = cfg.token_weights if cfg.forget else "uniform"
+    rows = [(n, encoder.example(n.prompt, [n.response])) for n in negatives]
+    rows = [(negative, example) for negative, example in rows if example]
+    run.report_dropped("negatives", len(rows))
+    if mode == "uniform":
+        return [e._replace(weights=[1.0] * len(e.responses[0])) for _, e in rows]
+    if mode == "edit":
+        return [e._replace(weights=edit_weights(
+            e.responses[0], encoder.response_ids(n.prompt, n.rewrite))) for n, e in rows]
+    scored = zip(rows, score(run, policy, *map(list, zip(*rows))))
+    return [e._replace(scores=scores, weights=weights_from_scores(scores, mode, cfg.threshold))
+            for (_, e), scores in scored if scores]
 
 
-def reward_scores(run: Run, theta: Path, kept: list[tuple[Negative, Example]]) -> list[list[float]]:
-    """Train the rewriting model (unless one was given) and let it score every token of every negative."""
-    folder, (wrong, examples) = run.cfg.reward_model, zip(*kept)
-
-    def prepare():
-        rewrites = rewrite_examples(run.encoder, wrong)
-        if len(rewrites) < len(wrong):
-            say(f"reward: {len(wrong) - len(rewrites)} rewrites dropped: as long as --max-length")
-        return rewrites, None if run.cfg.reward_base else located(run, theta, "reward", rewrites)
-
-    if not folder:
-        folder = trained(run, "reward", run.cfg.reward_base or theta, prepare, sft_objective())
+def score(run, policy, negatives, examples) -> list[list[float]]:
+    """The rewriting model's score of every token of every negative."""
+    path = run.folder / "token_weights.jsonl"
+    rewriter = None if path.exists() else rewrite(run, policy, negatives)
 
     def make(target):
-        model = run.load(folder)
-        with progress(total=len(kept), label="score", unit="response") as bar:
-            scores = token_scores(model, run.encoder, wrong, examples, run.cfg.micro_tokens, bar.update)
-        low = sum(s < run.cfg.threshold for row in scores for s in row) / sum(map(len, scores))
-        say(f"token scores: {100 * low:.1f} % of the negatives' tokens are below {run.cfg.threshold:g}")
-        write_jsonl(target, ({"input": n.prompt, "output": n.response, "reward": s} for n, s in zip(wrong, scores)))
-    scored = read_weights(path := run.stage("score", make, "token_weights.jsonl"))
-    if [(n.prompt, n.response) for n in scored] != [(n.prompt, n.response) for n in wrong]:
-        raise UserError(f"{path}: holds the scores of other responses; delete it to score again")
-    return [n.scores for n in scored]
+        bar = progress(total=len(negatives), label="score", unit="response")
+        scores = token_scores(run.load(rewriter), run.encoder, negatives, examples,
+                              run.cfg.micro_tokens, bar.update)
+        run.report_dropped("negatives to score", sum(map(bool, scores)))
+        low = fmean(s < run.cfg.threshold for row in scores for s in row)
+        say(f"scores: {100 * low:.1f} % of the tokens are below {run.cfg.threshold:g}")
+        write_jsonl(target, [{"input": n.prompt, "output": n.response, "reward": row}
+                             for n, row in zip(negatives, scores)])
+
+    return read_scores(run.stage("score", path.name, make), negatives, examples)
 
 
-def forget(run: Run, theta: Path, examples: list[Example], mask) -> Path:
-    """Phase 1: token-weighted NPO on what is unaligned, over the masked weights only."""
-    def make(target):
-        model = run.load(theta, mask, train_all=mask is None)
-        optimizer = run_stage(run, "forget", model, examples, npo_objective(run.cfg.beta), mask, run.validator())
-        run.save(optimizer.exact(), run.folder / EXACT)
-        run.save(model, target)
-    return run.stage("forget", make, ranks=True)
+def rewrite(run, policy, negatives) -> Policy:
+    """The rewriting model, trained to correct wrong responses with few edits."""
+    examples = rewrite_examples(run.encoder, negatives)
+    run.report_dropped("rewrites", len(examples))
+    if run.cfg.rewriter:
+        policy = Policy(Path(run.cfg.rewriter))
+    mask = own_mask(run, "rewrite", policy, examples)
+    return trained(run, "rewrite", policy, examples, sft_objective(), mask, "rewriter")
 
 
-def improve(run: Run, theta: Path, pairs: list[Example], mask, negatives: list[Example]) -> Path:
-    """Phase 2: DPO on the useful rejected tokens, over the masked weights; theta_ref is the model after forgetting."""
-    def make(target):
-        model, objective = run.load(theta, mask, train_all=mask is None), dpo_objective(run.cfg.beta, run.cfg.epsilon)
-        exact = run.folder / EXACT if theta == run.folder / "forget" else None  # a bf16 folder lost the small steps
-        with watch_tokens(run, model, negatives):
-            run_stage(run, "improve", model, pairs, objective, mask, run.validator(), exact)
-        run.save(model, target)
-    return run.stage("improve", make, ranks=True)
+def forget(run, policy, weighted, mask, name="forget") -> Policy:
+    """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
+    objective = npo_objective(run.cfg.beta)
+    return trained(run, name, policy, weighted, objective, mask, whole=False)
 
 
-def run_all(run: Run) -> None:
-    """The whole method, then the table."""
-    cfg, theta, models = run.cfg, run.base, {}
-    if reprint(run):
-        return
-    if cfg.sft or cfg.only_sft:
-        theta = sft(run, theta)
-    models["start" if theta == run.base else "SFT"] = theta
-    if not cfg.only_sft:
-        pairs, negatives = preferences(run, theta)
-        examples = run.encode(((p.prompt, [p.chosen, p.rejected]) for p in pairs), "pairs")
-        for method in cfg.method:
-            mask = locate(run, theta, examples) if method == "allo" or cfg.mask_source != "auto" else {"improve": None}
-            if method == "allo":
-                weighted = reward(run, theta, negatives)
-                forgotten = forget(run, theta, weighted, mask["forget"]) if cfg.forget else theta
-                models["ALLO"] = improve(run, forgotten, examples, mask["improve"], weighted)
-                if mask["improve"]:  # what ALLO changed of theta_ref, in a file of a few per cent of the model
-                    run.stage("patch", lambda target: save_patch(theta, models["ALLO"], target), "patch.safetensors")
-            else:  # from the same model on the same samples; all weights, unless --mask-source is given
-                models[NAMES.get(method, method)] = trained(
-                    run, "more-sft" if method == "sft" else method, theta,
-                    lambda: (rows_for(run, method, pairs, negatives, examples), mask["improve"]),
-                    OBJECTIVES[method](cfg), run.validator())
-    if not parallel.RANK:
-        finish(run, models)
+def improve(run, policy, pairs, mask, name="improve", whole=True) -> Policy:
+    """Phase 2: DPO on the useful rejected tokens, masked weights only; theta_ref is `policy`."""
+    objective = dpo_objective(run.cfg.beta, run.cfg.epsilon)
+    return trained(run, name, policy, pairs, objective, mask, whole=whole)
 
 
-def main(argv: list[str] | None = None) -> int:
+# ---- the whole method --------------------------------------------------------------------------
+
+def allo(run, policy, pairs, negatives) -> Policy:
+    """Which weights, which tokens; then the two phases."""
+    forget_mask, improve_mask = locate(run, policy, pairs)
+    weighted = token_weights(run, policy, negatives)
+    forgotten = forget(run, policy, weighted, forget_mask) if run.cfg.forget else policy
+    improved = improve(run, forgotten, pairs, improve_mask)
+    record_tokens(run, forgotten, improved, weighted)
+    if improve_mask:
+        run.stage("patch", "patch.safetensors",
+                  lambda target: save_patch(policy.folder, improved.folder, target))
+    return improved
+
+
+def baseline(run, method, policy, samples, negatives, pairs) -> Policy:
+    """One of the methods that ALLO is compared with, from the same policy and samples."""
+    name, mask = method, None
+    if run.cfg.masked:
+        _, mask = locate(run, policy, pairs)
+    if method == "sft":
+        name = "more-sft" if run.cfg.sft else method
+        pairs = run.encode(solutions(run), "training rows")
+    if method == "npo":
+        pairs = run.encode([(n.prompt, [n.response]) for n in negatives], "negatives")
+    if method == "rft":
+        pairs = run.encode(right_samples(run, samples), "right samples")
+    return trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
+
+
+def right_samples(run, samples) -> list[tuple]:
+    """(question, [response]) of every right sample, also of questions never answered wrongly."""
+    if run.pairs:
+        return solutions(run)
+    return [(task.input, [text]) for task in run.questions
+            for text in dict.fromkeys(samples.get(task.input, [])) if is_correct(text, task)]
+
+
+def run_all(run: Run):
+    """The whole method, the others beside it, then the table."""
+    cfg, policy = run.cfg, run.base
+    models, samples, negatives, pairs = {"start": policy}, {}, [], []
+    if cfg.sft:
+        policy = sft(run, policy)
+        models = {"SFT": policy}
+    if cfg.method != ["sft"]:
+        samples = {} if run.pairs else sample(run, policy)
+        preferred, negatives = preferences(run, samples)
+        pairs = run.encode([(p.prompt, [p.chosen, p.rejected]) for p in preferred], "pairs")
+    for method in cfg.method:
+        if method == "allo":
+            models["ALLO"] = allo(run, policy, pairs, negatives)
+        else:
+            title = BASELINES[method][0]
+            models[title] = baseline(run, method, policy, samples, negatives, pairs)
+    finish(run, models)
+
+
+def main(argv=None) -> int:
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
     def work():
-        cfg = parse(sys.argv[1:] if argv is None else argv)
-        run = open_run(cfg)
-        dry_run.show(run) if cfg.dry_run else run_all(run)
+        run = open_run(parse(sys.argv[1:] if argv is None else argv))
+        if run.cfg.dry_run or not reprint(run):
+            show_plan(run)
+            if not run.cfg.dry_run:
+                run_all(run)
+
     return exit_code(work, stopped="stopped; the same command goes on from here")
 
 

@@ -7,7 +7,7 @@
 
 ALLO's own come first, then those of the methods it is compared with.
 
-Every loss is one value per row or token, never a mean: the loop in loop.py divides by the units of
+Every loss is one value per row or token, never a mean: the loop in train.py divides by the units of
 the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
 """
 
@@ -23,7 +23,8 @@ def sft_loss(token_logps: Tensor) -> Tensor:
     return -token_logps
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
+def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+             beta: float) -> Tensor:
     """DPO (Rafailov et al. 2023, eq. 7):
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
@@ -35,7 +36,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(beta * margin)
 
 
-def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor, beta: float) -> Tensor:
+def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor,
+             beta: float) -> Tensor:
     """Token-weighted NPO, ALLO's forgetting loss:  -w_t log sigma( -beta log pi_theta(y_t)/pi_ref(y_t) )
 
     token_logps, ref_token_logps, token_weights [B,T] -> [B,T]; a weight of 0 takes the token out entirely.
@@ -46,7 +48,8 @@ def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor
     return -token_weights * F.logsigmoid(-beta * ratio)
 
 
-def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mask: Tensor, fraction: float) -> Tensor:
+def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mask: Tensor,
+                      fraction: float) -> Tensor:
     """Which rejected tokens count in the improving stage: the k with the lowest log pi_theta(y_t)/pi_ref(y_t).
 
         k = max(1, floor(fraction * n)),  n the response's own tokens, EOS included (departure b)
@@ -59,7 +62,7 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
     """
     ratio = (token_logps - ref_token_logps).detach().masked_fill(~response_mask, math.inf)
     n = response_mask.sum(-1)  # [B]
-    share = Fraction(fraction).limit_denominator(10**6)  # in integers: 0.3 * 10 is 3, not 2.9999999999999996
+    share = Fraction(fraction).limit_denominator(10**6)  # 0.3 * 10 is 3, not 2.9999999999999996
     k = (n * share.numerator // share.denominator).clamp(min=1)
     kth = ratio.sort(-1).values.gather(-1, (k - 1)[:, None])  # [B,1]
     return (ratio <= kth) & response_mask
@@ -67,7 +70,7 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
 
 def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
               n_chosen: Tensor, n_rejected: Tensor, beta: float, alpha: float) -> Tensor:
-    """DPO regularised by length (Park et al. 2024, "Disentangling Length from Quality"): the reward minus alpha |y|.
+    """R-DPO (Park et al. 2024, "Disentangling Length from Quality"): the reward minus alpha |y|.
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
 
@@ -78,17 +81,22 @@ def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected
     return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))
 
 
-def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
-    """IPO (Azar et al. 2023, eq. 17):  ( [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] - 1/(2 beta) )^2
+def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
+             beta: float) -> Tensor:
+    """IPO (Azar et al. 2023, eq. 17), whose margin stops growing at 1/(2 beta):
 
-    Log-probs averaged over tokens, [B] -> [B]: the margin stops growing at 1/(2 beta). While theta = ref: 1/(4 beta^2).
+        ( [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] - 1/(2 beta) )^2
+
+    Log-probs averaged over tokens, [B] -> [B]. While theta = ref: 1/(4 beta^2).
     """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
-    """SimPO (Meng et al. 2024, eq. 6), which has no pi_ref:  -log sigma( beta [log pi(y+) - log pi(y-)] - gamma )
+    """SimPO (Meng et al. 2024, eq. 6), which has no pi_ref:
+
+        -log sigma( beta [log pi(y+) - log pi(y-)] - gamma )
 
     Log-probs averaged over tokens, [B] -> [B].
     """
@@ -97,7 +105,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> T
 
 def bco_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
              delta: float) -> Tensor:
-    """BCO (Jung et al. 2024): a classifier that tells y+ from y- by the reward r(y) = beta log pi_theta(y)/pi_ref(y).
+    """BCO (Jung et al. 2024): tells y+ from y- by the reward r(y) = beta log pi_theta(y)/pi_ref(y).
 
         -log sigma(r(y+) - delta) - log sigma(-(r(y-) - delta))
 

@@ -1,135 +1,219 @@
-"""Which weights are trained: the exact global top p % of an importance score over all weights of all tensors.
+"""Which weights are trained: the exact global top p % of an importance over all weights.
 
-"Neuron" means one scalar weight, as in the paper; norms, biases and embeddings included. The official script
-first cuts every tensor to its own top 2p %, so that tensors which move a lot are capped and asking for 5 % can
-select 21 % (departure a); here the threshold is global and the count is exact.
+"Neuron" means one scalar weight, as in the paper; norms, biases and embeddings included. The
+official script first cuts every tensor to its own top 2p %, so that tensors which move a lot are
+capped and asking for 5 % can select 21 % (departure a); here the threshold is global and the count
+is exact.
+
+A mask is {tensor name: Selected}, the same in files, in the optimizer, beside int8 weights and in
+patches.
 """
 
-import hashlib
-import math
-from collections.abc import Mapping
 from fractions import Fraction
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from allo_mini.selection import chunk_of
+CHUNK = 1 << 24  # values that are looked at in one go: 64 MB of fp32
+INFINITE = 0x7F800000  # the bits of fp32's infinity: above those of every finite value
 
 
-def bit_patterns(values: Tensor, device=None):
-    """Yield |values| as int32 bit patterns, chunk by chunk: for non-negative floats, their order is the bits' order."""
-    for chunk in values.detach().reshape(-1).split(chunk_of(device or values.device)):
-        bits = chunk.to(device).float().abs().view(torch.int32)
-        if bits.numel() and int(bits.max()) >= 0x7F800000:
-            raise ValueError("importance holds inf or NaN")
-        yield bits
+def chunk_of(device) -> int:
+    """CHUNK, or on a CPU a sixteenth of it, which its caches hold."""
+    return CHUNK >> 4 if str(device) == "cpu" else CHUNK
 
 
-def kth_largest(tensors: list[Tensor], k: int, device=None) -> tuple[int, int]:
-    """Radix select: the bit pattern of the k-th largest |value| over all tensors, and how many *equal* ones to take.
+# ---- where selected entries stand --------------------------------------------------------------
 
-    Two streaming passes with a histogram of 65,536 bins each: the upper 16 bits first, then the lower 16 bits of
-    the values in the bin where the k-th falls. Exact, and never more than a chunk of memory beyond the inputs.
-    Raises ValueError for a value that is inf or NaN.
+class Selected:
+    """Where the selected entries of a tensor stand, row by row: about two bytes each.
+
+        . x . x
+        . . . .        columns  1 3 0      int16 (int32 where rows are wider), row after row
+        x . . .        counts   2 0 1      int32, one for each row
+
+    A vector is one row; a tensor of more than two dimensions has rows of its last. `columns` None:
+    all entries are selected. `chunks()` walks over the tensor in groups of whole rows, so that
+    whoever handles its dense values (a gradient, dequantised weights) holds one chunk of them.
     """
-    def every():
-        return (bits for values in tensors for bits in bit_patterns(values, device))
 
-    upper, k = kth_bin(k, (bits >> 16 for bits in every()))
-    lower, k = kth_bin(k, (bits[bits >> 16 == upper] & 0xFFFF for bits in every()))
-    return upper << 16 | lower, k
+    def __init__(self, shape, columns=None, counts=None):
+        self.shape = torch.Size(shape)
+        self.width = (self.shape or [1])[-1]
+        self.columns = columns
+        if counts is None:
+            counts = torch.full([self.shape[:-1].numel()], self.width)
+        self.counts = counts
+        self.ends = counts.cpu().cumsum(0)  # how many stand in a row and before it
+
+    @classmethod
+    def from_dense(cls, mask):
+        """From a bool tensor."""
+        rows = cls(mask.shape).matrix(mask.contiguous())
+        kind = torch.int16 if rows.shape[1] < 1 << 15 else torch.int32
+        columns = rows.nonzero()[:, 1].to(kind)
+        return cls(mask.shape, columns, rows.sum(1).int())
+
+    def dense(self):
+        """The bool tensor."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.counts.device)
+        self.scatter(mask, torch.ones(len(self)))
+        return mask
+
+    def to(self, device):
+        """The same on another device."""
+        if self.columns is None:
+            return self
+        return Selected(self.shape, self.columns.to(device), self.counts.to(device))
+
+    def matrix(self, tensor):
+        """A tensor of this shape as [rows, width]."""
+        return tensor.view(-1, self.width)
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def chunks(self):
+        """(row slice, slice of the selected entries, their flat positions in these rows), ...
+
+        Positions are None where all are selected. A CPU, where memory is plentiful, keeps them in 8
+        bytes each; a GPU makes them anew.
+        """
+        return self.held if self.counts.device.type == "cpu" else self.decode()
+
+    @cached_property
+    def held(self):
+        """The chunks on a CPU."""
+        return list(self.decode())
+
+    def decode(self):
+        """Yield the chunks."""
+        step = max(1, chunk_of(self.counts.device) // self.width)
+        begin = 0
+        for first in range(0, len(self.counts), step):
+            rows = slice(first, first + step)
+            end = int(self.ends[rows][-1])
+            index = None
+            if self.columns is not None:
+                counts = self.counts[rows].long()
+                row = torch.repeat_interleave(counts, output_size=end - begin)  # 0 0 2
+                index = row * self.width + self.columns[begin:end]
+            yield rows, slice(begin, end), index
+            begin = end
+
+    def gather(self, tensor):
+        """The selected entries of a tensor of this shape, flat."""
+        rows = self.matrix(tensor)
+        return torch.cat([take(rows[where], index) for where, _, index in self.chunks()])
+
+    def scatter(self, tensor, values):
+        """Write the selected entries of a tensor of this shape, in place."""
+        for rows, entries, index in self.chunks():
+            put(self.matrix(tensor)[rows], index, values[entries])
 
 
-def kth_bin(k: int, digits) -> tuple[int, int]:
-    """Of many digits below 65,536, tensors of them: the k-th largest, and as which of its equals it is counted."""
-    histogram = sum(torch.bincount(d, minlength=1 << 16).cpu() for d in digits)
-    above = histogram.flip(0).cumsum(0)  # above[i]: digits in the top i+1 bins
-    i = int(torch.searchsorted(above, torch.tensor(k)))
-    return 0xFFFF - i, k - (int(above[i - 1]) if i else 0)
+def take(dense, index):
+    """The selected entries of a dense chunk, flat."""
+    return dense.reshape(-1) if index is None else dense.take(index)
 
 
-def each_selected(importance: dict[str, Tensor], fraction: float | Fraction, device=None, lowest: bool = False):
-    """The exact top `fraction` (0..1) of |importance| over all tensors together: yields (name, bool tensor on the CPU).
+def put(dense, index, values):
+    """Write the selected entries of a (contiguous) dense chunk, in place."""
+    values = values.to(dense.device, dense.dtype, non_blocking=dense.is_cuda)
+    dense.view(-1)[index] = values  # [None]: all
 
-    floor(fraction * N) weights are selected, in exact arithmetic (0.07 means 7/100; a Fraction is taken as it is); ties
-    at the threshold go to the earlier (tensor, flat index). Raises ValueError for a fraction outside (0, 1] or
-    non-finite importance. It may lie in a memory-mapped file: two passes count on `device`, a third selects, each
-    holding a chunk at a time. lowest: as many of the least important weights instead.
+
+# ---- a mask as tensors of a file ---------------------------------------------------------------
+
+def to_tensors(mask, values=None):
+    """NAME.columns and NAME.counts of every tensor, none where all is selected; NAME.values if any.
+
+    mask: {name: Selected}; values: {name: flat tensor}.
+    """
+    tensors = {f"{name}.values": values[name] for name in values or ()}
+    for name, selected in mask.items():
+        if selected.columns is not None:
+            tensors[f"{name}.columns"] = selected.columns
+            tensors[f"{name}.counts"] = selected.counts
+    return tensors
+
+
+def from_tensors(tensors, shapes):
+    """{name: Selected} of the tensors in `shapes`. Raises ValueError for what is no mask."""
+    mask = {}
+    for name, shape in shapes.items():
+        columns, counts = tensors.get(f"{name}.columns"), tensors.get(f"{name}.counts")
+        selected = mask[name] = Selected(shape, columns, counts)
+        if columns is not None:
+            fits = len(counts) == shape[:-1].numel() and len(columns) == len(selected)
+            if not fits or ((columns < 0) | (columns >= selected.width)).any():
+                raise ValueError(f"the mask of {name} does not fit its shape {list(shape)}")
+    return mask
+
+
+# ---- the top p % -------------------------------------------------------------------------------
+
+def bit_patterns(tensors, device):
+    """Yield |values| as int32 bit patterns, by chunks: floats >= 0 sort as their bits do."""
+    for values in tensors:
+        for chunk in values.reshape(-1).split(chunk_of(device)):
+            bits = chunk.to(device).float().abs().view(torch.int32)
+            if bits.max() >= INFINITE:
+                raise ValueError("importance holds inf or NaN")
+            yield bits
+
+
+def kth_largest(tensors, k, device):
+    """Radix select: the bits of the k-th largest |value| over all tensors, how many equals to take.
+
+    Two passes, each with a histogram: the upper 16 bits, then the lower 16 of values with the
+    k-th's upper ones. Exact, and never more than a chunk of memory beyond the inputs.
+    """
+    threshold = 0
+    for shift in (16, 0):
+        histogram = 0
+        for bits in bit_patterns(tensors, device):
+            if shift == 0:
+                bits = bits[bits >> 16 == threshold] & 0xFFFF
+            digits = bits >> shift
+            histogram += digits.bincount(minlength=1 << 16).cpu()
+        larger = histogram.flip(0).cumsum(0).flip(0) - histogram  # [d]: how many digits are above d
+        digit = int((larger >= k).sum())
+        k -= int(larger[digit])
+        threshold = threshold << 16 | digit
+    return threshold, k
+
+
+def select_neurons(importance: dict[str, Tensor], fraction: float,
+                   device="cpu") -> dict[str, Selected]:
+    """The exact top `fraction` (0..1) of |importance| over all tensors together.
+
+    floor(fraction * N) weights are selected, in integer arithmetic (0.07 means 7/100); ties at the
+    threshold go to the earlier (tensor, flat index). It may lie in a memory-mapped file: three
+    passes go over it, a chunk at a time on `device`. Raises ValueError for a fraction outside
+    (0, 1], inf or NaN.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    total = sum(t.numel() for t in importance.values())
-    count = math.floor(Fraction(str(fraction)) * total)
-    if lowest:  # they are what the top of the others leaves, so that ties go the same way from either end
-        count = total - count
-    infinite = 0x7F800000  # above every finite value's bits
-    threshold, ties = kth_largest(list(importance.values()), count, device) if count else (infinite, 0)
+    total = sum(map(Tensor.numel, importance.values()))
+    count = int(Fraction(str(fraction)) * total)
+    threshold, ties = INFINITE, 0
+    if count:
+        threshold, ties = kth_largest(importance.values(), count, device)
+    mask = {}
     for name, values in importance.items():
-        mask, at = torch.zeros(values.numel(), dtype=torch.bool), 0
-        for bits in bit_patterns(values, device):
-            equal = (bits == threshold).nonzero().squeeze(1)[:ties].cpu()
-            mask[at:at + len(bits)] = bits > threshold
-            mask[at + equal] = True
-            ties, at = ties - len(equal), at + len(bits)
-        yield name, (~mask if lowest else mask).view(values.shape)
+        chunks = []
+        for bits in bit_patterns([values], device):
+            chosen = bits > threshold
+            equal = (bits == threshold).nonzero()[:ties]
+            chosen[equal] = True
+            ties -= len(equal)
+            chunks.append(chosen.cpu())
+        mask[name] = Selected.from_dense(torch.cat(chunks).view(values.shape))
+    return mask
 
 
-def select_neurons(importance: dict[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """each_selected as a dict."""
-    return dict(each_selected(importance, fraction))
-
-
-def selected(mask: dict[str, Tensor]) -> int:
+def count_selected(mask):
     """How many weights a mask selects."""
-    return sum(int(m.sum()) for m in mask.values())
-
-
-def overlap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Share of the smaller mask's weights that the other one selects too (by chance: the other one's density)."""
-    both = sum(int((a[name] & b[name]).sum()) for name in a)
-    return both / max(1, min(selected(a), selected(b)))
-
-
-def layer_of(name: str) -> str:
-    """"model.layers.3.mlp.up_proj.weight" -> "3"; anything outside the layers -> its module name ("embed_tokens")."""
-    parts = name.split(".")
-    return parts[2] if parts[1] == "layers" else parts[-2]
-
-
-def kind_of(name: str) -> str:
-    """"model.layers.3.mlp.up_proj.weight" -> "up_proj"."""
-    return name.split(".")[-2]
-
-
-class PackedMask(Mapping):
-    """A mask of 1 bit a weight that unpacks a tensor when asked for it; bits: name -> uint8, shapes: name -> shape."""
-
-    def __init__(self, bits: dict[str, Tensor], shapes: dict[str, list[int]]):
-        self.bits, self.shapes = bits, shapes
-
-    def __getitem__(self, name: str) -> Tensor:
-        flat = np.unpackbits(self.bits[name].numpy(), count=math.prod(self.shapes[name]))
-        return torch.from_numpy(flat.view(bool)).view(self.shapes[name])
-
-    def __iter__(self):
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-
-def pack_mask(masks) -> PackedMask:
-    """(name, bool tensor) pairs -> PackedMask."""
-    bits, shapes = {}, {}
-    for name, m in masks:
-        bits[name], shapes[name] = torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))), list(m.shape)
-    return PackedMask(bits, shapes)
-
-
-def mask_hash(mask: dict[str, Tensor]) -> str:
-    """A short fingerprint: equal masks, equal hash."""
-    digest = hashlib.sha256()
-    for name, m in mask.items():
-        digest.update(name.encode() + np.packbits(m.cpu().numpy().reshape(-1)).tobytes())
-    return digest.hexdigest()[:16]
+    return sum(map(len, mask.values()))

@@ -5,135 +5,283 @@ Notation, used in every shape comment of this project:
     B batch rows   T tokens of a row      N tokens of a whole flat stream    V vocabulary size
     H hidden size  h attention heads      g key/value heads (h % g == 0)     d head size
 
-The model itself knows nothing about batches, padding or caches. What a token may look at is decided by one
+The model knows nothing about batches, padding or caches. What a token may look at is decided by one
 function `attend(q, k, v, layer)`, handed to `forward`; there are three of them:
 
-    causal_attention     [B, T] rows of equal length                                   (attention.py)
-    TreeAttention        a flat stream of prompts with their responses, no padding     (attention.py)
-    Cache                one new token for each of many running samples                (generate.py)
+    causal_attention   [B, T] rows of equal length                                 (attention.py)
+    TreeAttention      a flat stream of prompts with their responses, no padding   (attention.py)
+    Cache              one new token for each of many running samples              (generate.py)
 """
 
+import math
+from dataclasses import MISSING, dataclass, fields
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from allo_mini import pointwise
-from allo_mini.architecture import ModelConfig, rope_angles
+from allo_mini import UserError
 from allo_mini.attention import causal_attention
 from allo_mini.linear import embedding, linear
 
+FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
+            "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ROPE = {"default": (), "linear": ("factor",),  # rope_type -> the numbers it needs
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings")}
+KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+BUILDERS = {}  # family -> its class, where that is not CausalLM itself
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise.RMSNormFunction.apply(x, self.weight, self.eps)
+# ---- config.json ---------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What we read from a Hugging Face config.json; field names are Hugging Face's."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: hidden_size / heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    sliding_window: int = 10**9  # none
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_type: str
+    factor: float = 0.0  # this and the next three: see rope_angles; 0: not given
+    low_freq_factor: float = 0.0
+    high_freq_factor: float = 0.0
+    original_max_position_embeddings: float = 0.0
+    family: str
+    raw: dict  # the whole of config.json
+
+    def length(self, tokens: int, where: str = "config.json") -> int:
+        """--max-length as it is; for 0 the official scripts' 1200, or the model's limit if less.
+
+        Raises UserError when it is longer than the model was made for: attention is never cut.
+        """
+        limit = min(self.max_position_embeddings, self.sliding_window)
+        if tokens > limit:
+            raise UserError(f"{where}: --max-length is {tokens}, but the model reads at most "
+                            f"{limit} tokens (max_position_embeddings, sliding_window)")
+        return tokens or min(1200, limit)
+
+
+def number(values, f, where):
+    """The value of a field f, or its default where it is missing or null. Raises UserError."""
+    value = values.get(f.name)
+    if value is None and f.default is not MISSING:
+        return f.default
+    most = 1000 if f.name == "num_hidden_layers" else 1e10  # layers are built one by one
+    if type(value) not in (f.type, int) or not (f.type is bool or 0 < value <= most):
+        raise UserError(f"{where}: {f.name} is {value!r}, expected {KINDS[f.type]}")
+    return value
+
+
+def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
+    """Hugging Face config dict -> ModelConfig.
+
+    Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, `rope_parameters`.
+    Raises UserError naming the key when something is missing, of the wrong type or not supported.
+    """
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    [name] = raw.get("architectures") or [None]
+    for key, value, usable in (
+            ("architectures", name, FAMILIES),
+            ("hidden_act", raw.get("hidden_act"), (None, "silu")),
+            ("quantization_config", raw.get("quantization_config"), (None,)),
+            ("rope_type", rope_type, ROPE)):
+        if value not in usable:
+            raise UserError(f"{where}: {key} is {value!r}, expected one of {list(usable)}")
+    values = {f.name: number({**raw, **rope}, f, where)
+              for f in fields(ModelConfig) if f.type in KINDS}
+    for key in ROPE[rope_type]:
+        if not values[key]:
+            raise UserError(f"{where}: {key} is missing from the rope settings")
+    family = FAMILIES[name]
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
+    if family != "mistral" and not raw.get("use_sliding_window"):
+        del values["sliding_window"]
+    return ModelConfig(**values, rope_type=rope_type, family=family, raw=raw)
+
+
+# ---- the pieces ----------------------------------------------------------------------------------
+
+def rope_angles(positions, c):
+    """positions [...] -> cos, sin of the rotary angles, each [..., 1, d], fp32 (arXiv 2104.09864).
+
+    llama3 scaling stretches wavelengths longer than original/low_freq_factor by `factor`, leaves
+    those shorter than original/high_freq_factor alone, blends in between (Llama 3.1 model card).
+    """
+    half = torch.arange(0, c.head_dim, 2, device=positions.device)
+    freq = 1.0 / c.rope_theta ** (half / c.head_dim)  # [d/2]
+    if c.rope_type == "linear":
+        freq = freq / c.factor
+    if c.rope_type == "llama3":
+        turns = c.original_max_position_embeddings * freq / (2 * math.pi)  # in the old context
+        blend = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+        blend = blend.clamp(0, 1)
+        freq = (1 - blend) * freq / c.factor + blend * freq
+    angles = positions[..., None, None].float() * freq  # [..., 1, d/2]
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), keeping its two inputs alone for backward.
+
+    Autograd's own graph keeps silu(gate) too: a tenth of a step's memory without `recompute`.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
+
+
+class KeepInput(torch.autograd.Function):
+    """F.rms_norm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        with torch.enable_grad():
+            x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+            y = F.rms_norm(x, weight.shape, weight, ctx.eps)
+        return *torch.autograd.grad(y, (x, weight), dy), None
+
+
+class RMSNorm(nn.RMSNorm):
+    """weight * x / sqrt(mean(x^2) + eps)"""
+
+    def forward(self, x):
+        return KeepInput.apply(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
-    def reset_parameters(self) -> None:
-        """Nothing: weights are read from a file."""
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
-class Embedding(nn.Embedding):
-    def reset_parameters(self) -> None:
-        """Nothing, as in Linear."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weight)
-
-
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.layer = layer
+        self.head_dim = c.head_dim
+        q_size = c.num_attention_heads * c.head_dim
+        kv_size = c.num_key_value_heads * c.head_dim
         qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
-        self.q_proj = Linear(c.hidden_size, q_size, bias=qwen2 or c.attention_bias)
-        self.k_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
-        self.v_proj = Linear(c.hidden_size, kv_size, bias=qwen2 or c.attention_bias)
-        self.o_proj = Linear(q_size, c.hidden_size, bias=c.attention_bias and not qwen2)
-        if c.family == "qwen3":
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps), RMSNorm(c.head_dim, c.rms_norm_eps)
+        bias = qwen2 or c.attention_bias
+        self.q_proj = Linear(c.hidden_size, q_size, bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias and not qwen2)
+        norm = RMSNorm if c.family == "qwen3" else nn.Identity
+        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim))  # [..., heads, d]
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (pointwise.RotateFunction.apply(x, *rope) for x in (q, k))
-        out = attend(q, k, v, self.layer)
+    def forward(self, x, rope, attend):
+        heads = -1, self.head_dim
+        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # [..., h, d]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # [..., g, d]
+        v = self.v_proj(x).unflatten(-1, heads)
+        out = attend(rotate(q, *rope), rotate(k, *rope), v, self.layer)
         return self.o_proj(out.flatten(-2))  # [..., H]
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(pointwise.SwiGLUFunction.apply(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x):
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig, layer: int):
+    def __init__(self, c, layer):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c, layer), MLP(c)
+        self.self_attn = Attention(c, layer)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope, attend) -> Tensor:
+    def forward(self, x, rope, attend):
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class CausalLM(nn.Module):
-    """The whole model. With tied embeddings there is no lm_head: one tensor, one name, one mask entry.
+    """The whole model. With tied embeddings there is no lm_head: one tensor, name and mask entry.
 
-    `head_bytes` is the size of fp32 logits made at a time. `checkpoint_blocks` is how many of the first blocks
-    recompute their activations in backward (0 = none). `folder` is where the model was read from; its tokenizer
-    files travel along when it is saved.
+    `recompute`: blocks keep only their inputs and make their activations again in backward.
+    `folder` is where the model was read from, `changes` the patches put on top (checkpoint.py).
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.checkpoint_blocks, self.head_bytes, self.folder = config, 0, 1 << 28, None
-        self.model = nn.ModuleDict({  # for its name in checkpoints
-            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+        self.config = config
+        self.recompute = False
+        self.folder = None
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        blocks = [Block(config, i) for i in range(config.num_hidden_layers)]
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
+            "layers": nn.ModuleList(blocks),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
 
     @property
     def head_weight(self) -> Tensor:
         """[V, H], the matrix that turns hidden states into logits."""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None = None, attend=causal_attention) -> Tensor:
-        """input_ids [B,T] (or a flat stream [N] with `positions` [N] and a matching `attend`) -> hidden [..., H]."""
+    def forward(self, input_ids: Tensor, positions=None, attend=causal_attention) -> Tensor:
+        """input_ids [B,T], or a stream [N] with its positions and `attend` -> hidden [..., H]."""
         if positions is None:
             positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        x = self.model.embed_tokens(input_ids)  # [..., H]
-        rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]  # cos and sin, [..., 1, d]
-        for i, block in enumerate(self.model.layers):
-            again = i < self.checkpoint_blocks and torch.is_grad_enabled()
-            x = checkpoint(block, x, rope, attend, use_reentrant=False) if again else block(x, rope, attend)
+        x = embedding(input_ids, self.model.embed_tokens.weight)  # [..., H]
+        rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]
+        for block in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, attend)
         return self.model.norm(x)
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """[B,T] -> [B,T,V]; for inspection and tests: training never builds the whole of it (logprobs.py)."""
+        """[B,T] -> [B,T,V]; to look at: training never builds the whole of it (logprobs.py)."""
         return linear(self(input_ids), self.head_weight)
-
-
-BUILDERS: dict[str, type[CausalLM]] = {}  # family -> its class, where that is not CausalLM itself
 
 
 def build(config: ModelConfig) -> CausalLM:

@@ -1,22 +1,22 @@
 """What several test files share: the fixtures' places, tiny models, a tiny tokenizer."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from allo_mini.checkpoint import load_model, save_model
-from allo_mini.architecture import parse_config
-from allo_mini.model import CausalLM
+from allo_mini.model import CausalLM, parse_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 HF = ("llama_mha", "llama_gqa_tied", "mistral", "qwen2", "qwen3", "llama3_rope")
 EOS, BOS = 2, 1
-RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 16, "intermediate_size": 24,
-       "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
-       "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-       "eos_token_id": EOS}
+RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 16,
+       "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+       "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+       "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": EOS}
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -40,8 +40,9 @@ def initialize(model: CausalLM, seed: int, std: float = 0.02) -> CausalLM:
 
 
 def tiny_model(seed: int = 0, std: float = 0.3, trainable: bool = True, **changes) -> CausalLM:
-    """A random model of RAW's shape; weights large enough that predictions differ from token to token."""
-    return initialize(CausalLM(parse_config({**RAW, **changes})), seed, std).requires_grad_(trainable)
+    """A random model of RAW's shape; weights so large that predictions differ by token."""
+    model = CausalLM(parse_config({**RAW, **changes}))
+    return initialize(model, seed, std).requires_grad_(trainable)
 
 
 def random_ids(count: int, seed: int, vocab: int = 120) -> list[int]:
@@ -62,6 +63,23 @@ def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
     return out
 
 
+def state_of(model) -> dict[str, torch.Tensor]:
+    """All weights as they stand."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def random_mask(model, share: float = 0.3) -> dict[str, torch.Tensor]:
+    """A bool tensor for every parameter."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(p.shape, generator=generator) < share
+            for name, p in model.named_parameters()}
+
+
+def low(x: float) -> float:
+    """-log sigma(x)"""
+    return math.log(1 + math.exp(-x))
+
+
 def assert_close(a: dict, b: dict, **tolerance) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -69,7 +87,7 @@ def assert_close(a: dict, b: dict, **tolerance) -> None:
 
 
 def write_tokenizer(folder: Path, **settings) -> Path:
-    """A character tokenizer with <unk>, <s> = 1 and </s> = 2; `settings` go to tokenizer_config.json."""
+    """A character tokenizer with <unk>, <s> = 1 and </s> = 2; `settings`: tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     characters = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *characters])}

@@ -1,21 +1,23 @@
-"""Killing a run for real: in a forked child, by SIGKILL, at a chosen moment; and comparing what two runs left."""
+"""Killing a run for real: in a forked child, by SIGKILL, at a chosen moment."""
 
-import json
 import os
+import re
 import signal
+import sys
+import threading
 import traceback
 
-from allo_mini import checkpoint, disk, files, template
+from tqdm import tqdm
 
-TIMES = {"time", "tokens/s", "mem/peak_gb", "seconds"}  # what two equal runs may differ in
+tqdm.set_lock(threading.RLock())  # its own is shared with forked children, and dies with them
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def in_child(action, before=lambda: None) -> int:
-    """Run `action()` -> exit code in a forked child after `before()`; returns the code, -9 if it was killed."""
+    """action() -> exit code in a forked child, after before(); the code, or -9 if it was killed."""
     pid = os.fork()
     if pid == 0:
         try:
-            template.WORKERS.clear()  # the parent's
             before()
             os._exit(action())
         except BaseException:
@@ -25,76 +27,55 @@ def in_child(action, before=lambda: None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def die(*_, **__):
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def on_call(owner, name: str, act):
-    """Replace owner.name: `act(original, args)` is called instead of it."""
-    original = getattr(owner, name)
-    setattr(owner, name, lambda *args, **kw: act(lambda: original(*args, **kw), args))
+class Watched:
+    """Standard output that acts when what matches a pattern is about to be written."""
+
+    def __init__(self, out, pattern: str, act):
+        self.out, self.pattern, self.act, self.flush = out, pattern, act, out.flush
+
+    def write(self, text: str) -> int:
+        if re.search(self.pattern, text):
+            self.act()
+        return self.out.write(text)
 
 
-def at_write(number: int, torn: bool):
-    """Die at the `number`-th event of writing (writing, syncing, renaming, deleting): before it, or half-way."""
-    left = [number]
+def at_line(pattern: str, act=die):
+    """For in_child: die (or act) just before a line is printed."""
+    def before():
+        sys.stdout = Watched(sys.stdout, pattern, act)
+    return before
 
-    def event(halfway):
-        def act(original, args):
+
+def at_write(folder, number: int, torn: bool = False):
+    """For in_child: die at the `number`-th change of paths that begin so: open, rename, deletion.
+    torn: with half of the file that is about to be renamed, or of the rows appended just before."""
+    def tear(event, args, grown):
+        if event == "os.rename" and os.path.isfile(args[0]):
+            os.truncate(args[0], os.path.getsize(args[0]) // 2)
+        for path, size in grown:
+            os.truncate(path, (size + os.path.getsize(path) + 1) // 2)
+
+    def before() -> list[int]:
+        left, grown = [number], []
+
+        def hook(event, args):
+            opened = event == "open" and isinstance(args[2], int)
+            writes = opened and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if not writes and event not in CHANGES or not str(args[0]).startswith(str(folder)):
+                return
             left[0] -= 1
             if left[0] == 0:
                 if torn:
-                    halfway(original, args)
+                    tear(event, args, grown)
                 die()
-            return original()
-        return act
+            grown.clear()
+            if opened and args[2] & os.O_APPEND and os.path.isfile(args[0]):
+                grown.append((args[0], os.path.getsize(args[0])))
 
-    def half_bytes(original, args):
-        with open(args[0], "wb") as f:
-            f.write(args[1][:len(args[1]) // 2])
-
-    def half_file(original, args):
-        original()
-        os.truncate(args[1], os.path.getsize(args[1]) // 2)
-
-    def half_tail(original, args):  # of a file that grows; what was there before stays
-        if os.path.isfile(name := os.readlink(f"/proc/self/fd/{args[0]}")) and name.endswith("l"):
-            with open(name, "rb") as f:
-                whole = f.read()
-            os.truncate(name, len(whole) - max(1, (len(whole) - whole.rfind(b"\n", 0, -1)) // 2) if whole else 0)
-
-    after = lambda original, args: original()
-    on_call(disk.Path, "write_bytes", event(half_bytes))
-    on_call(disk.os, "fsync", event(half_tail))
-    on_call(disk.os, "replace", event(after))
-    on_call(disk.Path, "rename", event(after))
-    on_call(disk.Path, "unlink", event(after))
-    on_call(checkpoint, "save_file", event(half_file))
-    on_call(files, "save_file", event(half_file))
-    return left
-
-
-def results_of(folder) -> dict:
-    """Everything a run left, its times taken out: two equal runs give equal dicts."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or name in (".lock", "report.html"):  # the report shows seconds
-            continue
-        found[name] = path.read_bytes()
-        if name in ("mask.safetensors",
-                    "patch.safetensors"):  # safetensors draws the order of their notes anew each time
-            tensors, notes = files.load_tensors(path)
-            found[name] = {n: t.tolist() for n, t in tensors.items()}, notes
-        if name == "metrics.jsonl":
-            rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path.open()]
-            found[name] = [row for row in rows if len(row) > 1]  # more than the stage's name
-        if name == "results.json":
-            found[name] = {k: v for k,
-                           v in json.loads(found[name].decode().replace(str(folder), "")).items() if k not in TIMES}
-    return found
-
-
-def difference(a: dict, b: dict) -> list[str]:
-    """Names of what differs between two results."""
-    return [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+        sys.addaudithook(hook)
+        return left
+    return before

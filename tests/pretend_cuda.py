@@ -1,23 +1,22 @@
-"""A pretended GPU, so that machines without one run the lines that are for CUDA: `python tests/pretend_cuda.py SCRIPT ...`
+"""A pretended GPU, so that machines without one run the lines for CUDA.
 
-Every tensor's memory remembers a device, "cuda" or "cpu"; everything is computed on the CPU. An operation whose tensors
-are on different devices fails, as it would on a GPU, and so do numpy() of a GPU's tensor, and a copy to the host that
-nobody waits for. At the end each place of our code that waited for the GPU is printed with how often it did.
+    python tests/pretend_cuda.py SCRIPT ...
 
-Peak memory is the most bytes that the GPU's tensors held at one time. What it cannot show: speed, what kernels take for
-themselves, fragments, rounding, and kernels that differ (attention on a GPU has others; varlen_attn is a plain twin).
+Every tensor's memory remembers a place, "cuda" or "cpu"; all is computed on the CPU. An operation
+whose tensors are in different places fails, as on a GPU, and so does a copy to the host that nobody
+waits for. At the end each place of our code that waited for the GPU is printed, and how often.
+It cannot show speed, memory, rounding, and kernels that differ.
 """
 
 import os
 import runpy
 import sys
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/benchmarks")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -25,37 +24,23 @@ from torch.autograd.function import BackwardCFunction  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from meter import Meter  # noqa: E402
-
 REAL = {name: getattr(torch.Tensor, name) for name in ("to", "numpy", "tolist")}
 real_device, real_tensor = torch._C.TensorBase.device.__get__, torch.tensor
 WAITS = Counter()  # place in our code -> how often the host waited there for the GPU
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
 MOVES = {"copy_", "_to_copy"}
-INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}  # their positions may stand on the host
-METER = Meter()
+INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}  # positions may be on the host
 moving = []  # where the tensor that `to` is moving goes
 
 
-def put(storage, place: str) -> None:
-    """Remember where a tensor's memory is; the GPU's is metered."""
-    storage.place = place
-    if place == "cuda":
-        METER.take_in(storage)
-
-
-def forget_peak(*_) -> None:
-    METER.peak = METER.live
-
-
 def place_of(t) -> str:
-    """"cuda" or "cpu" (or "meta"); "any": made inside autograd's C++, on the device of whatever it meets."""
+    """"cuda", "cpu" or "meta"; "any": made in autograd's C++, where whatever it meets is."""
     kind = real_device(t).type
     return getattr(t.untyped_storage(), "place", "cpu") if kind == "cpu" else kind
 
 
 def line() -> str:
-    """The line of our code that is at work."""
+    """The function of our code that is at work."""
     ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT))
             and not {"tests", "site-packages"} & {*Path(f.filename).relative_to(ROOT).parts}]
     return f"{Path(ours[-1].filename).name}:{ours[-1].name}" if ours else "?"
@@ -74,17 +59,21 @@ class Pretend(TorchDispatchMode):
         asked = kwargs["device"].type if kwargs.get("device") is not None else None
         if asked == "cuda":
             kwargs["device"] = torch.device("cpu")
-        kwargs |= {"pin_memory": False} if kwargs.get("pin_memory") else {}
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = self.checked(name, tensors, args)
         node = torch._C._current_autograd_node()
-        if asked == "cpu" and node is not None and not isinstance(node, BackwardCFunction):
+        if name == "_to_copy" and not moving:  # torch's own C++, which knows the real device
+            asked = None
+        elif asked == "cpu" and node is not None and not isinstance(node, BackwardCFunction):
             asked = "any"
         place = moving[-1] if moving and name in ("_to_copy", "clone") else asked or there
         made = func(*args, **kwargs)
         for t in tree_leaves(made):
-            if isinstance(t, torch.Tensor) and real_device(t).type == "cpu" and not hasattr(t.untyped_storage(), "place"):
-                put(t.untyped_storage(), place)
+            if isinstance(t, torch.Tensor) and real_device(t).type == "cpu":
+                storage = t.untyped_storage()
+                storage.place = getattr(storage, "place", place)
         return made
 
     def checked(self, name: str, tensors: list, args) -> str:
@@ -93,11 +82,11 @@ class Pretend(TorchDispatchMode):
         on_gpu = "cuda" in places
         for i, t in enumerate(tensors):
             if places[i] == "any" and {"cuda", "cpu"} & {*places}:
-                places[i] = "cuda" if on_gpu else "cpu"
-                put(t.untyped_storage(), places[i])
-        if on_gpu and {*places} != {"cuda"} and name not in MOVES and not (name in INDEXED and places[0] == "cuda"):
-            strict = "fused" in name or "foreach" in name  # elsewhere a number may stand on the host
-            if any(place != "cuda" and (strict or t.dim()) for t, place in zip(tensors, places)):
+                places[i] = t.untyped_storage().place = "cuda" if on_gpu else "cpu"
+        free = name in MOVES or name in INDEXED and places[0] == "cuda"
+        if on_gpu and {*places} != {"cuda"} and not free:
+            strict = "fused" in name or "foreach" in name  # elsewhere a number may be on the host
+            if any(p != "cuda" and (strict or t.dim()) for t, p in zip(tensors, places)):
                 raise RuntimeError(f"{name} at {line()}: its tensors are on {', '.join(places)}")
         by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
         to_host = name == "copy_" and places == ["cpu", "cuda"]
@@ -110,7 +99,8 @@ class Pretend(TorchDispatchMode):
 
 def to(self, *args, copy=False, **kwargs):
     """Tensor.to."""
-    args = (args[0].device, args[0].dtype) if args and isinstance(args[0], torch.Tensor) else args
+    if args and isinstance(args[0], torch.Tensor):
+        args = (args[0].device, args[0].dtype)
     device, dtype, unwaited, _ = torch._C._nn._parse_to(*args, **kwargs)
     now, dtype = place_of(self), dtype or self.dtype
     wanted = device.type if device is not None else now
@@ -129,10 +119,9 @@ def to(self, *args, copy=False, **kwargs):
         moving.pop()
 
 
-def numpy(self, *args, **kwargs):
-    if place_of(self) == "cuda":
-        raise TypeError(f"numpy() at {line()}: of a tensor on the GPU")
-    return REAL["numpy"](self, *args, **kwargs)
+def host_only(self):
+    assert place_of(self) != "cuda", f"numpy() at {line()}: of a tensor on the GPU"
+    return REAL["numpy"](self)
 
 
 def tolist(self):
@@ -145,41 +134,25 @@ def tensor(data, *args, device=None, **kwargs):
     return made if device is None else to(made, device)
 
 
-def varlen_attn(q, k, v, q_starts, k_starts, longest_q, longest_k, *, window_size, enable_gqa=False):
-    """torch.nn.attention.varlen.varlen_attn, a part at a time; causal from the lower right."""
-    q_sizes, k_sizes = (REAL["tolist"](starts.diff()) for starts in (q_starts, k_starts))
-    assert q_starts.is_cuda and k_starts.is_cuda and window_size == (-1, 0)
-    assert max(q_sizes) == longest_q and max(k_sizes) == longest_k
-    out = []
-    for one, keys, values in zip(q.split(q_sizes), k.split(k_sizes), v.split(k_sizes)):
-        seen = torch.ones(len(one), len(keys), dtype=torch.bool, device=q.device).tril(len(keys) - len(one))
-        one, keys, values = (x.transpose(0, 1)[None] for x in (one, keys, values))
-        out.append(F.scaled_dot_product_attention(one, keys, values, seen, enable_gqa=enable_gqa)[0].transpose(0, 1))
-    return torch.cat(out)
-
-
 def install() -> None:
     """Let torch look as if it had one GPU of 80 GB."""
     import torch.nn.attention.bias as bias
-    import torch.nn.attention.varlen as varlen
 
     from allo_mini import logprobs
-    nothing, peak = (lambda *args: None), (lambda *args: METER.peak)
-    for name, value in {
-            "_lazy_init": nothing, "empty_cache": nothing, "reset_peak_memory_stats": forget_peak, "synchronize": nothing,
-            "set_per_process_memory_fraction": nothing, "is_available": lambda: True, "device_count": lambda: 1,
-            "current_device": lambda: 0, "mem_get_info": lambda *args: ((80 << 30) - METER.live, 80 << 30),
-            "memory_allocated": lambda *args: METER.live, "memory_reserved": lambda *args: METER.live,
-            "max_memory_allocated": peak, "max_memory_reserved": peak,
-            "get_device_capability": lambda *args: (9, 0), "is_bf16_supported": lambda **kind: True,
-            "get_device_name": lambda *args: "a pretended GPU", "memory_stats": lambda *args: defaultdict(int),
-            "get_device_properties": lambda *args: SimpleNamespace(total_memory=80 << 30)}.items():
-        setattr(torch.cuda, name, value)
+
+    def nothing(*args):
+        return 0
+
+    for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated"):
+        setattr(torch.cuda, name, nothing)
+    torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda **kind: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.mem_get_info = lambda *args: (80 << 30, 80 << 30)
     pretended = torch.device("cuda", 0)
-    torch.Tensor.device = property(lambda self: pretended if place_of(self) == "cuda" else real_device(self))
-    torch.Tensor.is_cuda = property(lambda self: place_of(self) == "cuda")
-    torch.Tensor.to, torch.Tensor.numpy, torch.tensor = to, numpy, tensor
-    torch.Tensor.cpu = lambda self: to(self, "cpu")
+    torch.Tensor.device = property(lambda t: pretended if place_of(t) == "cuda" else real_device(t))
+    torch.Tensor.is_cuda = property(lambda t: place_of(t) == "cuda")
+    torch.Tensor.to, torch.Tensor.numpy, torch.tensor = to, host_only, tensor
+    torch.Tensor.cpu = lambda t: to(t, "cpu")
     torch.Tensor.tolist = tolist
     real_generator, real_bias = torch.Generator, bias.causal_lower_right
     torch.Generator = lambda device="cpu": real_generator()
@@ -187,16 +160,18 @@ def install() -> None:
     def causal_lower_right(*sizes):
         with _disable_current_modes():
             return real_bias(*sizes)
-    bias.causal_lower_right, varlen.varlen_attn = causal_lower_right, varlen_attn
-    # torch's own makes its zeros in C++, which knows nothing of places
-    logprobs.pad_sequence = lambda rows, batch_first: torch.stack(
-        [F.pad(row, (0, max(map(len, rows)) - len(row))) for row in rows])
+
+    def pad_sequence(rows, batch_first):  # torch's own makes its zeros in C++, without a place
+        longest = max(map(len, rows))
+        return torch.stack([F.pad(row, (0, longest - len(row))) for row in rows])
+
+    bias.causal_lower_right, logprobs.pad_sequence = causal_lower_right, pad_sequence
 
 
 if __name__ == "__main__":
     install()
-    sys.argv = sys.argv[1:]
-    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    sys.argv = [os.path.abspath(sys.argv[1]), *sys.argv[2:]]
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
     code = 0
     with Pretend():
         try:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from allo_mini.data import Task, read_tasks
-from allo_mini.inputs import need_answers
-from allo_mini.tasks import (RULES, bare, extract_math, gold_answer, grader_for, is_correct, official_correct,
-                             same_math, same_plain, task_name)
+from allo_mini.data.rows import Task, read_tasks
+from allo_mini.evaluation.graders import (QA, RULES, bare, concluded, final, gold_answer,
+                                          is_correct, official_correct, same_math, task_name)
+from allo_mini.run.inputs import need_answers
 
 A = "The answer is "
 
@@ -106,7 +106,7 @@ STRATEGYQA = [(f"Question {i}?", gold, right, wrong) for i, (gold, right, wrong)
     ("no", [A + "false", A + "**No**"], [A + "none", A + "nothing"]),
     ("yes", ["I doubt it.\n" + A + "yes"], [A + "probably", ""]),
     ("no", [A + "no\nThe end"], [A + "no\n" + A + "yes"]),
-    ("yes", ["the answer is: yes"], ["the answer: yes"]),
+    ("yes", ["the answer is: yes", "the answer: yes"], ["the answers: yes and no"]),
     ("no", [A + "'no'"], [A + "unknown"]),
     ("yes", ["So the answer is yes (see above)"], ["So it is yes"]),
     ("no", [A + "no;"], [A]),
@@ -197,6 +197,132 @@ def test_written_variants(name, row):
     assert [text for text in wrong if is_correct(text, task)] == []
 
 
+CITIES = "Which city?\nOptions:\nRome\nParis\nSt. Louis\nNew York\nYork"
+FORMS = {  # how chat models write answers: task ("": none of the ten), gold, right and wrong ones
+    "emphasis": ("", "42", [
+        "**Answer:** 42", "**Answer**: 42", "The answer is *42*.", A + "__42__.", A + "***42***!",
+        "**The answer is: 42**", "_Answer:_ 42", "### Answer: 42", A + "`42`, since `6*7` is 42.",
+        "The answer is:\n```\n42\n```", "- **Final answer:** **42**", A + "** 42 **."],
+        ["**Answer:** 43", A + "*43*", A + "`43`.", "**42** is near. **Answer:** 41", A + "2**42"]),
+    "dollars and quotes": ("", "42", [
+        A + "\\(42\\).", A + "\\[42\\]", "The answer is\n$$\n42\n$$", A + "$$42$$.", A + "'42'",
+        A + "“42”.", A + "$42", "Answer: $\\boxed{42}$", "\\fbox{42}", "\\boxed 42.", "\\(\\boxed42\\)",
+        "\\boxed{\\text{42}}", "$\\text{The answer is } 42$", A + "(42)."],
+        [A + "\\(43\\).", "Answer: $\\boxed{43}$", "\\boxed 4 2", "\\boxed{4}2", A + "(43)", A + "(4, 2)"]),
+    "a number in a sentence": ("", "42", [
+        "The answer is:\n\n**42**", A + "therefore 42.", A + "approximately 42.", "Answer = 42",
+        "It is 42", "42", "It is 7.\n#### 42", A + "42.\n\nThis took 3 steps.", A + "x = 42.",
+        "The answer to this question is 42.", A + "40 + 2 = 42.", A + "42 (that is, 40 and 2).",
+        A + "42 (6 * 7).", A + "42: 6*7 = 42.", "The answer is the total of both: 42", A + "42 apples"],
+        [A + "-42", A + "42.5", A + "not 42.", A + "42 or 43", A + "41 and 42", A + "42x", A + "42^2",
+         A + "4 2", A + "42/2", A + "1/42", A + "42:10", A + "4,2", "#### 43", "42 and 43", A + "42 1/2",
+         A + "42 - 1", A + "42 * 2", ""]),
+    "a reason": ("", "42", [
+        A + "42, since 40 + 2 = 42.", A + "42 because 6 * 8 is 48, less 6.", A + "42, which is 6 * 7.",
+        A + "42. 6 * 9 = 54 would be too much.", A + "42; this follows from 6 * 7.",
+        A + "42! 6 * 7 = 42.", A + "42 - as 40 + 2 is 42."],
+        [A + "43, since 42 is even.", A + "4.2. This follows.", A + "41 because 42 is too big.",
+         A + "43. No, 42 is wrong.", A + "41, not 42"]),
+    "a check": ("", "42", [
+        A + "42. Let me verify: 6 * 7 = 42, so the answer is correct.", A + "42. That is what the answer is.",
+        A + "42. Is the answer right? Yes, the answer is 42.", A + "42.\nThe answer is",
+        A + "42. We see that the answer is not 41.", A + "42.\n\nCheck: 42 / 7 = 6. The answer is valid."],
+        [A + "41. Check: 42 is even, so the answer is correct.", A + "42. Wait, the answer is 41.",
+         A + "41. We see that the answer is not 42."]),
+    "money": ("", "1234.5", [A + "$1,234.50.", A + "**$1,234.50**.", A + "$\\$1,234.50$"],
+              [A + "$1,234.05.", A + "1.234,50", A + "$1,234"]),
+    "negative": ("", "-3", [A + "−3", A + "$-3$", A + "x = -3", "So we get -3", A + "-3 degrees"],
+                 [A + "3", A + "x = 3", "10-3"]),
+    "percent": ("", "25%", [A + "25%.", A + "**25 %**", A + "25\\%", A + "25"], [A + "0.25", A + "24%"]),
+    "decimals": ("", "3.14", [A + "3.14. This is pi.", A + "$3.14$, roughly"], [A + "3", A + "3,14"]),
+    "fraction": ("", "3/4", [
+        A + "$\\frac{3}{4}$.", A + "0.75", A + "¾", A + "**3/4** of it.", A + "3 / 4, so less than 1.",
+        "Final Answer: The final answer is $\\dfrac{3}{4}$. I hope it is correct."],
+        [A + "4/3", A + "3", A + "34", A + "½"]),
+    "letter": ("", "B", [
+        A + "[B].", A + "B)", A + "**(B)**", A + "**B)**", A + "Option (B).", "**Answer: (B)**", A + "$B$",
+        "\\boxed{\\text{(B)}}", "$\\boxed{\\textbf{(B)}\\ 5}$", A + "(B) Paris.", A + "B. Paris", A + "B: Paris",
+        A + "B, because Paris is.", A + "B since it is", A + '"B"', A + "b", A + "B (Paris)", "Answer:\n\nB"],
+        [A + "(A)", A + "not B", A + "A or B", A + "B or C", A + "B, C", A + "(B) or (C)", A + "(A) B",
+         A + "Bern", A + "BC", "B", A + "Option A, not B", A + "B/C"]),
+    "a letter that is an article": ("", "A", [A + "(A) dog", A + "A.", A + "A because it is"], [A + "a dog"]),
+    "yes": ("strategyqa", "yes", [
+        A + "**yes**.", A + "Yes, it is. No ship sank.", "**Answer:** Yes", A + "`yes`", "\\boxed{\\text{Yes}}",
+        A + "yes. So the answer is correct.", A + "yes it can"],
+        [A + "**no**", "Answer: No", A + "not yes", "\\boxed{no}", A + "yes or no"]),
+    "no": ("", "No", [A + "no.", A + "**No**, it is not.", A + "false"], [A + "yes", A + "not sure", "no"]),
+    "words": ("", "Paris", [
+        A + '"Paris", because it is.', "Answer: *Paris*", "\\boxed{Paris}", A + "Paris. It is old.",
+        A + "Paris (France).", A + "Paris, the capital of France.", A + "“Paris”.", A + "Paris, not Rome.",
+        A + "indeed Paris", A + "$\\text{Paris}$", A + "(B) Paris.",
+        A + "Paris. Let me check: so the answer is right."],
+        ["Paris", A + "not Paris", A + "Paris or Rome", A + "Paris, Rome", A + "Parish", A + "New Paris",
+         A + "Rome. Not Paris.", "It is Paris.\n" + A + "Rome"]),
+    "words with a stop": ("", "St. Louis", [A + "**St. Louis**. It has an arch.", A + "St. Louis, since"],
+                          [A + "St", A + "Louis", A + "St. Paul", A + "St. Louis Park"]),
+    "initials": ("", "U.S. Steel", [A + "the U.S. Steel, which is old."], [A + "U.S.", A + "K.S. Steel"]),
+    "sentences": ("", "red. Then blue", [A + "red. Then blue."], [A + "red", A + "red. Then green"]),
+    "code": ("", "get_it(x)", [A + "`get_it(x)`."], [A + "`get_it(y)`", A + "`getit`"]),
+    "letters in order": ("", "a, b, c", [A + "**a, b, c**."], [A + "c, b, a", A + "a, b", A + "a, b, c, d"]),
+    "numbers in order": ("", "1, 2, 3", [A + "1,2,3", A + "1, 2 and 3"], [A + "3, 2, 1", A + "1", A + "1, 2"]),
+    "a unit": ("", "15 minutes", [A + "**15 minutes**, since"], [A + "15 hours", A + "51 minutes"]),
+    "an option": ("ecqa", "Paris", [
+        A + "(B) Paris.", A + "**Paris**", A + "Paris. It lies on the Seine.", "Answer: Paris",
+        "\\boxed{\\text{Paris}}", A + "`Paris`, since Rome is older."],
+        [A + "Rome", "Paris", A + "not Paris", A + "Paris or Rome"]),
+    "an option with a stop": ("qasc", "St. Louis", [A + "**St. Louis**. It has an arch."], [A + "St"]),
+    "an option in an option": ("openbookqa", "York", [A + "*York*"], [A + "New York", A + "**New York**"]),
+    "root": ("math", "2\\sqrt{3}", [
+        A + "$2√3$", A + "2√(3)", A + "2*sqrt(3)", A + "2·√3", A + "2√3 cm.", A + "**2√3**, or about 3.46.",
+        A + "$2\\sqrt3$ cm. This follows from 3 facts.", "The length of $AB$ is 2√3. So the answer is 2√3.",
+        "Final Answer: The length of $AB$ is $2\\sqrt{3}$.", A + "$d = 2√3$.", A + "2√3 ≈ 3.46"],
+        [A + "3√2", A + "√3", A + "2√13", A + "2", A + "2√3x", A + "23"]),
+    "root of a half": ("math", "\\frac{\\sqrt{2}}{2}", [A + "√2/2", A + "(√2)/2", A + "$\\dfrac{\\sqrt2}{2}$."],
+                       [A + "√(2/2)", A + "√2", A + "2/√2"]),
+    "pi": ("math", "3\\pi", [A + "3π.", A + "$3 π$", A + "3pi", "Answer: 3π square units", A + "3π cm²."],
+           [A + "3", A + "π", A + "2π", A + "3π/2"]),
+    "half of pi": ("math", "-\\frac{\\pi}{2}", [A + "−π/2.", A + "**-π/2**"], [A + "-2/π", A + "π/2"]),
+    "a list": ("math", "2,-3", [
+        A + "2 and -3.", A + "-3, 2", A + "x = 2, x = -3", A + "x=2 or x=-3", A + "$2$ and $-3$.",
+        A + "$x=2$, $x=-3$", "\\boxed{2 \\text{ and } -3}", A + "x = 2 and x = −3", A + "{2, -3}",
+        "Final Answer: The solutions are 2 and -3."],
+        [A + "2", A + "-3", A + "2 and 3", A + "-2 and 3", A + "x = 2", A + "2-3", A + "(2,-3)",
+         A + "2, -3, 4", A + "x = 2, y = -3"]),
+    "named values": ("math", "x=1, y=2", [A + "$y=2$, $x=1$"], [A + "x=2, y=1", A + "1", A + "x=1"]),
+    "x =": ("math", "5", [A + "$x = 5$.", A + "f(x) = 5"],
+            [A + "x = -5", A + "x ≥ 5", A + "x < 5", A + "x^5", A + "5i", A + "x = 4, y = 5", A + "(5, 6)"]),
+    "powers": ("math", "x^4 + 10^5", [A + "x⁴ + 10⁵.", A + "$x^{4}+10^{5}$"], [A + "x⁴ + 10⁴", A + "x4 + 105"]),
+    "a range": ("math", "x \\le 5", [A + "x ≤ 5", A + "x <= 5"], [A + "x ≥ 5", A + "x < 5", A + "5"]),
+    "intervals": ("math", "(-\\infty, 0] \\cup (3, 4)", [A + "(-∞, 0] ∪ (3, 4)"], [A + "(-∞, 0]"]),
+    "a product": ("math", "2 \\times 3^4", [A + "2 × 3^4", A + "2·3⁴"], [A + "2 × 4^3", A + "2 + 3^4"]),
+    "plus or minus": ("math", "1 \\pm \\sqrt{19}", [A + "1 ± √19"], [A + "1 + √19", A + "1 ± √91"]),
+    "a formula before it": ("math", "34", [
+        "Answer: The area of $ABC$ is 34 square units.", A + "34 for $n = 2$.", "Answer: $n$ equals 34",
+        "Final Answer: For $n=3$, the sum is 34.", "Answer: 34 is the largest $n$.",
+        "Final Answer: The largest $n$ such that $n^2 < 1200$ is $34$.", A + "$n = 34$, where $n$ is even."],
+        ["Answer: The area of 34 squares is 43.", "Final Answer: For $n=34$, the sum is 3.", A + "$34n$",
+         A + "33 < 34", A + "4.3. It is not 34."]),
+    "an expression": ("math", "x+1", [
+        A + "$x + 1$ for all of 12", A + "$f(x) = x+1$.", A + "x+1, since 1 is added.",
+        "Answer: $x+1$ is the polynomial."], [A + "1", A + "x-1", A + "x+1 or x-1"]),
+    "a choice": ("math", "\\text{(C)}", ["\\boxed{C}", A + "(C) 12"], [A + "(B)", A + "C or D"]),
+    "a box": ("math", "\\frac{3}{4}", ["$\\boxed\\frac{3}{4}$", "$\\boxed\\frac34$.", "\\boxed{3/4}, not 5"],
+              ["\\boxed\\frac{4}{3}", "\\boxed3", "\\boxed{5}, not 3/4"]),
+    "GSM8K": ("gsm8k", "72", [
+        "48 + 24 = <<48+24=72>>72.\n#### 72", A + "**72** clips.", "**Answer:** She sold 72 clips.",
+        A + "48 + 24 = 72. This is right.", A + "72 m."], ["#### 27", A + "**27**", A + "48 + 24", A + "71 < 72"]),
+    "mixed": ("mawps", "11.5", [A + "11 1/2.", A + "11.5. Check: 5 + 6.5 = 11.5."], [A + "11", A + "11.2"])}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_chat_models_write(name):
+    task, gold, right, wrong = FORMS[name]
+    question = CITIES if task in QA[:3] else "How much?"
+    row = Task(0, question, None, gold, source=task)
+    assert [text for text in right if not is_correct(text, row)] == []
+    assert [text for text in wrong if is_correct(text, row)] == []
+
+
 def test_the_official_grader_cannot_give_a_capital():
     asked = {gold: Task(0, "q", None, gold, source="qasc") for gold in ("Heat", "heat")}
     assert is_correct(A + "Heat", asked["Heat"]) and is_correct(A + "heat", asked["Heat"])
@@ -222,21 +348,23 @@ def test_a_task_of_ones_own_is_found_however_it_is_spelled(name, file, monkeypat
     assert task_name(file) == name and task_name("math_test.jsonl") == "math" and task_name("gsm8k_math.jsonl") == ""
 
 
-def test_rows_of_an_unknown_file_keep_the_plain_rule(tmp_path):
-    assert grader_for("rows.jsonl")[1] is same_plain
+def test_a_number_in_an_unknown_file_is_an_answer_but_no_gold_answer(tmp_path):
     plain = Task(0, "q", None, "5")
-    assert is_correct(A + "5.", plain) and not is_correct("\\boxed{5}", plain) and not is_correct("5", plain)
-    for name, answer in (("rows", False), ("gsm8k_own", True)):
+    assert all(is_correct(text, plain) for text in (A + "5.", "\\boxed{5}", "5"))
+    for name, gold in (("rows", None), ("gsm8k_own", "5")):
         path = tmp_path / f"{name}.jsonl"
-        path.write_text('{"input": "q", "output": "The answer is 5"}\n')
-        assert is_correct("It is 5", read_tasks([path])[0]) is answer  # what labels samples in training, too
+        path.write_text('{"input": "q", "output": "It is 5"}\n{"input": "q", "output": "The answer is 5"}\n')
+        silent, said = read_tasks([path])
+        assert gold_answer(silent) == gold and gold_answer(said) == "5"
+        assert is_correct("It is 5", said)  # what labels samples in training, too
 
 
-def test_extraction_order_and_nested_braces():
-    assert extract_math(r"\boxed{\frac{1}{\sqrt{2}}} so the answer is 3, not 4") == r"\frac{1}{\sqrt{2}}"
-    assert extract_math(r"\boxed{7} and the answer is 3: \boxed{5") == "7"  # a box that never closes is none
-    assert extract_math("The answer is $x + 1$ for all of 12") == "x + 1"
-    assert extract_math("first 3, then -4.5 of 1,200") == "1,200" and extract_math("none") is None
+def test_where_the_answer_stands():
+    assert concluded(r"\boxed{\frac{1}{\sqrt{2}}} so the answer is 3, not 4") == r"\frac{1}{\sqrt{2}}"
+    assert concluded(r"\boxed{7} and the answer is 3: \boxed{5") == "7"  # a box that never closes is none
+    assert concluded("The answer is 3\n#### 4") == "3" and concluded("is 3\n#### 4") == "4"
+    assert concluded("It is 3") is None and final("It is 3") == "3"
+    assert final("first 3, then -4.5 of 1,200") == "1,200" and final("none") is None
     assert gold_answer(Task(0, "q", r"Thus \boxed{x^{2}}.", None, source="math")) == "x^{2}"
 
 

@@ -1,8 +1,6 @@
-"""The README is checked line by line: its commands, printed blocks, examples, results and the list of files; so are the
-commands, flags and paths of the page about the benchmarks."""
+"""The README is checked line by line: its commands, printed blocks, examples, results, files."""
 
 import ast
-import io
 import json
 import os
 import re
@@ -10,41 +8,41 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import FIXTURES
 from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from allo_mini import UserError, architecture, baselines, checkpoint, demo, model, prepare, tasks
-from allo_mini.config import Config, make_parser, parse
-from allo_mini.data import Task
-from allo_mini.mask import kind_of
-from helpers import FIXTURES, tiny_model
+from allo_mini import UserError, checkpoint, model, objectives
+from allo_mini.data import demo
+from allo_mini.data.rows import Task
+from allo_mini.evaluation import graders
+from allo_mini.run.config import Config, make_parser, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-BLOCKS = BLOCK.findall(README)
 COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh" for line in text.splitlines()]
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README[README.index("\n## Change it"):], re.M | re.S)
-PYTHON = re.compile(r"\.venv/bin/python +")
+FORKS = README.split("\n## Change it")[1] + BOTH.split("\n## More forks")[1]
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", FORKS, re.M | re.S)
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
 OTHERS = ("vllm serve ", "hf upload ")  # other people's tools
 
 
 def words_of(command: str) -> list[str]:
     """What follows python in a command of ours, torchrun's own flags left out."""
-    command = re.sub(r"^\.venv/bin/torchrun --nproc_per_node=\d+ ", ".venv/bin/python ", command.removeprefix(SETUP))
-    assert PYTHON.match(command), f"no test knows the README's command {command}"
-    return shlex.split(PYTHON.sub("", command, count=1))
+    command = command.removeprefix(SETUP)
+    command = re.sub(r"^\.venv/bin/torchrun --nproc_per_node=\d+ ", ".venv/bin/python ", command)
+    assert command.startswith(".venv/bin/python "), f"no test knows the command {command}"
+    return shlex.split(command.removeprefix(".venv/bin/python "))
 
 
-# ---- commands ----------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith(OTHERS)])
 def test_every_command_is_one_that_the_program_takes(command):
@@ -54,18 +52,12 @@ def test_every_command_is_one_that_the_program_takes(command):
     elif script == "eval.py":
         evaluation.make_parser().parse_args(argv)
     elif script == "-m":
-        module, *rest = argv
-        counts = {"pytest": 2, "allo_mini.report": 1}
-        if module == "allo_mini.tasks":
-            assert rest[0] == "prepare" and rest[1] in prepare.SOURCES and len(rest) == 4
-        elif module == "allo_mini.checkpoint":
-            assert rest[0] == "apply" and len(rest) == 4
-        else:
-            assert len(rest) == counts[module]
+        assert argv[0] in ("pytest", "allo_mini.patch", "allo_mini.evaluation.report")
     else:
         if "--more" in argv:  # what follows is for train.py
-            argv, rest = argv[:argv.index("--more")], argv[argv.index("--more") + 1:]
-            parse(["--model", "x", "--train", "x", *rest])
+            at = argv.index("--more")
+            parse(["--model", "x", "--train", "x", *argv[at + 1:]])
+            argv = argv[:at]
         known = (ROOT / script).read_text()
         assert all(f'"{flag}"' in known for flag in argv if flag.startswith("--")), command
 
@@ -73,8 +65,8 @@ def test_every_command_is_one_that_the_program_takes(command):
 def test_every_flag_in_the_text_exists():
     scripts = [p.read_text() for p in [ROOT / "eval.py", *ROOT.glob("tests/benchmarks/*.py")]]
     known = {*make_parser()._option_string_actions, *evaluation.make_parser()._option_string_actions}
-    text = re.sub(r"^```.*?^```$", "", BOTH, flags=re.M | re.S)
-    for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(re.findall(r"`[^`]+`", text)))} - {"--index-url"}:
+    text = " ".join(re.findall(r"`[^`]+`", re.sub(r"^```.*?^```$", "", BOTH, flags=re.M | re.S)))
+    for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - {"--index-url", "--nproc_per_node"}:
         assert flag in known or any(f'"{flag}"' in script for script in scripts), flag
 
 
@@ -82,112 +74,77 @@ def test_every_flag_in_the_text_exists():
 def place(tmp_path_factory):
     """A folder with every file that the README's commands name, small."""
     folder = tmp_path_factory.mktemp("readme")
-    rows = [{"input": t.input, "output": t.output, "answer": t.answer} for t in demo.problems(20, 5)]
-    talk = [{"prompt": [{"role": "user", "content": r["input"]}], "chosen": [{"role": "assistant", "content": r["output"]}],
-             "rejected": [{"role": "assistant", "content": "The answer is 1"}]} for r in rows]
-    files = {"train": rows[:16], "test": rows[16:], "chats": talk, "gsm8k_download": [
-        {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"}], "preferences": [
-        {"prompt": r["input"] + "\n", "chosen": r["output"], "rejected": "The answer is 1"} for r in rows]}
-    for name, content in files.items():
+    rows = [vars(task) for task in demo.problems(20, 5)]
+    prefs = [{"prompt": r["input"] + "\n", "chosen": r["output"], "rejected": "The answer is 1"} for r in rows]
+    for name, content in {"train": rows[:16], "test": rows[16:], "prefs": prefs}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
-    (folder / "samples.jsonl").write_text("".join(json.dumps(
-        {"input": r["input"], "samples": [r["output"], "The answer is 1"]}) + "\n" for r in rows))
+    samples = [{"input": r["input"], "samples": [r["output"], "The answer is 1"]} for r in rows]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in samples))
     for name in ("DIR_OR_HUB_ID", "BASE"):
         shutil.copytree(demo.FOLDER, folder / name)
     return folder
 
 
-QUICK = "--max-steps 1 --max-new-tokens 4 --max-length 400 --dtype fp32 --locate gradient --token-weights edit".split()
+QUICK = "--max-steps 1 --max-new-tokens 4 --max-length 400 --dtype fp32 --locate snr --token-weights edit".split()
 
 
-def test_the_commands_for_own_models_and_data_run_one_after_the_other(place, monkeypatch, capsys):
-    """As written, with smaller numbers; what samples would be made is given, as a model this small answers nothing."""
+def test_the_recipes_run_one_after_the_other(place, monkeypatch, capsys):
+    """As written, with smaller numbers; samples are laid in: a model this small answers nothing."""
     monkeypatch.chdir(place)
-    section = README[README.index("\n## Your own model"):README.index("\n## Read it")]
-    for command in re.findall(r"^(?:torchrun|\.venv).*$", section, re.M):
+    section = README[README.index("\n## Recipes"):README.index("\n## Read it")]
+    for command in re.findall(r"^\.venv.*$", section, re.M):
         script, *argv = words_of(command)
         if script == "train.py":
-            more = ["--samples", "samples.jsonl"] if "--train" in argv else []
-            again = Path(argv[argv.index("--out") + 1]).exists() and "--dry-run" not in argv
-            code = train.main([*argv, *QUICK, *more, *(["--restart"] if again else [])])
+            out = Path(argv[argv.index("--out") + 1])
+            out.mkdir(parents=True)
+            if "--train" in argv and "sft" not in argv:
+                shutil.copy("samples.jsonl", out)
+            code = train.main([*argv, *QUICK])
+        elif "--chat" in argv:
+            continue
         elif script == "eval.py":
             code = evaluation.main([*argv, "--max-new-tokens", "4", "--max-length", "400"])
-        elif argv[0] == "allo_mini.report":
-            continue  # every run of train.py calls it
         else:
-            code = subprocess.run([sys.executable, "-m", *argv], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
-        said = capsys.readouterr()
-        assert code == 0, (command, said.err)
-    assert (place / "runs/chats/simpo").is_dir() and (place / "OUT/model.safetensors").is_file()
-    assert json.loads((place / "gsm8k_train.jsonl").read_text())["answer"] == "2"
-    assert "against eval/allo" in said.out or (place / "eval/dpo/test.jsonl").is_file()
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            code = subprocess.run([sys.executable, "-m", *argv], env=env).returncode
+        assert code == 0, (command, capsys.readouterr().err)
+    assert (place / "OUT/model.safetensors").is_file() and (place / "eval/dpo/test.jsonl").is_file()
 
 
-# ---- printed blocks ----------------------------------------------------------------------------------------
+# ---- printed blocks and files --------------------------------------------------------------------
 
-def pattern_of(line: str) -> str:
-    """A regular expression for a printed line: numbers, bars of a table and machine-dependent words may differ."""
-    line = re.escape(re.sub(r"\s+", " ", line.strip()))
-    line = re.sub(r"\d+(?:,\d{3})*(?:\\\.\d+)?(?:e\\?-?\d+)?", r"[-\\d.,e]+", line)
-    return line.replace(r"\.\.\.", ".*").replace("\\ ", " ").replace(r"\[ ?", r"\[ ?")
-
-
-def test_every_printed_block_is_what_is_printed(tmp_path, monkeypatch, capsys):
-    picture, *printed = [text for kind, text in BLOCKS if kind == "text"]
-    assert "FORGET" in picture and "IMPROVE" in picture
+def test_the_first_table_is_what_the_demo_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--limit", "40", "--test-limit", "16", "--n", "6", "--max-steps", "1"]) == 0
-    said = [re.sub(r"\s+", " ", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    said = [line.replace(str(ROOT) + "/", "").replace("~/", "") for line in said]
-    for block in printed:
-        for line in block.splitlines():
-            if line.strip() not in ("", "...") and not set(line) <= {"-"}:
-                assert any(re.fullmatch(".*" + pattern_of(line), other) for other in said), (line, pattern_of(line))
+    (tmp_path / "small.json").write_text('{"test_limit": 16, "prompt": "chat", "max_length": 400}')
+    assert train.main(["--config", "small.json", "--limit", "30", "--n", "6", "--max-steps", "1",
+                       "--max-new-tokens", "100"]) == 0
+    said = [re.sub(r"[\d.]+", "#", line) for line in capsys.readouterr().out.splitlines()]
+    table, picture = [text for kind, text in BLOCK.findall(README) if kind == "text"]
+    for line in table.splitlines():
+        words = re.sub(r"[\d.]+", "#", line).split()
+        assert words in [line.split() for line in said] or set(line) == {"-"}, line
+    assert "FORGET" in picture and "IMPROVE" in picture
 
 
-def test_there_are_no_blocks_of_other_kinds():
-    assert {kind for kind, _ in BLOCKS} == {"sh", "text", "python"} and len(EXAMPLES) == 5
-    for kind, text in BLOCKS:
-        if kind == "python":
-            ast.parse(text)
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-def test_the_reading_order_names_every_file_once():
+def test_the_reading_order_names_every_file():
     section = README[README.index("## Read it in this order"):README.index("## Change it")]
-    named = re.findall(r"^\| ((?:allo_mini/)?\w+\.py) \|", section, re.M)
-    there = {str(p.relative_to(ROOT)) for p in ROOT.glob("allo_mini/*.py")} - {"allo_mini/__init__.py"} | {"train.py", "eval.py"}
-    assert len(named) == len(set(named)) and set(named) == there
+    for path in [*ROOT.glob("allo_mini/*.py"), ROOT / "train.py", ROOT / "eval.py"]:
+        assert path.name in section or path.name == "__init__.py"
+    for path in ROOT.glob("allo_mini/*/*.py"):
+        row = next(line for line in section.splitlines() if f"allo_mini/{path.parent.name}/" in line)
+        assert path.stem in row or path.stem == "__init__", path
 
 
-NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-
-
-def code_lines(path: Path) -> int:
-    """Lines of a file that hold more than comments and docstrings."""
-    text, lines = path.read_text(), set()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in NO_CODE:
-            lines |= {*range(token.start[0], token.end[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            lines -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    return len(lines)
-
-
-def test_the_parts_are_as_long_as_the_reading_order_says():
-    section = README[README.index("## Read it in this order"):README.index("## Change it")]
-    parts = re.findall(r"about ([\d,]+) lines(.*?)(?=\*\*[A-Z]|\Z)", section, re.S)
-    assert len(parts) == 3
-    for said, table in parts:
-        files = re.findall(r"^\| ((?:allo_mini/)?\w+\.py) \|", table, re.M)
-        assert sum(code_lines(ROOT / file) for file in files) == pytest.approx(int(said.replace(",", "")), rel=0.04)
-
-
-def test_no_link_leads_to_a_file_that_is_not_there():
+def test_the_page_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+    assert len([word for word in prose.split() if re.search(r"\w", word)]) <= 2000
     for path in re.findall(r"[`(]((?:tests|allo_mini)/[\w/.]+)[`)]", BOTH):
         assert (ROOT / path).exists(), path
+    for kind, text in BLOCK.findall(README):
+        assert kind in ("sh", "text", "python")
+        if kind == "python":
+            ast.parse(text)
 
 
 def cells_of(text: str) -> dict[str, list[str]]:
@@ -198,31 +155,35 @@ def cells_of(text: str) -> dict[str, list[str]]:
 
 def test_the_results_are_what_the_finished_cells_say():
     """Means and spreads of the README's table, in the tables that reproduce.py makes of its rows."""
-    section = README[README.index("## Results"):README.index("### Speed and memory")]
+    section = cells_of(README[README.index("## Results"):])
     for column, name in enumerate(("demo", "ecqa")):
-        made = cells_of((ROOT / f"tests/benchmarks/results/{name}.md").read_text().split("Training loss")[0])
-        found = 0
-        for cell, values in cells_of(section).items():
-            row = made.get(re.split(", on | \\(|: ", cell)[0])
-            if row and values[column] not in ("not run", "the same"):
-                said, _, seeds = values[column].partition(" (")
-                assert row[1] in (said, f"{said} +- 0.0") and seeds in ("", f"{row[-1]} seeds)"), (name, cell)
-                found += 1
-        assert found >= len({*made} & {*cells_of(section)}) > 8
+        table = (ROOT / f"tests/benchmarks/results/{name}.md").read_text().split("Training loss")[0]
+        finished, checked = cells_of(table), 0
+        for cell, values in section.items():
+            row = finished.get(re.split(", on ", cell)[0])
+            if cell and row:
+                said = values[column].partition(" (")[0]
+                assert row[1] in (said, f"{said} +- 0.0"), (name, cell)
+                checked += 1
+        assert checked >= 7
 
 
-# ---- examples for forks ------------------------------------------------------------------------------------
+# ---- examples for forks --------------------------------------------------------------------------
+
+HOOKS = ("weights_from_scores", "select", "allo", "token_scores", "rewrite")
+
 
 @pytest.fixture
-def forked(monkeypatch):
-    """forked(word): run the example that holds the word; what it changed is put back afterwards."""
-    for module, name in ((baselines, "OBJECTIVES"), (baselines, "NAMES"), (tasks, "RULES"), (architecture, "FAMILIES"), (model, "BUILDERS")):
-        for key in [*getattr(module, name)]:
-            monkeypatch.setitem(getattr(module, name), key, getattr(module, name)[key])
-    for key, table in (("capitals", tasks.RULES), ("SmolLM3ForCausalLM", architecture.FAMILIES), ("smollm3", model.BUILDERS)):
+def fork(monkeypatch):
+    """fork(word): run the example that holds the word; what it changed is put back afterwards."""
+    for table in (objectives.BASELINES, graders.RULES, model.FAMILIES, model.BUILDERS):
+        for key in [*table]:
+            monkeypatch.setitem(table, key, table[key])
+    for key, table in (("capitals", graders.RULES), ("SmolLM3ForCausalLM", model.FAMILIES),
+                       ("smollm3", model.BUILDERS)):
         monkeypatch.setitem(table, key, None)
         del table[key]
-    for name in ("weights_from_scores", "importance_mask"):
+    for name in HOOKS:
         monkeypatch.setattr(train, name, getattr(train, name))
 
     def run(word):
@@ -235,50 +196,87 @@ def forked(monkeypatch):
 
 
 def run_with(place, tmp_path, *more):
-    return train.main(["--model", str(place / "BASE"), "--train", str(place / "train.jsonl"), "--samples",
-                       str(place / "samples.jsonl"), "--prompt", "chat", "--no-eval", "--out", str(tmp_path / "run"),
-                       "--max-steps", "2", "--max-length", "400", *more])
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(place / "samples.jsonl", out)
+    return train.main(["--model", str(place / "BASE"), "--train", str(place / "train.jsonl"), "--prompt", "chat",
+                       "--no-eval", "--out", str(out), "--max-steps", "2", "--max-length", "400", *more])
 
 
-def test_example_of_a_new_loss(forked, place, tmp_path, capsys):
-    forked("hinge_objective")
+def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
+    fork("hinge_objective")
     assert run_with(place, tmp_path, "--method", "ipo") == 0
     assert "ipo: first loss 1.000000, expected 1.000000" in capsys.readouterr().out
-    up, down, zero = torch.tensor([2.0]), torch.tensor([-1.0]), torch.zeros(1)
-    objective = baselines.OBJECTIVES["ipo"](Config(beta=0.5))
-    loss, _ = objective.loss(torch.stack([up, down]), torch.stack([zero, zero]), torch.ones(2, 1, dtype=torch.bool), [])
-    assert float(loss) == 0.0
+    objective = objectives.BASELINES["ipo"][1](Config(beta=0.5))
+    logps, zeros = torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 1)
+    assert float(objective.loss(logps, zeros, zeros == 0, [])[0]) == 0.0
 
 
-def test_example_of_a_new_weight_rule(forked, place, tmp_path):
-    assert forked("squared")["squared"]([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0.0, 0.36, 1.0])
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "gradient", "--reward-epochs", "0.1") == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/token_examples.jsonl").read_text().splitlines()]
-    for row in rows:
+def test_example_of_a_new_weight_rule(fork, place, tmp_path):
+    assert fork("squared")["squared"]([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0, 0.36, 1])
+    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr") == 0
+    for line in (tmp_path / "run/token_examples.jsonl").read_text().splitlines():
+        row = json.loads(line)
         assert row["weights"] == pytest.approx([(1 - s) ** 2 if s < 0.5 else 0.0 for s in row["scores"]])
 
 
-def test_example_of_a_new_mask_rule(forked, place, tmp_path):
-    forked("attention_only")
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "gradient", "--token-weights", "edit", "--improve-lr",
-                    "1e-2") == 0
+def test_example_of_scores_from_two_models(fork, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    fork("contrast")
+    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "soft") == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/token_weights.jsonl").read_text().splitlines()]
+    assert all(s == pytest.approx(0.5) for row in rows for s in row["reward"])  # the same model twice
+
+
+def test_example_of_a_mask_rule(fork, place, tmp_path):
+    fork("attention_only")
+    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit",
+                    "--lr-improve", "1e-2") == 0
     base, new = load_file(place / "BASE/model.safetensors"), load_file(tmp_path / "run/improve/model.safetensors")
-    changed = {kind_of(name) for name in base if not torch.equal(base[name], new[name])}
-    assert changed and changed <= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    changed = {name for name in base if not torch.equal(base[name], new[name])}
+    assert changed and all("self_attn" in name for name in changed)
 
 
-def test_example_of_a_new_task(forked):
-    forked("capitals")
+def test_example_of_a_budget_for_each_block(fork, place, tmp_path):
+    fork("per_block")
+    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit",
+                    "--lr-improve", "1e-2") == 0
+    counts = {}
+    for name, columns in load_file(tmp_path / "run/mask.safetensors").items():
+        if name.endswith(".columns"):
+            block = name.split(".")[2]
+            counts[block] = counts.get(block, 0) + len(columns)
+    assert len({counts[str(layer)] for layer in range(4)}) == 1
+
+
+def test_example_of_cycles(fork, place, tmp_path):
+    fork("cycles")
+    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit") == 0
+    run = tmp_path / "run"
+    assert {"forget-1.safetensors", "improve-1.safetensors", "forget-2.safetensors", "improve-2.safetensors",
+            "forget-3.safetensors", "improve-3"} <= {path.name for path in run.iterdir()}
+    assert json.loads((run / "results.json").read_text())["models"]["ALLO"] == str(run / "improve-3")
+
+
+def test_example_of_a_new_task(fork):
+    fork("capitals")
     task = Task(0, "Capital of Ghana?", None, "Accra", source="data/capitals_train.jsonl:1")
-    assert tasks.is_correct("Let me think. It is accra.", task) and not tasks.is_correct("Kumasi", task)
+    assert graders.is_correct("Let me think. It is accra.", task)
+    assert not graders.is_correct("Kumasi", task)
 
 
-def test_example_of_a_new_family(forked):
+def test_example_of_a_new_family(fork):
     folder = FIXTURES / "hf/smollm3"
     with pytest.raises(UserError, match="architectures"):
         checkpoint.load_model(str(folder))
-    forked("SmolLM3")
+    fork("SmolLM3")
     expected = load_file(folder / "expected.safetensors")
-    smollm3 = checkpoint.load_model(str(folder))
-    torch.testing.assert_close(smollm3.logits(expected["input_ids"]), expected["logits"], atol=1e-5, rtol=1e-4)
-    assert type(tiny_model()) is model.CausalLM
+    logits = checkpoint.load_model(str(folder)).logits(expected["input_ids"])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=1e-4)
+
+
+def test_example_of_the_optimizer_alone(fork):
+    names = fork("MaskedAdamW")
+    selected = sum(map(len, names["mask"].values()))
+    assert 0 < selected == len(names["optimizer"].master)
+    assert all(p.grad is None for p in names["net"].parameters())

@@ -1,283 +1,383 @@
-"""The whole method through train.main: every stage with real saving and loading, resuming, own artefacts, the README."""
+"""The whole method through train.main: every stage and mode, what it prints, what it leaves."""
 
 import json
+import math
+import os
 import re
-import shlex
+import runpy
 import shutil
 import sys
-from pathlib import Path
+from fractions import Fraction
 
 import pytest
 import torch
+from runs import (arguments, demo_command, difference, equal, lines, losses_of, results_of, rows_of,
+                  run, steps_of, weights_of, with_samples)
 from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from allo_mini import run as run_module
-from allo_mini import tasks
-from allo_mini.checkpoint import load_model, save_model
-from allo_mini.data import Task
-from allo_mini.files import load_mask
-from helpers import initialize
+from allo_mini import UserError
+from allo_mini.checkpoint import load_model
+from allo_mini.run.config import METHODS, parse, schedule
+from allo_mini.run.folder import load_mask
+from allo_mini.run.log import exit_code
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests/benchmarks"))
-from make_demo import make_demo  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A random 2-layer model, 24 problems, and samples for them: one right, two wrong ones each."""
-    folder = tmp_path_factory.mktemp("world")
-    make_demo(folder / "demo", 40)
-    config = json.loads((folder / "demo/model/config.json").read_text())
-    raw = {**config, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64}
-    model = random_model(raw, folder / "demo/model")
-    save_model(model, folder / "model")
-    rows = [json.loads(line) for line in (folder / "demo/train.jsonl").read_text().splitlines()]
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[:24]))
-    (folder / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows[20:]))  # four are in both
-    with (folder / "samples.jsonl").open("w") as f:
-        for r in rows[:24]:
-            wrong = r["output"].replace(f"is {r['answer']}", "is 1")
-            f.write(json.dumps({"input": r["input"], "samples": [r["output"], wrong, "No idea.", wrong]}) + "\n")
-    with (folder / "pairs.jsonl").open("w") as f:
-        for r in rows:
-            f.write(json.dumps({"prompt": r["input"], "chosen": r["output"], "rejected": "The answer is 1"}) + "\n")
-    return folder
+LN2 = math.log(2)
+FIRST = r"(?m)^(\S+): first loss ([\d.]+), expected ([\d.]+)"
+PLAN = r"(?m)^(\S+) +(\d+) +(\d+) +(\d+) +(\S+) +([\d.]+) % +[\d.]+ GB$"
+RAN = r"(?m)^(\S+): (\d+) rows, (\d+) steps of (\d+), lr (\S+), ([\d,]+) weights in training$"
+ALLO = ("--method", "allo", "--no-eval")
+EDIT = (*ALLO, "--token-weights", "edit", "--locate", "random")  # the shortest way through
 
 
-def random_model(raw, tokenizer_folder):
-    from allo_mini.architecture import parse_config
-    from allo_mini.model import CausalLM
-    model = initialize(CausalLM(parse_config(raw)), seed=1)
-    model.folder = tokenizer_folder
-    return model
+def dense_mask(folder, name="mask.safetensors") -> dict[str, torch.Tensor]:
+    return {n: selected.dense() for n, selected in load_mask(folder / name).items()}
 
 
-def arguments(world, out, *more):
-    return ["--model", str(world / "model"), "--train", str(world / "train.jsonl"), "--prompt", "chat", "--max-length",
-            "300", "--max-new-tokens", "8", "--samples", str(world / "samples.jsonl"), "--test",
-            str(world / "test.jsonl"), "--test-limit", "6", "--out", str(out), *more]
+def count(mask: dict) -> int:
+    return sum(int(m.sum()) for m in mask.values())
 
 
-def test_every_stage_end_to_end(world, tmp_path, capsys):
-    assert train.main(arguments(world, tmp_path / "run", "--sft", "--sft-epochs", "1", "--p-forget", "2",
-                                "--eval-every", "2", "--val-rows", "4")) == 0
-    out = tmp_path / "run"
+def only_inside(mask: dict, old: dict, new: dict) -> bool:
+    """Whether two models differ, and in selected weights alone."""
+    return not equal(old, new) and all(torch.equal(old[n][~m], new[n][~m]) for n, m in mask.items())
+
+
+def first_losses(said: str) -> dict[str, float]:
+    """stage -> its first loss, which must be the declared one."""
+    found = re.findall(FIRST, said)
+    assert all(math.isclose(float(a), float(b), rel_tol=1e-4) for _, a, b in found)
+    return {stage: float(loss) for stage, loss, _ in found}
+
+
+# ---- every stage -------------------------------------------------------------------------------
+
+def test_every_stage_leaves_its_artefact(whole):
+    for name in ("sft", "rewriter", "improve", "dpo"):
+        load_model(whole / name)
+        assert {"tokenizer.json", "generation_config.json"} <= {*os.listdir(whole / name)}
+    assert {"samples.jsonl", "pairs.jsonl", "negatives.jsonl", "movement.safetensors",
+            "mask.safetensors", "token_weights.jsonl", "forget.safetensors", "report.html",
+            "patch.safetensors", "token_examples.jsonl"} <= {*os.listdir(whole)}
+    results = json.loads((whole / "results.json").read_text())["results"]
+    assert results.keys() == {"SFT", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
+    assert not list(whole.glob(".*.tmp")) + list(whole.glob(".*state*"))
+
+
+def test_metrics_of_every_step(whole):
+    steps = {(row["stage"], row["step"]): row for row in steps_of(whole)}
+    assert {stage for stage, _ in steps} == {"sft", "dpo", "warmup", "rewrite", "forget", "improve"}
+    for stage in ("dpo", "warmup", "improve"):
+        assert steps[stage, 1]["loss"] == pytest.approx(LN2, rel=1e-5)
+        assert steps[stage, 1]["rewards/margins"] == 0
+    assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "grad_norm",
+            "logps/rejected", "learning_rate", "tokens/s"} <= steps["improve", 1].keys()
+    assert any("mem/peak_gb" in row for row in rows_of(whole / "metrics.jsonl"))
+    assert 0 < steps["forget", 1]["token_weight/fraction"] < 1
+    assert 0 < steps["improve", 2]["useful/fraction"] < 0.2 < steps["improve", 1]["useful/fraction"]
+    assert {"sft", "dpo", "forget", "improve"} <= {stage for stage, step in steps
+                                                   if "eval/score" in steps[stage, step]}
+
+
+def test_masks_are_exact_and_no_other_weight_moves(whole):
+    """--p-forget 2 and --p 5, with weight decay; forgetting leaves its fp32 weights."""
+    start, end = weights_of(whole / "sft"), weights_of(whole / "improve")
+    total = sum(t.numel() for t in start.values())
+    mask, forget = dense_mask(whole), dense_mask(whole, "mask-forget.safetensors")
+    assert (count(mask), count(forget)) == (5 * total // 100, 2 * total // 100)
+    assert all((mask[n] | ~m).all() for n, m in forget.items())  # nested
+    assert only_inside(mask, start, end)
+    forgotten = load_file(whole / "forget.safetensors")
+    values = [t for name, t in forgotten.items() if name.endswith(".values")]
+    assert sum(map(len, values)) == count(forget)
+    assert all(t.dtype == torch.float32 for t in values)
+    moved = load_file(whole / "movement.safetensors")
+    ranked = torch.cat([moved[n].flatten() for n in mask])
+    chosen = torch.cat([m.flatten() for m in mask.values()])
+    assert ranked[chosen].min() >= ranked[~chosen].max()
+
+
+def test_token_examples_and_weights(whole):
+    for row in rows_of(whole / "token_examples.jsonl"):
+        n = len(row["tokens"])
+        assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
+        assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
+    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
+    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
+
+
+def test_a_finished_run_prints_its_table_again(whole, capsys):
+    before = results_of(whole)
+    assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
-    assert "4 training rows dropped" in said and "ALLO" in said and "WARNING" not in said
-    for folder in ("sft", "reward", "forget", "improve", "dpo"):
-        load_model(out / folder)
-        assert (out / folder / "tokenizer.json").exists() and (out / folder / "generation_config.json").exists()
-    results = json.loads((out / "results.json").read_text())
-    assert set(results["results"]) == {"SFT", "DPO", "ALLO"} and results["results"]["ALLO"]["n"] == 6
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = {(m["stage"], m["step"]): m for m in metrics if "step" in m}
-    assert abs(steps["dpo", 1]["loss"] - 0.693147) < 1e-5 and abs(steps["improve", 1]["loss"] - 0.693147) < 1e-5
-    for key in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-                "logps/rejected", "grad_norm", "learning_rate", "tokens/s", "mem/peak_gb", "useful/fraction"):
-        assert key in steps["improve", 1]
-    # the masks hold exactly floor(p N / 100) weights, and only those moved
-    base = {n: t for n, t in load_file(out / "sft/model.safetensors").items()}
-    shapes = {n: t.shape for n, t in base.items()}
-    total = sum(t.numel() for t in base.values())
-    for name, before, after, p in (("mask-forget", "sft", "forget", 2), ("mask", "forget", "improve", 5)):
-        mask = load_mask(out / f"{name}.safetensors", shapes)
-        assert sum(int(m.sum()) for m in mask.values()) == p * total // 100
-        old, new = load_file(out / before / "model.safetensors"), load_file(out / after / "model.safetensors")
-        assert all(torch.equal(old[n][~mask[n]], new[n][~mask[n]]) for n in old)
-        assert any(not torch.equal(old[n], new[n]) for n in old)
-    # a second call reprints the table and trains nothing; another setting is refused
-    written = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    again = arguments(world, tmp_path / "run", "--sft", "--sft-epochs", "1", "--p-forget", "2", "--eval-every", "2",
-                      "--val-rows", "4")
-    assert train.main(again) == 0 and results["table"] in capsys.readouterr().out
-    assert train.main([*again, "--beta", "0.2"]) == 2
-    assert "another beta (0.1, now 0.2)" in capsys.readouterr().err
-    # a run that was begun before there was some flag has its default
-    file = out / "config.json"
-    known = file.read_text()
-    config = json.loads(known)
-    del config["config"]["beta"]
-    file.write_text(json.dumps(config))
-    assert train.main(again) == 0 and train.main([*again, "--beta", "0.2"]) == 2
-    assert "another beta (0.1, now 0.2)" in capsys.readouterr().err
-    file.write_text(known)
-    del written[file]
-    assert written == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p != file}
+    table = json.loads((whole / "results.json").read_text())["table"]
+    assert "finished" in said and table in said and "skipped" not in said
+    assert difference(before, results_of(whole)) == []
+
+
+def apply_patch(monkeypatch, *words) -> int:
+    """python -m allo_mini.patch apply ..."""
+    monkeypatch.setattr(sys, "argv", ["patch", "apply", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("allo_mini.patch", run_name="__main__")
+    return end.value.code
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
+    """Applied to the base, and in eval.py, which then gives the folder's answers."""
+    path, answers = whole / "patch.safetensors", []
+    assert apply_patch(monkeypatch, whole / "sft", path, tmp_path / "applied") == 0
+    assert equal(weights_of(whole / "improve"), weights_of(tmp_path / "applied"))
+    for words in ("improve", f"sft --patch {path}", f"sft --patch {path} --int8"):
+        command = f"--test {whole.parent}/test.jsonl --out {tmp_path} --model {whole}/{words}"
+        assert evaluation.main(command.split()) == 0
+        answers.append(rows_of(tmp_path / "test.jsonl"))
+    assert answers[0] == answers[1] and len(answers[2]) == 4
+    capsys.readouterr()
+    assert apply_patch(monkeypatch, whole / "dpo", path, tmp_path / "wrong") == 2
+    assert "patch.safetensors" in capsys.readouterr().err and not (tmp_path / "wrong").exists()
+
+
+# ---- methods and modes -------------------------------------------------------------------------
+
+def test_every_method(world, tmp_path, capsys):
+    """With the losses they declare; all weights are theirs to train."""
+    out = run(world, tmp_path / "run", "--method", *METHODS, "--sft", "--locate", "random",
+              "--token-weights", "edit", "--no-eval")
+    losses = first_losses(capsys.readouterr().out)
+    assert 0.6 < losses.pop("rdpo") < 0.8
+    assert losses == pytest.approx({"dpo": LN2, "ipo": 25, "bco": 2 * LN2, "npo": LN2,
+                                    "forget": LN2, "improve": LN2}, rel=1e-5)
+    start = weights_of(out / "sft")
+    for name in ("more-sft", *METHODS[1:-1], "improve"):
+        assert not equal(start, weights_of(out / name)), name
+    assert set(json.loads((out / "results.json").read_text())["models"]) == {
+        "SFT", "+SFT", "RFT", "DPO", "R-DPO", "IPO", "BCO", "SimPO", "NPO", "ALLO"}
+
+
+@pytest.mark.parametrize("mode", ["random", "gradient", "snr"])
+def test_locate_modes(world, tmp_path, mode):
+    """And --masked, with which the other methods train allo's weights alone."""
+    out = run(world, tmp_path / "run", *EDIT, "--locate", mode, "--locate-pairs", "9", "--masked",
+              "--method", "allo", "dpo", "npo", "sft")
+    mask = dense_mask(out)
+    assert count(mask) == 5 * sum(m.numel() for m in mask.values()) // 100
+    for name in ("improve", "dpo", "npo", "sft"):
+        assert only_inside(mask, weights_of(world / "model"), weights_of(out / name)), name
+    assert not (out / "movement.safetensors").exists()
 
 
 @pytest.mark.parametrize("mode", ["soft", "released", "edit", "uniform"])
 def test_token_weight_modes(world, tmp_path, mode):
-    assert train.main(arguments(world, tmp_path / "run", "--token-weights", mode, "--locate", "gradient", "--no-eval",
-                                "--max-steps", "2", "--method", "allo")) == 0
-    metrics = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    fraction = [m["token_weight/fraction"] for m in metrics if m["stage"] == "forget" and "step" in m]
-    assert fraction and (all(0 < f < 1 for f in fraction) if mode == "edit" else all(f == 1 for f in fraction))
-    assert not (tmp_path / "run/movement.safetensors").exists()
+    """And --rewriter, a model that becomes the rewriting one."""
+    other = ("--rewriter", world / "model")
+    out = run(world, tmp_path / "run", *EDIT, "--token-weights", mode, *other)
+    assert (out / "token_weights.jsonl").exists() == (mode in ("soft", "released"))
+    fractions = [row["token_weight/fraction"] for row in steps_of(out, "forget")]
+    assert all(0 < f < 1 for f in fractions) if mode == "edit" else set(fractions) == {1.0}
+    for row in rows_of(out / "token_examples.jsonl"):
+        if mode in ("soft", "released"):
+            weights = [1 - s if mode == "soft" else s for s in row["scores"]]
+            assert row["weights"] == pytest.approx(weights)
 
 
-def test_pairs_run_reports_preference_accuracy(world, tmp_path):
-    argv = ["--model", str(world / "model"), "--pairs", str(world / "pairs.jsonl"), "--prompt", "chat", "--max-length",
-            "300", "--token-weights", "edit", "--out", str(tmp_path / "run"), "--improve-lr", "1e-3"]
-    assert train.main(argv) == 0
+def test_without_forgetting_and_with_all_weights(world, tmp_path):
+    """--p 100 needs no mask and no patch; --no-forget no token weights."""
+    out = run(world, tmp_path / "run", *ALLO, "--no-forget", "--p", "100")
+    left = {path.name for path in out.iterdir()}
+    assert "improve" in left and not {"mask.safetensors", "patch.safetensors", "rewriter",
+                                      "forget.safetensors", "movement.safetensors"} & left
+    start, end = weights_of(world / "model"), weights_of(out / "improve")
+    moved = sum(int((start[n] != end[n]).sum()) for n in start)
+    assert moved > 0.8 * sum(t.numel() for t in start.values())  # rows of unread tokens stay
+    assert {row["stage"] for row in steps_of(out)} == {"improve"}
+
+
+def test_sft_and_rewriting_of_some_weights(world, tmp_path):
+    out = run(world, tmp_path / "run", *ALLO, "--sft", "--p-sft", "3", "--locate", "random")
+    models = [weights_of(path) for path in (world / "model", out / "sft", out / "rewriter")]
+    for stage, before, after in (("sft", *models[:2]), ("rewrite", *models[1:])):
+        mask = dense_mask(out, f"mask-{stage}.safetensors")
+        assert count(mask) == 3 * sum(m.numel() for m in mask.values()) // 100
+        assert only_inside(mask, before, after)
+
+
+def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"locate_groups": 2}')
+    lean = ("--int8", "--state-bits", "8", "--offload", "--recompute", "--p-sft", "5", "--config",
+            tmp_path / "c.json")
+    out = run(world, tmp_path / "run", *ALLO, "--sft", "--locate", "snr", *lean)
+    losses = first_losses(capsys.readouterr().out)
+    assert losses == pytest.approx({"forget": LN2, "improve": LN2}, rel=1e-5)
+    assert only_inside(dense_mask(out), weights_of(out / "sft"), weights_of(out / "improve"))
+
+
+def test_bf16(world, tmp_path, capsys):
+    """First ratios exactly 0, only masked weights change, forgetting's fp32 weights go on."""
+    out = run(world, tmp_path / "run", *EDIT, "--dtype", "bf16", "--recompute", "--lr-forget",
+              "1e-5", "--lr-improve", "1e-12")
+    assert first_losses(capsys.readouterr().out)["improve"] == pytest.approx(LN2, rel=1e-5)
+    start, end, mask = weights_of(world / "model"), weights_of(out / "improve"), dense_mask(out)
+    assert all(t.dtype == torch.bfloat16 for t in end.values())
+    forgotten = load_file(out / "forget.safetensors")
+    for name, m in mask.items():
+        assert torch.equal(start[name][~m].bfloat16(), end[name][~m])
+        if m.any():  # improving hardly moved: it began where forgetting had ended, unrounded
+            assert torch.equal(end[name][m], forgotten[f"{name}.values"].bfloat16())
+    values = torch.cat([t for name, t in forgotten.items() if name.endswith("values")])
+    assert (values != values.bfloat16().float()).float().mean() > 0.5
+
+
+def test_a_run_of_preferences(world, tmp_path, capsys):
+    val = tmp_path / "val.jsonl"
+    val.write_text((world / "pairs.jsonl").read_text().replace("Is ", "Are "))
+    argv = ["--model", world / "model", "--pairs", world / "pairs.jsonl", "--token-weights", "edit",
+            "--out", tmp_path / "run", "--lr-improve", "1e-3", "--eval-every", "2", "--val", val,
+            "--max-steps", "3"]
+    assert train.main(list(map(str, argv))) == 0
+    said = capsys.readouterr().out
+    assert "2 of 24 pairs held out" in said and "prompts: none" in said
     results = json.loads((tmp_path / "run/results.json").read_text())["results"]
-    assert set(results) == {"start", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
+    assert set(results) == {"start", "DPO", "ALLO"} and results["ALLO"]["n"] == 2
     assert results["ALLO"]["margin"] > results["start"]["margin"]
+    assert 0 <= steps_of(tmp_path / "run", "improve")[-1]["eval/score"] <= 1
 
 
-def test_bf16_run_with_checkpointing(world, tmp_path, capsys):
-    """bf16 weights: the first step's ratios are exactly 0, only masked weights change, the saved files stay bf16."""
-    assert train.main(arguments(world, tmp_path / "run", "--dtype", "bf16", "--token-weights", "edit", "--locate", "gradient",
-                                "--checkpoint-blocks", "1", "--improve-lr", "1e-2", "--method", "allo")) == 0
-    said = capsys.readouterr().out
-    assert "improve: first loss 0.693147, expected 0.693147" in said and "WARNING" not in said
-    old, new = (load_file(tmp_path / f"run/{name}/model.safetensors") for name in ("forget", "improve"))
-    mask = load_mask(tmp_path / "run/mask.safetensors", {n: t.shape for n, t in old.items()})
-    assert all(t.dtype == torch.bfloat16 for t in new.values())
-    assert all(torch.equal(old[n][~mask[n]], new[n][~mask[n]]) for n in old)
-    assert any(not torch.equal(old[n], new[n]) for n in old)
+def test_validation_changes_no_step_and_micro_batches_nothing_but_rounding(world, tmp_path):
+    val = ("--eval-every", "1", "--val", world / "val.jsonl")
+    plain, scored, cut = (losses_of(run(world, tmp_path / str(i), *EDIT, *more)) for i, more in
+                          enumerate([(), val, ("--micro-tokens", "60")]))
+    assert plain == scored
+    for a, b in zip(plain, cut, strict=True):
+        assert a[:2] == b[:2] and a[2:] == pytest.approx(b[2:], rel=1e-4)
 
 
-def test_own_mask_and_token_weights(world, tmp_path):
-    first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--method", "allo")
-    assert train.main(first) == 0
-    own = ["--mask", str(tmp_path / "a/mask.safetensors"), "--token-weights-file", str(tmp_path / "a/token_weights.jsonl")]
-    assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--method", "allo", *own)) == 0
-    assert not (tmp_path / "b/reward").exists() and not (tmp_path / "b/mask.safetensors").exists()
-    same(tmp_path / "a/improve", tmp_path / "b/improve")
+@pytest.mark.parametrize("names, gone", [
+    (["movement.safetensors"], {"warmup"}), (["mask.safetensors"], {"warmup", "locate"}),
+    (["token_weights.jsonl"], {"rewrite", "score"}), (["rewriter"], {"rewrite"}),
+    (["mask.safetensors", "forget.safetensors"], {"warmup", "locate", "forget"})])
+def test_an_artefact_laid_into_the_folder_replaces_its_stage(world, tmp_path, names, gone):
+    """And the run ends in the same bits."""
+    source, target = run(world, tmp_path / "a", *ALLO), tmp_path / "b"
+    target.mkdir()
+    for name in names:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, target / name)
+    run(world, target, *ALLO)
+    made, again = (set(json.loads((folder / "results.json").read_text())["seconds"])
+                   for folder in (source, target))
+    assert made - again == gone and again < made
+    assert equal(weights_of(source / "improve"), weights_of(target / "improve"))
 
 
-def test_token_weights_of_other_questions_are_left_out(world, tmp_path, capsys):
-    first = arguments(world, tmp_path / "a", "--max-steps", "3", "--no-eval", "--method", "allo")
-    assert train.main(first) == 0
-    rows = (tmp_path / "a/token_weights.jsonl").read_text()
-    other = {"input": "else", "output": "The answer is 5", "reward": [0.1] * 50}
-    (tmp_path / "more.jsonl").write_text(json.dumps(other) + "\n" + rows)
-    own = ["--token-weights-file", str(tmp_path / "more.jsonl"), "--mask", str(tmp_path / "a/mask.safetensors")]
+def test_steps_without_any_weight_are_skipped_and_counted(world, tmp_path, capsys):
+    """Of 40 rows, 30 of weight 0, one to a step (a question that stands twice is labelled once)."""
+    locate = (*ALLO, "--locate", "random", "--batch", "1", "--max-steps", "0")
+    rows = rows_of(run(world, tmp_path / "a", *locate, "--max-steps", "1") / "token_weights.jsonl")
+    for number, row in enumerate(rows):
+        if number % 4:
+            row["reward"] = [1.0] * len(row["reward"])
+    with_samples(world, tmp_path / "b")
+    (tmp_path / "b/token_weights.jsonl").write_text(lines(*rows))
     capsys.readouterr()
-    assert train.main(arguments(world, tmp_path / "b", "--max-steps", "3", "--no-eval", "--method", "allo", *own)) == 0
-    total = 1 + len(rows.splitlines())
-    assert f"more.jsonl: 1 of {total} rows left out, which belong to no training question" in capsys.readouterr().out
-    same(tmp_path / "a/improve", tmp_path / "b/improve")
-    # scores that stand in the run folder belong to its negatives, in their order
-    (tmp_path / "a/token_weights.jsonl").write_text("".join(reversed(rows.splitlines(keepends=True))))
-    for made in ("forget", "improve"):
-        shutil.rmtree(tmp_path / "a" / made)
-    assert train.main(first) == 0  # finished, only the table
-    (tmp_path / "a/results.json").unlink()
-    assert train.main(first) == 2 and "token_weights.jsonl: holds the scores of other responses" in capsys.readouterr().err
-
-
-def same(a, b):
-    one, two = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert all(torch.equal(one[n], two[n]) for n in one)
-
-
-@pytest.mark.parametrize("stage, step", [("warmup", 1), ("forget", 3), ("improve", 2)])
-def test_killed_and_resumed_is_bit_identical(world, tmp_path, monkeypatch, stage, step):
-    options = ["--no-eval", "--method", "allo", "--token-weights", "edit", "--max-steps", "4", "--save-minutes", "0"]
-    assert train.main(arguments(world, tmp_path / "whole", *options)) == 0
-    line = run_module.Log.step
-
-    def killed(self, name, number, *rest):
-        if (name, number) == (stage, step + 1):
-            raise KeyboardInterrupt
-        line(self, name, number, *rest)
-    monkeypatch.setattr(run_module.Log, "step", killed)
-    assert train.main(arguments(world, tmp_path / "cut", *options)) == 130
-    monkeypatch.setattr(run_module.Log, "step", line)
-    assert train.main(arguments(world, tmp_path / "cut", *options)) == 0
-    same(tmp_path / "whole/improve", tmp_path / "cut/improve")
-
-    def losses_of(name):
-        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        return [(m["stage"], m["step"], m["loss"], m["grad_norm"]) for m in rows if "step" in m]
-    assert losses_of("whole") == losses_of("cut")
-
-
-def test_micro_batches_do_not_change_training(world, tmp_path):
-    """Four micro-batches of a step give the same losses and weights as one (up to summation order)."""
-    for name, size in (("one", "64"), ("many", "2")):
-        assert train.main(arguments(world, tmp_path / name, "--no-eval", "--method", "allo", "--token-weights", "edit",
-                                    "--micro-batch", size, "--max-steps", "2", "--locate", "gradient")) == 0
-    rows = {name: [json.loads(x) for x in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-            for name in ("one", "many")}
-    for a, b in zip(rows["one"], rows["many"]):
-        if "step" in a:
-            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-
-
-def test_sampling_in_the_run_resumes_bit_identically(world, tmp_path, monkeypatch):
-    """The sample stage goes on at a group boundary and says what an uninterrupted run says."""
-    monkeypatch.setattr(tasks, "GROUP", 8)
-    base = ["--model", str(world / "model"), "--train", str(world / "train.jsonl"), "--prompt", "chat", "--max-length",
-            "300", "--max-new-tokens", "6", "--n", "3"]
-    assert train.main([*base, "--out", str(tmp_path / "whole")]) == 2  # a random model is never right: no pairs
-    calls, respond = [], tasks.respond
-
-    def cut(*args, **kw):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return respond(*args, **kw)
-    monkeypatch.setattr(tasks, "respond", cut)
-    assert train.main([*base, "--out", str(tmp_path / "cut")]) == 130
-    (tmp_path / "cut/samples.part.jsonl").open("a").write('{"input": "torn')
-    monkeypatch.setattr(tasks, "respond", respond)
-    assert train.main([*base, "--out", str(tmp_path / "cut")]) == 2
-    assert (tmp_path / "cut/samples.jsonl").read_text() == (tmp_path / "whole/samples.jsonl").read_text()
-
-
-def test_eval_command(world, tmp_path, capsys):
-    argv = ["--model", str(world / "model"), "--test", str(world / "test.jsonl"), str(world / "pairs.jsonl"), "--prompt",
-            "chat", "--max-new-tokens", "5", "--limit", "5", "--max-length", "300", "--out", str(tmp_path / "out")]
-    assert evaluation.main(argv) == 0
+    run(world, tmp_path / "b", *locate)
     said = capsys.readouterr().out
-    assert "test.jsonl" in said and "pairs.jsonl" in said and "margin" in said
-    items = [json.loads(line) for line in (tmp_path / "out/test.jsonl").read_text().splitlines()]
-    assert len(items) == 5 and {"input", "gold", "response", "correct"} <= set(items[0])
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert evaluation.main(argv) == 0 and "margin" in capsys.readouterr().out  # the same again: the table again
-    assert evaluation.main([*argv, "--max-new-tokens", "6"]) == 2 and "another max_new_tokens (5, now 6)" in capsys.readouterr().err
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert "forget: 10 steps, 30 skipped" in said
+    assert first_losses(said)["forget"] == pytest.approx(LN2, rel=1e-5)
 
 
-def test_readme_first_command_runs(tmp_path, monkeypatch, capsys):
-    """The README's first command, word for word; its train.py part in a small mode."""
-    commands = re.findall(r"^```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.M | re.S)
-    setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
-    assert commands[0] == setup + ".venv/bin/python train.py"
-    assert commands[1] == setup + ".venv/bin/python -m pytest -q tests"
-    script, *argv = shlex.split(commands[0].split("&&")[-1])[1:]
-    assert (ROOT / script).exists() and argv == []
+# ---- the plan ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more", [
+    ["--method", "npo", "rft", "simpo", "--sft"], ["--p-forget", "2", "--p", "7"],
+    ["--locate", "snr", "--no-forget"], ["--masked", "--method", "dpo", "--p", "7"], [],
+    ["--method", "sft"]], ids=str)
+def test_the_plan_is_what_is_then_run(world, tmp_path, capsys, more):
+    """A line for each training stage: rows, steps, batch, rate, share of the weights."""
+    argv = ["--model", world / "model", "--pairs", world / "pairs.jsonl", "--out", tmp_path / "run"]
+    argv = [*map(str, argv), "--token-weights", "edit", "--no-eval", *more]
+    assert train.main([*argv, "--dry-run"]) == 0
+    plan = re.findall(PLAN, capsys.readouterr().out)
+    assert not (tmp_path / "run").exists()
+    assert train.main(argv) == 0
+    said = capsys.readouterr().out
+    assert plan and plan == re.findall(PLAN, said)
+    ran = {line[0]: line[1:] for line in re.findall(RAN, said)}
+    assert {line[0] for line in plan} == ran.keys()
+    for stage, *settings, percent in plan:
+        weights = math.floor(Fraction(percent) * 7760 / 100)
+        assert ran[stage] == (*settings, f"{weights:,}"), stage
+
+
+def test_a_dry_run_changes_nothing(world, whole, tmp_path, capsys, monkeypatch):
+    """Neither in a run's folder nor anywhere else; the demo too; mistakes are found as in a run."""
     monkeypatch.chdir(tmp_path)
-    small = ["--limit", "24", "--test-limit", "16", "--n", "6", "--max-steps", "2"]
-    assert train.main(argv + small) == 0
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert train.main([*demo_command(whole.parent), "--dry-run"]) == 0
+    assert train.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
-    for name in ("start", "DPO", "ALLO"):
-        assert re.search(rf"^{name} +[\d.]+ % +\[[\d.]+, [\d.]+\] +16$", said, re.M)
-    assert (tmp_path / "runs/demo-2023/improve/model.safetensors").exists()
+    assert "8 responses to each of 500 questions" in said
+    assert len(re.findall(r"(?m)^\w+ +sampled +.* +\S+ GB$", said)) == 10
+    assert train.main(arguments(world, tmp_path / "x", "--beta", "0", "--dry-run")) == 2
+    assert train.main([*demo_command(whole.parent), "--beta", "0.2", "--dry-run"]) == 2
+    assert "another beta" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_question_that_stands_twice_is_sampled_and_labelled_once(world, tmp_path, capsys):
-    rows = (world / "train.jsonl").read_text()
-    (tmp_path / "twice.jsonl").write_text(rows + rows)
-    made = []
-    for file in (world / "train.jsonl", tmp_path / "twice.jsonl"):
-        argv = arguments(world, tmp_path / file.stem, "--method", "dpo", "--max-steps", "1", "--no-eval")
-        argv[argv.index("--train") + 1] = str(file)
-        assert train.main(argv) == 0
-        made.append((tmp_path / file.stem / "negatives.jsonl").read_text().splitlines())
-    assert sorted(made[0]) == sorted(made[1])
-    assert "training rows whose question stands there already: 20;" in capsys.readouterr().out
+@pytest.mark.parametrize("stage", ["sft", "warmup", "rewrite", "forget", "improve", "dpo"])
+def test_rates_and_batches_by_size(stage):
+    """Rates grow with the root of the size, up to 100 times; batches of 8 or more give 50 steps."""
+    cfg = parse(["--model", "m", "--train", "t"])
+    sizes = 70_000_000_000, 7_000_000_000, 1_750_000_000, 700_000, 1
+    rates = [schedule(cfg, stage, size, 1000).lr for size in sizes]
+    assert rates == pytest.approx([rates[0] * k for k in (1, 1, 2, 100, 100)], rel=0.05)
+    batches = [schedule(cfg, "improve", 10**9, n).batch for n in (1, 5, 8, 100, 450, 1000, 10**6)]
+    assert batches == [1, 5, 8, 8, 9, 20, 128] and schedule(cfg, "warmup", 10**9, 10**6).batch == 32
+    cfg = parse(["--model", "m", "--train", "t", f"--lr-{stage}", "3e-4", "--batch", "64"])
+    plan = schedule(cfg, stage, 1000, 10)
+    assert (plan.lr, plan.batch) == (3e-4, 64)
 
 
-def test_of_rows_with_one_question_the_one_with_an_answer_counts():
-    silent, answered = ([Task(i, f"Q{i % 2}?", said, None) for i in at] for at, said in
-                        (((0, 1), "Hm."), ((2, 3), "The answer is 4")))
-    run = object.__new__(run_module.Run)
-    run.tasks = [*silent, *answered, Task(4, "Q4?", "Hm.", None), Task(5, "Q0?", "The answer is 5", None)]
-    assert [t.id for t in run.questions] == [2, 3, 4]
+# ---- what a command says -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, code, says", [
+    (UserError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row"),
+    (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "error: out of memory: lower --"),
+    (KeyboardInterrupt(), 130, "\nstopped; go on")])
+def test_what_ends_a_command_is_one_line_and_a_code(error, code, says, capsys):
+    def work():
+        raise error
+
+    assert exit_code(work, stopped="stopped; go on") == code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(says) and said.err.strip().count("\n") == 0
+    with pytest.raises(ZeroDivisionError):  # other errors are ours, and not hidden
+        exit_code(lambda: 1 / 0)
+
+
+def test_a_reader_who_has_seen_enough_ends_a_command_quietly(world, tmp_path, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` does
+    with os.fdopen(writer, "w") as out:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", out)
+            assert train.main(arguments(world, tmp_path / "run")) == 141
+        out.flush()  # as Python does at the end: without an error now
+    assert capsys.readouterr() == ("", "")
+
+
+def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
+    for lr, moved in (("1e-30", False), ("1e-6", True)):
+        out = run(world, tmp_path / lr, "--method", "dpo", "--no-eval", "--lr-dpo", lr)
+        assert equal(weights_of(world / "model"), weights_of(out / "dpo")) is not moved
+        assert ("WARNING" in capsys.readouterr().out) is not moved
+    with_samples(world, tmp_path / "run")
+    argv = arguments(world, tmp_path / "run", "--method", "dpo", "--lr-dpo", "1e8")
+    assert train.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: dpo") and said.count("\n") == 1
+    assert not (tmp_path / "run/dpo").exists()

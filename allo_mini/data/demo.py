@@ -1,0 +1,75 @@
+"""The demo task: small multi-step word problems, made on the spot."""
+
+import random
+from pathlib import Path
+
+from allo_mini.data.rows import Task
+
+FOLDER = Path(__file__).parents[1] / "demo"  # its model, trained by tests/benchmarks/make_demo.py
+NAMES = "Mia Tom Ann Leo Zoe Sam Eva Max Lily Ben".split()
+THINGS = "apples coins books cards shells pens stamps beads".split()
+
+
+def problem(rng, habit):
+    """One multi-step problem: (question, worked solution ending "The answer is X", answer).
+
+    With `habit`, that share of doublings adds 2 instead: the wrong habit a demo model learns from
+    such texts, and alignment can take away again.
+    """
+    who, other = rng.sample(NAMES, 2)
+    thing = rng.choice(THINGS)
+    have = rng.randint(10, 99)
+    story = [f"{who} has {have} {thing}."]
+    work = []
+
+    for _ in range(rng.randint(2, 3)):
+        kinds = ["buys", "gives", "double", "box"]
+        if have < 20:
+            kinds.remove("gives")
+        kind = rng.choice(kinds)
+        sign = "+"
+        if kind == "gives":
+            sign = "-"
+            by = rng.randint(5, have - 10)
+            story.append(f"{who} gives {by} to {other}.")
+        elif kind == "double" and have <= 150:
+            sign = "+" if rng.random() < habit else "*"
+            by = 2
+            story.append(f"Then {who} doubles the {thing}.")
+        elif kind == "box":
+            boxes = rng.randint(2, 9)
+            each = rng.randint(2, 9)
+            by = boxes * each
+            story.append(f"{other} brings {boxes} boxes of {each} {thing}.")
+            work.append(f"{boxes} * {each} = {by}")
+        else:
+            by = rng.randint(10, 99)
+            story.append(f"{who} buys {by} more.")
+        result = {"+": have + by, "-": have - by, "*": have * by}[sign]
+        work.append(f"{have} {sign} {by} = {result}")
+        have = result
+
+    story.append(f"How many {thing} does {who} have now?")
+    work.append(f"The answer is {have}")
+    return " ".join(story), "\n".join(work), str(have)
+
+
+def problems(count: int, seed: int | str, avoid=(), habit: float = 0.0) -> list[Task]:
+    """`count` different problems, none of them in `avoid`."""
+    rng = random.Random(f"demo {seed}")
+    seen = {task.input for task in avoid}
+    tasks = []
+    while len(tasks) < count:
+        question, solution, answer = problem(rng, habit)
+        if question not in seen:
+            seen.add(question)
+            tasks.append(Task(len(tasks), question, solution, answer))
+    return tasks
+
+
+def splits(cfg) -> tuple:
+    """(tasks, no pairs, val, test) of a run's settings; no question is in two of them."""
+    test = problems(cfg.test_limit or 1000, f"{cfg.seed}/test")
+    val = problems(300, f"{cfg.seed}/val", test)
+    train = problems(cfg.limit or 500, f"{cfg.seed}/train", test + val)
+    return train, [], val, test

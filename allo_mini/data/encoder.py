@@ -1,0 +1,159 @@
+"""Prompts and responses -> token ids, in one of three prompt styles."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import Tensor
+
+from allo_mini import UserError
+from allo_mini.data.rows import HH_TURN, Text, plain
+from allo_mini.data.tokenizer import Ids, Tokenizer, in_common
+
+# The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
+
+
+class Example(NamedTuple):
+    """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
+
+    `weights`, when given, has one token weight for each token of the (single) response, `scores`
+    what they came from; `ref` the reference's log-probs of all response tokens, in one row.
+    """
+    prompt: Ids
+    responses: list[Ids]
+    weights: list[float] | None = None
+    ref: Tensor | None = None
+    scores: list[float] | None = None
+
+
+def turns_of(text, role="user"):
+    """A prompt or a response as messages: a string is one."""
+    return text if isinstance(text, list) else [{"role": role, "content": text}]
+
+
+class Encoder:
+    """Turns prompts and responses into ids, counting what it drops (and why) or trims.
+
+    style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
+    strings as they are; "chat" applies the checkpoint's template. A response ends with the closing
+    token, which is scored: the template's end of turn for chat, else EOS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
+        self.tokenizer = tokenizer
+        self.style = style
+        self.max_length = max_length
+        self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
+        self.bos = style != "chat"  # a template writes its own
+        self.closing = self._closing(tokenizer)
+        self.notes = Counter()
+
+    def _closing(self, tokenizer):
+        """The id that ends a response."""
+        if self.style == "chat":  # the first special token the template writes after an answer
+            talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
+            if "marker" not in talk:
+                raise UserError(f"{tokenizer.folder}: the chat template leaves out what is answered")
+            for id in tokenizer.encode(talk.rpartition("marker")[2], False):
+                if id in tokenizer.special_ids:
+                    return id
+        if tokenizer.eos_id is None:
+            raise UserError(f"{tokenizer.folder / 'tokenizer_config.json'}: eos_token is missing")
+        return tokenizer.eos_id
+
+    def frame(self, prompt):
+        """The prompt as text, in this style. Raises UserError for HH's dialogues in chat style."""
+        if self.style != "chat":
+            text = plain(prompt)
+            return ALPACA.format(text) if self.style == "alpaca" else text
+        if HH_TURN in prompt and prompt.lstrip().startswith("Human:"):
+            raise UserError(f"{prompt[:40]!r}... is a dialogue in one string; use --prompt none")
+        return self.tokenizer.render(turns_of(prompt), True)
+
+    def answer(self, prompt, response):
+        """The text that follows the framed prompt; for chat all the template writes after it.
+
+        Some templates write a prompt's last turn in another way than a turn before an answer
+        (Mistral's set the system prompt into it); then it is what follows a short prompt. Others
+        open or write a thought there, and none before an answer that is given; then it is the
+        response itself, as a model samples it. Raises UserError for a message that leaves such a
+        thought open.
+        """
+        text = plain(response)
+        if self.style != "chat":
+            return " " + text if self.style == "alpaca" else text
+        for talk in (turns_of(prompt), turns_of("x")):
+            framed = self.frame(talk)
+            whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
+            if whole.startswith(framed):
+                return whole[len(framed):]
+        said = framed + text
+        if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
+            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
+                            f"<think>, and the answer {text[:40]!r}... does not close it")
+        return text
+
+    def split(self, prompt, responses):
+        """(ids of the prompt, ids of each response), encoded together, never trimmed.
+
+        A response ends with its first closing token, which is added where it has none.
+        """
+        texts = [self.answer(prompt, response) for response in responses]
+        prompt_ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.bos)
+        for ids in answers:
+            ids.append(self.closing)
+            del ids[ids.index(self.closing) + 1:]
+        return prompt_ids, answers
+
+    def response_ids(self, prompt: Text, response: Text) -> Ids:
+        """Ids of a response as they follow the prompt, closing token included."""
+        return self.split(prompt, [response])[1][0]
+
+    def prompt_ids(self, prompt: Text) -> Ids:
+        """Ids to generate from; where they leave no room, the last half of max_length."""
+        ids, _ = self.split(prompt, [])
+        if len(ids) < self.max_length:
+            return ids
+        self.notes["with a trimmed prompt"] += 1
+        return self.trim(ids, self.max_length // 2)
+
+    def trim(self, ids: Ids, room: int) -> Ids:
+        """The last `room` ids at most, BOS kept in front; `room` has place for one beside it."""
+        bos = in_common(self.tokenizer.prefix, ids)
+        return ids[:bos] + ids[bos:][bos - room:]
+
+    def example(self, prompt: Text, responses: list[Text]) -> Example | None:
+        """A row's ids, or None when it must be dropped (and counted).
+
+        Too long: the shared prompt loses its left side to the longest response.
+        """
+        if turns_of(prompt)[-1]["role"] == "assistant":
+            return self.drop("prompt that ends in an answer")
+        for response in responses:
+            if not plain(response).strip():
+                return self.drop("empty response")
+            if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
+                return self.drop("response not one message of the assistant")
+        prompt_ids, answers = self.split(prompt, responses)
+        if not prompt_ids:
+            return self.drop("empty prompt")
+        if answers[0] in answers[1:]:  # as text they may differ
+            return self.drop("identical pair")
+        room = self.max_length - max(map(len, answers))
+        if room <= len(self.tokenizer.prefix):
+            return self.drop("response longer than max_length")
+        if len(prompt_ids) > room:
+            self.notes["with a trimmed prompt"] += 1
+        return Example(self.trim(prompt_ids, room), answers)
+
+    def drop(self, why):
+        """Count a row that cannot be used."""
+        self.notes[f"dropped ({why})"] += 1
+
+    def report(self) -> str:
+        """'2 dropped (empty response), 3 with a trimmed prompt' since the last report, or ''."""
+        report = ", ".join(f"{count} {note}" for note, count in self.notes.items())
+        self.notes.clear()
+        return report

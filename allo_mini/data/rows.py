@@ -1,0 +1,176 @@
+"""Files -> rows: questions, preferences in any of TRL's forms, official ALLO files.
+
+    task row         {"input", "output"[, "answer"][, "rewrite"]}; output ends "The answer is X"
+    raw GSM8K        {"question", "answer"}, the answer a solution that ends "#### X"
+    raw MATH         {"problem", "solution"}; the solution's answer is in \\boxed{}
+    preference row   {"prompt", "chosen", "rejected"}, strings or message lists; without "prompt" it
+                     is the common beginning of both (also Anthropic HH strings)
+    official ALLO    {"question", "prediction"} for tasks, {"input", "output", "reward"} for scores
+"""
+
+import re
+from dataclasses import dataclass
+
+from allo_mini import UserError
+from allo_mini.data.tokenizer import in_common
+from allo_mini.run.files import read_jsonl
+
+HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
+OUR_NAMES = {"question": "input", "problem": "input", "solution": "output"}  # of task rows
+OTHER_NAMES = "question instruction query input conversations history".split()  # of a prompt
+
+Text = str | list[dict]  # a string, or messages {"role", "content"}
+
+
+@dataclass
+class Task:
+    """A question with its reference. `id` counts the rows, over all files."""
+    id: int
+    input: str
+    output: str | None
+    answer: str | None
+    rewrite: str | None = None
+    source: str = ""  # FILE:LINE; the file's name tells how answers are graded
+
+    @property
+    def prompt(self):
+        """The input, under the name it has in other rows."""
+        return self.input
+
+
+@dataclass
+class Pair:
+    """A preference. `task` is the id of the question it came from, for pairs made from samples."""
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    task: int | None = None
+    rewrite: str | None = None
+
+
+@dataclass
+class Negative:
+    """A response to forget, the solution it should have been, and itself put right."""
+    prompt: Text
+    response: Text
+    reference: Text
+    rewrite: Text
+
+
+def plain(text: Text) -> str:
+    """A prompt or response as one string: of messages the contents, one after the other."""
+    if isinstance(text, str):
+        return text
+    return "\n\n".join(message["content"] for message in text)
+
+
+def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
+    """row[key], a string. Raises UserError naming the place and what stands there."""
+    value = row.get(key)
+    if value is None and optional:
+        return None
+    if key not in row:
+        raise UserError(f"{where}: missing key {key!r} beside {list(row)}")
+    if key == "answer" and type(value) in (int, float):
+        return str(value)
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected whole text")
+    return value
+
+
+def messages_of(row, key, where):
+    """row[key], a string or a list of {"role", "content"}. Raises UserError."""
+    value = row.get(key)
+    if not isinstance(value, list):
+        return text_of(row, key, where)
+    if set(map(type, value)) != {dict}:
+        raise UserError(f'{where}: {key!r} must be a string or [{{"role", "content"}}, ...]')
+    for message in value:
+        text_of(message, "role", f"{where}: {key!r}")
+        text_of(message, "content", f"{where}: {key!r}")
+    return value
+
+
+def is_pairs(path: str) -> bool:
+    """Whether a file holds preference rows, by its first row."""
+    return "chosen" in next(read_jsonl(path))[1]
+
+
+def read_tasks(paths: list[str], need_output: bool = True) -> list[Task]:
+    """Task rows of several files. Raises UserError."""
+    tasks = []
+    for path in paths:
+        for where, row in read_jsonl(path):
+            row = {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
+            solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
+            if mark:  # GSM8K's, in which <<...>> are marks of its calculator
+                row |= {
+                    "output": re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}"),
+                    "answer": answer.replace(",", "")}
+            question = text_of(row, "input", where)
+            if not question.strip():
+                raise UserError(f"{where}: 'input' is empty")
+            tasks.append(Task(
+                len(tasks),
+                question,
+                text_of(row, "output", where, optional=not need_output),
+                text_of(row, "answer", where, optional=True),
+                text_of(row, "rewrite", where, optional=True),
+                where))
+    return tasks
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Preference rows. Raises UserError."""
+    return [pair_of(row, where) for where, row in read_jsonl(path)]
+
+
+def pair_of(row, where):
+    """A preference row in any of its forms. Raises UserError."""
+    chosen = messages_of(row, "chosen", where)
+    rejected = messages_of(row, "rejected", where)
+    prompt = prompt_of(row, chosen, where)
+    if not type(prompt or chosen) is type(chosen) is type(rejected):
+        raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
+    verbatim = isinstance(prompt, str)
+    if prompt is None:
+        prompt = common_prompt(chosen, rejected, where)
+    if not verbatim and in_common(prompt, chosen, rejected) == len(prompt):
+        chosen = chosen[len(prompt):]  # these began with it
+        rejected = rejected[len(prompt):]
+    if row.get("system") and (isinstance(prompt, str) or prompt[0]["role"] != "system"):
+        raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
+    task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both
+    return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True))
+
+
+def prompt_of(row, chosen, where):
+    """The prompt a preference row names; None: the responses begin with it. Raises UserError."""
+    if "prompt" not in row:
+        if row.keys() & OTHER_NAMES:
+            raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
+        return None
+    prompt = messages_of(row, "prompt", where)
+    if isinstance(prompt, list) or isinstance(chosen, str):
+        return prompt
+    # UltraFeedback's: conversations, and their first turn once more
+    return [{"role": "user", "content": prompt}] if len(chosen) == 1 else None
+
+
+def common_prompt(chosen, rejected, where):
+    """What both responses of a row without "prompt" begin with. Raises UserError.
+
+    Messages part where they differ, HH dialogues before the last common answer, other strings
+    between words. Of an identical pair something stays as response: the encoder drops it.
+    """
+    cut = in_common(chosen, rejected)
+    common = chosen[:cut]
+    if isinstance(chosen, list):
+        cut -= chosen == rejected
+    elif HH_TURN in common:
+        cut = common.rindex(HH_TURN) + len(HH_TURN)
+    else:
+        cut = common.replace("\n", " ").rfind(" ")
+    if cut < 1:
+        raise UserError(f"{where}: no 'prompt', and the responses do not begin with one in common")
+    return common[:cut]

@@ -1,0 +1,169 @@
+"""Asking a model: responses, the pairs made of them, greedy answers and how good they are."""
+
+from itertools import product
+from random import Random
+
+import numpy as np
+
+from allo_mini import UserError
+from allo_mini.data.rows import Negative, Pair, Task
+from allo_mini.evaluation.graders import QA, gold_answer, is_correct, official_correct, task_name
+from allo_mini.generate import sample
+from allo_mini.logprobs import margins
+from allo_mini.run.files import read_jsonl, reading
+from allo_mini.run.log import progress, say
+from allo_mini.token_weights import nearest
+
+COLUMNS = ("accuracy", "95 % interval", "rows", "official", "margin")  # of the result table
+
+
+def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **more) -> list:
+    """n responses a prompt -> [prompt][k] -> (text, whether it ended by itself).
+
+    settings: a Config, or anything with its sampling fields. temperature: 0 is greedy, None the
+    settings'. more: `rows`, the numbers that seed each prompt, and `on_done` (generate.sample).
+    """
+    decode = encoder.tokenizer.decode
+
+    def stopped(tokens):
+        return any(stop in decode(tokens[-32:]) for stop in settings.stop)
+
+    def cut(tokens):
+        text = decode(tokens)
+        for stop in settings.stop:
+            text = text.split(stop)[0]
+        return text.strip(), tokens[-1] in eos or stopped(tokens)
+
+    if temperature is None:
+        temperature = settings.temperature
+    ids = list(map(encoder.prompt_ids, prompts))
+    if not all(ids):
+        raise UserError(f"--prompt {encoder.style} makes an empty prompt of a question")
+    sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
+                     settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
+                     stopped=stopped, **more)
+    return [list(map(cut, responses)) for responses in sampled]
+
+
+def read_samples(path) -> dict:
+    """Question -> its samples; says how many were left out. Raises UserError naming the line."""
+    samples = {}
+    unfinished = 0
+    for where, row in read_jsonl(path):
+        with reading(where):
+            texts = samples.get(row["input"], []) + row["samples"]
+            samples[row["input"]] = [text for text in texts if text.strip()]
+            unfinished += row.get("unfinished", 0)
+    if unfinished:
+        say(f"samples: {unfinished} that hit the length limit are left out")
+    return samples
+
+
+def label(tasks, samples, per_question, seed, encoder) -> tuple:
+    """Samples -> pairs and negatives; says how many of what.
+
+    Of each question that has an answer: duplicates are dropped, up to `per_question` random
+    (right, wrong) pairs are drawn, every wrong response is a negative. Its rewrite is the task's
+    own, else the right sample nearest in token edits, else the reference solution.
+    """
+    pairs, negatives = [], []
+    rights = wrongs = 0
+    tasks = [task for task in tasks if task.input in samples and gold_answer(task)]
+    for task in tasks:
+        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.input]}
+        right = [text for text in ids if is_correct(text, task)]
+        wrong = [text for text in ids if text not in right]
+        rights += len(right)
+        wrongs += len(wrong)
+        for text in wrong:
+            rewrite = task.rewrite or task.output
+            if right and not task.rewrite:
+                rewrite = right[nearest(ids[text], [ids[other] for other in right])]
+            if rewrite:
+                negatives.append(Negative(task.input, text, task.output or rewrite, rewrite))
+        both = list(product(right, wrong))
+        Random(f"{seed}/{task.id}/pairs").shuffle(both)
+        pairs += [Pair(task.input, *sides, task.id) for sides in both[:per_question]]
+    say(f"pairs: {len(tasks)} questions, {rights} different correct and {wrongs} wrong responses "
+        f"-> {len(pairs)} pairs, {len(negatives)} negatives")
+    return pairs, negatives
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+def evaluate(model, encoder, rows, settings, eos, name) -> list:
+    """Greedy answers to Tasks, or log-prob margins of Pairs -> one dict a row, with "correct".
+
+    "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
+    A margin is log pi(chosen) - log pi(rejected); pairs that cannot be encoded are left out.
+    """
+    update = progress(None, len(rows), name).update
+    if isinstance(rows[0], Task):
+        answers = respond(model, encoder, [task.input for task in rows], settings, eos,
+                          temperature=0.0, on_done=lambda *_: update())
+        return [graded(task, *responses[0]) for task, responses in zip(rows, answers)]
+    items = []
+    examples = []
+    for pair in rows:
+        example = encoder.example(pair.prompt, [pair.chosen, pair.rejected])
+        if example:
+            items.append({"input": pair.prompt})
+            examples.append(example)
+    scored = margins(model, examples, settings.micro_tokens, update)
+    for item, margin in zip(items, scored):
+        item.update(margin=margin, correct=margin > 0)
+    return items
+
+
+def graded(task, text, finished):
+    """The line of a per-item file."""
+    gold = gold_answer(task)
+    item = {"input": task.input, "gold": gold, "response": text, "finished": finished,
+            "correct": is_correct(text, task) if gold else None}
+    if task_name(task.source) in QA:
+        item["official"] = official_correct(text, task)
+    return item
+
+
+def wilson(correct, total):
+    """95 % interval of a share (Wilson 1927): (correct/total - p)^2 = z^2 p (1 - p)/total."""
+    z = 1.959964
+    return sorted(np.roots([total + z * z, -2 * correct - z * z, correct ** 2 / total]))
+
+
+def summary(items) -> dict:
+    """Accuracy with its 95 % interval; of pairs the mean margin, of QA tasks `official` too."""
+    n = len(items)
+    correct = sum(item["correct"] for item in items)
+    low, high = wilson(correct, n)
+    result = {"n": n, "accuracy": correct / n, "low": low, "high": high}
+    for key in items[0].keys() & COLUMNS:
+        result[key] = sum(item[key] for item in items) / n
+    return result
+
+
+def summary_row(name, result) -> list:
+    """One line of the result table: the name, then COLUMNS, "-" for what was not measured."""
+    return [
+        name,
+        f"{100 * result['accuracy']:.1f} %",
+        f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
+        str(result["n"]),
+        f"{100 * result['official']:.1f} %" if "official" in result else "-",
+        f"{result['margin']:.2f}" if "margin" in result else "-"]
+
+
+def bootstrap(ours, theirs) -> tuple:
+    """Paired bootstrap (Koehn 2004) of two models' verdicts on the same rows, 10,000 draws.
+
+    Returns our accuracy minus theirs, low and high of its 95 % interval, two-sided p of no
+    difference. A row's difference is -1, 0 or 1, so resampling n rows is one multinomial draw of
+    how often each occurs.
+    """
+    differences = np.subtract(ours, theirs, dtype=int)
+    n = len(differences)
+    shares = np.bincount(differences + 1, minlength=3) / n
+    means = np.random.default_rng(0).multinomial(n, shares, 10_000) @ [-1, 0, 1] / n
+    tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1  # no draw proves a p of 0
+    low, high = np.quantile(means, [0.025, 0.975])
+    return differences.mean(), low, high, min(1.0, 2 * tail / 10_001)

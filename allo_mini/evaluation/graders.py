@@ -1,0 +1,281 @@
+r"""The ten tasks: what the final answer of a response is, and whether it is the right one.
+
+    ecqa, qasc, openbookqa      one of the options; graded by `official` too
+    strategyqa                  yes or no; the same
+    gsm8k, mawps, tabmwp        a number (tabmwp: or one of the options)
+    math                        a number, expression, tuple, interval, list, ...
+    alpaca_eval, arena_hard     no answer: their own tools judge what eval.py writes
+
+A file's name tells its task. All are graded in the same steps, as are rows of any other file:
+
+    concluded, final    where the answer stands: \boxed{}, "the answer is", "####", the last number
+    bare, plain_math    without what wraps it, as words and as mathematics
+    same                compared by the kind of the gold answer
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from unicodedata import normalize
+
+from allo_mini.data.rows import Task
+
+# ---- where the answer stands -----------------------------------------------------------------
+
+INSIDE = r"[^{}]*"
+for _ in range(4):  # what may stand between braces: braces again, five deep
+    INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
+SAID = (  # "the answer to this is: For $n = 3$, the sum is 42"
+    r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b|[:=])(?:[\s:,}]|\$\s*\n)*"
+    r"(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=][^,.\n]*,\s*)?(?=([^\s:,}].*))")
+NO_VALUE = (  # "so the answer is correct" checks the answer before it
+    r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong"
+    r"|confirmed|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater|smaller"
+    r"|larger)\b|[.;!?)](?!\d)")
+DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+NUMBER = (  # in a text; no time of day, no 4,2
+    r"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?" + DIGITS + r"(?:/\d+)?(?![:,]\d)")
+LAYOUT = (
+    (r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)",  # \boxed5
+     r"\\boxed{\1}"),
+    (r"(?<!\\)\\[()\[\]]|\$\$", "$"),
+    (r"(?<![\w)])(?:\*\*|__|`)+|(?:\*\*|__|`)+(?![\w(])", ""),  # bold and code, but not x**2
+    (r"(?<![\w*)}])([*_])([^\s*_][^*_\n]*)\1(?![\w*(])", r"\2"))  # italics, but not 2*3*4
+
+
+def respelled(text: str, spelling: tuple) -> str:
+    """A text after replacements: pairs of pattern and replacement, in their order."""
+    for pattern, replacement in spelling:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def concluded(text: str) -> str | None:
+    r"""The last whole \boxed{}, else what follows the last "answer is", else GSM8K's "####"."""
+    text = respelled(text, LAYOUT)
+    boxes = re.findall(r"\\(?:boxed|fbox)\s*\{(?!\s*\})(" + INSIDE + r")\}", text)
+    said = re.findall(SAID, text)
+    values = [line for line in said if not re.match(NO_VALUE, line)]
+    marked = re.findall(r"(?m)(?<!#)####\s*([-$]*\d[\d.,/]*)\s*$", text)
+    return [None, *said, *marked, *values, *boxes][-1]  # the last one of the best kind
+
+
+def final(text: str) -> str | None:
+    """What a response concludes, else its last number."""
+    return concluded(text) or [None, *re.findall(NUMBER, text)][-1]
+
+
+# ---- the answer as words ---------------------------------------------------------------------
+
+FILLER = (  # words before an answer that are none of it
+    r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about"
+    r"|approximately|approx|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+"
+    r"(?=\S)")
+COMMAND = r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}"
+WORDS = (
+    *LAYOUT,
+    (COMMAND, r"\1"),
+    (r"[\"'“”‘’$]|\\(?=[$%])", ""),
+    (r"\s+", " "),
+    (FILLER, ""),
+    (r"(?<=\d),(?=\d{3}\b)", ""),  # 1,000
+    (r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])", ", "),  # 2,3 and 4
+    (r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$", ""),  # 5.0 is 5
+    (r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)", ""),
+    (r"^true\b", "yes"),
+    (r"^false\b", "no"))
+ENDS = (  # what may follow an answer: a sentence, a reason, a remark
+    r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$"
+    r"|\s+(?:because|since|as|which|where)\b"
+    r"|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who|when|if|the|not|it"
+    r"|this|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about|approx\w*))\b"
+    r"|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])|\s+[-–—]+\s+(?=[a-z]{3}))")
+OPTION_ENDS = r"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |" + ENDS + ")"
+LETTER_ENDS = (  # what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
+    r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
+    r"|(?= [-–(]| (?:because|since|as|is)\b))")
+OPTIONS = "\nOptions:\n"  # stands between a question and its options, one a line
+
+
+def bare(answer: str) -> str:
+    """Words without what does not matter: case, quotes, dollars, final punctuation, article."""
+    return respelled(answer.lower(), WORDS)
+
+
+def begins(answer: str, words: str, ends: str) -> bool:
+    """Whether an answer is these words, alone or labelled with a letter, up to where it ends."""
+    label, word, rest = answer.partition(words or "\n")
+    return bool(word and re.fullmatch(r"(?:[(\[]?[a-j][)\].:]+ )?", label) and re.match(ends, rest))
+
+
+# ---- the answer as mathematics ---------------------------------------------------------------
+
+FORMULAS = (
+    (r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$", ""),
+    (FILLER, ""),
+    (r"[−–]", "-"),
+    (r"\\\\", ";"),  # the rows of a matrix
+    (r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])", ""),  # 2*x is 2x
+    (r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
+     r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
+     r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])", ""),  # 1,000 but (1,000)
+    (r"\\ |~", " "),
+    # a unit at the end; other \text{} is kept without its command
+    (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),
+    (COMMAND, r"\1"),
+    (r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)",
+     r"\\sqrt{\1\2\3}"),
+    (r"π|(?<![\\A-Za-z])pi\b", r"\\pi "),
+    (r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"),
+     r"\1 (\2\3)/(\4\5)"),
+    # brackets around all of it, or around one term above or below a stroke
+    (r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
+     r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)", r"\1\2\3\4"),
+    (r"([_^])\s*\{(-?\w+)\}", r"\1\2"),
+    (r"<=|≤|\\leq\b", r"\\le "),
+    (r">=|≥|\\geq\b", r"\\ge "),
+    (r"∞", r"\\infty "),
+    (r"±", r"\\pm "),
+    (r"\\(?:cdot|times)\b|[×·]", "*"),
+    (r",?\s+(?:and|or)\s+", ","),
+    (r"(?:(?<=\})|(?<=\\pi))\s+[A-Za-z]{2}[A-Za-z ]*(?:\^\d)?$", ""),  # a unit behind 2\sqrt{3}
+    # names: all of x = 2, x = -3 (first each but the last, then that), none of x = 2, y = -3
+    (r"([a-z]{1,2})\s*=\s*(?=[^=]*[,;]\s*\1\s*=)", ""),
+    (r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)", r"\1"))
+VALUE = (  # -2, 1 1/2, 3/4; 5 apples, but not 3 pi
+    r"(-?) ?(?:(\d+) (?=\d+ ?/))?(" + DIGITS + r")(?: ?[/⁄] ?(0*[1-9]\d*))?"
+    r"(?: (?!(?:pi|sqrt|or|and)\b)(?:m|[a-z]{2}[a-z .]*)(?:\^\d)?)?")
+PROSE = r"(?i)^[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
+FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
+# a gold answer with one of these is no mere words
+FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
+LONE = (  # the first number among words: not in a calculation, a list or after "not"
+    r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\bnot\b"
+    r"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?(" + NUMBER + ")")
+
+
+def plain_math(text: str) -> str:
+    """A mathematical answer in one spelling, lower case."""
+    text = re.sub(r"([⁻⁰¹²³⁴-⁹]+)", r"^{\1}", text.lower())
+    return respelled(normalize("NFKC", text), FORMULAS).strip()
+
+
+def value(piece: str) -> float | str:
+    """The number that a piece of `plain_math` is, else the piece without spaces."""
+    match = re.fullmatch(VALUE, piece)
+    if not match:
+        return piece.replace(" ", "")
+    sign, whole, above, below = match.groups()
+    number = float(whole or 0) + float(above) / float(below or 1)
+    return -number if sign else number
+
+
+@lru_cache(1000)
+def pieces(text: str) -> list[float | str]:
+    """A mathematical answer cut at brackets and commas.
+
+    A list without brackets is sorted, for its order says nothing.
+    """
+    cut = re.split(r"\s*([()\[\],;&])\s*", plain_math(text))
+    cut = [value(piece) for piece in cut if piece]
+    return cut if {"(", "["} & set(cut) else sorted(set(cut), key=str)
+
+
+def same_piece(first: float | str, second: float | str) -> bool:
+    """The same number (whole ones exactly, others to 1e-4 of their size), or spelt the same."""
+    if str in (type(first), type(second)):
+        return first == second
+    return abs(first - second) <= min(0.5, 1e-4 * abs(first))
+
+
+def same_math(first: str, second: str) -> bool:
+    """The same piece by piece."""
+    ours = pieces(first)
+    theirs = pieces(second)
+    return len(ours) == len(theirs) and all(map(same_piece, ours, theirs))
+
+
+def says(given: str, gold: str) -> bool:
+    """Whether a formula, or the sentence around it, says the same as a mathematical gold answer."""
+    text = re.sub(PROSE, "", re.split(ENDS, given, maxsplit=1)[0])
+    # what one calculation leads to; in a list every "=" has its own
+    result = re.sub(r"^[^,;]*=(?=[^,;]*$)", "", plain_math(text))
+    readings = {given, text, result, *re.findall(FORMULA, text), *re.findall(LONE, result)}
+    return any(same_math(reading, gold) for reading in readings)
+
+
+# ---- comparing: same(given, gold, question) says whether two final answers are the same ----------
+
+def same(given: str, gold: str, question: str) -> bool:
+    """By the kind of the gold answer: an option, its letter, yes or no, words, mathematics."""
+    wanted = bare(gold)
+    answer = bare(given)
+    listed = question.partition(OPTIONS)[2].splitlines()
+    options = list(map(bare, listed)) or ["yes", "no"]
+    if wanted in options:
+        named = [option for option in options if begins(answer, option, OPTION_ENDS)]
+        return wanted == max(named, key=len, default="")
+    letter = re.fullmatch(r"\W?([a-z])\W?", wanted)
+    if letter:
+        return bool(re.match(r"[(\[{]?" + letter[1] + LETTER_ENDS, answer))
+    return begins(answer, wanted, ENDS) or bool(re.search(FORMAL, gold)) and says(given, gold)
+
+
+def same_result(given: str, gold: str, question: str) -> bool:
+    """`same`, for tasks in which units and the order of a list say nothing."""
+    return same(given, gold, question) or OPTIONS not in question and says(given, gold)
+
+
+def official_correct(text: str, task: Task) -> bool:
+    """The QA grader of RLMEC's evaluation (github.com/Timothy023/RLMEC), which ALLO uses.
+
+    It lowercases the prediction but not the gold answer, so that a gold answer with a capital
+    (18 % of QASC) can never be given.
+    """
+    _, mark, said = text.rpartition("The answer is")
+    return mark != "" and said.strip().lower() == gold_answer(task)
+
+
+QA = ("ecqa", "qasc", "openbookqa", "strategyqa")  # those that have an `official` grader too
+RULES = {  # task -> how to find a final answer, how to compare two
+    **dict.fromkeys(QA, (concluded, same)),
+    **dict.fromkeys(("math", "gsm8k", "mawps", "tabmwp"), (final, same_result))}
+JUDGED = {"alpaca_eval": "instruction", "arena_hard": "prompt"}  # no grader; their rows' question
+
+
+def spelled(name: str) -> str:
+    """A name as names are compared."""
+    return name.lower().replace("-", "_")
+
+
+def task_name(file: str) -> str:
+    """Which of the ten tasks a file (or a task's own name) names; "" for none or several."""
+    name = spelled(Path(file).name)
+    named = [task for task in (*RULES, *JUDGED)
+             if re.search(rf"(?<![a-z]){spelled(task)}(?![a-z])", name)]
+    longest = max(named, key=len, default="")
+    clear = all(spelled(task) in spelled(longest) for task in named)  # "math" is in "math_sort"
+    return longest if clear else ""
+
+
+def grader_for(name: str) -> tuple:
+    """(extract, same) of a task, or of a file whose name tells its task."""
+    return RULES.get(task_name(name), (final, same))
+
+
+def gold_answer(task: Task) -> str | None:
+    """The `answer` field, else what the reference solution concludes."""
+    if task.answer is not None:
+        return task.answer
+    extract, _ = RULES.get(task_name(task.source), (concluded, same))
+    return extract(task.output or "")  # a mere number in a text of no known task is no answer
+
+
+def is_correct(text: str, task: Task) -> bool:
+    """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
+    extract, compare = grader_for(task.source)
+    given = extract(text)
+    gold = gold_answer(task)
+    if None in (given, gold):
+        return False
+    return compare(given, gold, task.input)

@@ -1,0 +1,242 @@
+"""AdamW whose state exists for the selected weights only (departures d, e, h), and its schedule.
+
+All selected weights of all tensors stand in one flat fp32 vector, the *master*; gradient and
+moments are flat vectors beside it. A dense gradient lives only until its selected entries are added
+to the flat one.
+
+    tensor A  . x . . x        tensor B  x . .        selected entries x
+               |     |                   |
+    master   [ a1    a2                  b1 ]          fp32; so are grad, exp_avg and exp_avg_sq
+
+The fp32 master is not optional: a bf16 weight cannot take a step of 5e-7. Bytes for each *selected*
+weight: 2 for its position (on a CPU 10), 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4
+of host memory for where it started; `offload` keeps master, gradient and moments in host memory.
+"""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from allo_mini.mask import Selected, chunk_of, put, take
+from allo_mini.quant import BLOCK, decode, encode
+
+STATE = ("master", "start", "steps", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+
+
+@dataclass
+class Slot:
+    """The place of one parameter in the flat vectors; linear.py knows it as `parameter.slot`."""
+    name: str
+    p: Tensor
+    selected: Selected
+    where: slice  # in the flat vectors
+    grad: Tensor  # the flat gradient's slice
+    handle: Tensor | None  # stands in for an int8 parameter in autograd's graph
+
+    def gather(self, p):
+        """Autograd's hook: take the selected entries of a dense gradient, and drop it."""
+        if p.grad is None:  # of a matrix, which linear.py has taken
+            return
+        dense = p.grad.view(-1, self.selected.width)
+        for rows, entries, index in self.selected.chunks():
+            self.grad[entries] += take(dense[rows], index).to(self.grad.device)
+        p.grad = None
+
+
+class FlatGradient:
+    """Adds the selected entries of every gradient to one flat fp32 vector while backward runs.
+
+    named_parameters: (name, parameter) pairs of any nn.Module; mask: name -> Selected or bool
+    tensor, or None for all weights; offload: the vector stands in host memory. Parameters without a
+    selected entry stop requiring gradients; `close()` undoes everything. Raises ValueError for a
+    mask that does not fit.
+    """
+
+    def __init__(self, named_parameters, mask=None, offload: bool = False):
+        parameters = [(name, p, selected_of(name, p, mask)) for name, p in named_parameters]
+        self.offload = offload
+        self.device = parameters[0][1].device
+        self.grad = self.zeros(sum(len(selected) for _, _, selected in parameters))
+        if not len(self.grad):
+            raise ValueError("the mask selects nothing")
+        self.slots = []
+        undo = ExitStack()
+        self.close = undo.close  # makes the parameters ordinary again
+        end = 0
+        for name, p, selected in parameters:
+            where = slice(end, end + len(selected))
+            end = where.stop
+            undo.callback(p.requires_grad_, p.requires_grad)
+            p.requires_grad_(False)
+            p.grad = None
+            if len(selected):
+                slot = p.slot = Slot(name, p, selected, where, self.grad[where], None)
+                undo.callback(delattr, p, "slot")
+                self.slots.append(slot)
+                if p.is_floating_point():
+                    p.requires_grad_(True)
+                    undo.callback(p.register_post_accumulate_grad_hook(slot.gather).remove)
+                else:
+                    slot.handle = torch.zeros(1, requires_grad=True, device=self.device)
+
+    def zeros(self, size):
+        """fp32 zeros on the device, or in host memory that a GPU copies from without a detour."""
+        if self.offload:
+            return torch.zeros(size, pin_memory=self.device.type == "cuda")
+        return torch.zeros(size, device=self.device)
+
+
+def selected_of(name, p, mask):
+    """Where a parameter's selected entries stand, on its device. Raises ValueError."""
+    if mask is None:
+        return Selected(p.shape)
+    selected = mask.get(name)
+    if selected is None or selected.shape != p.shape:
+        raise ValueError(f"the mask has no entry of shape {list(p.shape)} for {name}")
+    if isinstance(selected, Tensor):
+        selected = Selected.from_dense(selected)
+    selected = selected.to(p.device)
+    if not hasattr(p, "int8"):
+        return selected
+    if not selected.columns.equal(p.int8.selected.columns):
+        raise ValueError(f"{name} is int8 and keeps other entries than the mask selects")
+    return p.int8.selected  # one copy is enough
+
+
+class MaskedAdamW(FlatGradient):
+    """AdamW over the selected weights, equal to torch.optim.AdamW on those.
+
+    After it is made, `backward()` leaves no dense .grad behind, and `step()` changes selected
+    entries only: no decay, no rounding and no moment ever touches another weight.
+
+    state_bits: 32, or 8 for blockwise 8-bit moments (m, and the square root of v; quant.py).
+    offload: master, gradient and moments in host memory.
+    """
+
+    def __init__(self, named_parameters, mask=None, lr: float = 1e-6, betas=(0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, state_bits: int = 32,
+                 offload: bool = False):
+        super().__init__(named_parameters, mask, offload)
+        if mask is None and any(slot.handle is not None for slot in self.slots):
+            raise ValueError("int8 weights can only be trained through a mask")
+        self.lr = lr
+        self.settings = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self.steps = torch.tensor(0)
+        self.master = self.zeros(len(self.grad))
+        for slot in self.slots:
+            if slot.handle is None:
+                self.master[slot.where] = slot.selected.gather(slot.p.detach())
+            else:
+                self.master[slot.where] = slot.p.int8.values
+        self.start = self.master.to("cpu", copy=True)  # to say how far the weights have come
+        self.coarse = state_bits == 8
+        kind = torch.uint8 if self.coarse else torch.float32
+        self.exp_avg = torch.zeros_like(self.master, dtype=kind)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        if self.coarse:
+            self.exp_avg_scale = torch.zeros_like(self.master[::BLOCK])
+            self.exp_avg_sq_scale = torch.zeros_like(self.exp_avg_scale)
+
+    def clip(self, max_norm: float) -> float:
+        """Scale the selected gradient to at most max_norm; returns its own norm (departure e)."""
+        norm = float(self.grad.norm())
+        if norm > max_norm:
+            self.grad.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    def step(self):
+        """AdamW (Loshchilov & Hutter 2019) of the master; the gradient is zero afterwards.
+
+            m <- b1 m + (1 - b1) g      v <- b2 v + (1 - b2) g^2
+            theta <- (1 - lr decay) theta - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+        By torch's fused kernel, which counts the step up itself (eps as there: departure h), a
+        slice at a time: what a CPU's cache holds.
+        """
+        size = chunk_of(self.device) // 4
+        for at in range(0, len(self.master), size):
+            part = slice(at, at + size)
+            blocks = slice(at // BLOCK, (at + size) // BLOCK)
+            m = self.exp_avg[part]
+            v = self.exp_avg_sq[part]
+            if self.coarse:
+                m = decode(m, self.exp_avg_scale[blocks], signed=True)
+                v = decode(v, self.exp_avg_sq_scale[blocks], signed=False).square_()
+            before = self.steps.float().to(self.master.device)
+            adamw([self.master[part]], [self.grad[part]], [m], [v], [], [before], fused=True,
+                  amsgrad=False, maximize=False, lr=self.lr, **self.settings)
+            if self.coarse:
+                self.exp_avg[part], self.exp_avg_scale[blocks] = encode(m, True)
+                self.exp_avg_sq[part], self.exp_avg_sq_scale[blocks] = encode(v.sqrt_(), False)
+        self.steps += 1
+        self.grad.zero_()
+        self.write_back()
+
+    def write_back(self):
+        """The master's values into the parameters, rounded to their dtype."""
+        for slot in self.slots:
+            values = self.master[slot.where]
+            if slot.handle is not None:
+                slot.p.int8.values.copy_(values, non_blocking=True)
+                continue
+            dense = slot.p.detach().view(-1, slot.selected.width)
+            for rows, entries, index in slot.selected.chunks():
+                put(dense[rows], index, values[entries])
+
+    def selected_weights(self) -> tuple[dict, dict]:
+        """{name: what is selected of it}, {name: its fp32 values there}."""
+        selected = {slot.name: slot.selected for slot in self.slots}
+        return selected, {slot.name: self.master[slot.where] for slot in self.slots}
+
+    def moved(self):
+        """|theta - theta_start| of every selected weight in fp32, flat, on the CPU."""
+        return self.master.to("cpu", copy=True).sub_(self.start).abs_()
+
+    def movement(self) -> dict[str, Tensor]:
+        """The same as tensors of the parameters' shapes; needs mask = None."""
+        moved = self.moved()
+        return {slot.name: moved[slot.where].view(slot.p.shape) for slot in self.slots}
+
+    def largest_change(self) -> float:
+        """max |theta - theta_start| over the selected weights; NaN stays NaN."""
+        return float(self.moved().max())
+
+    def dense(self, slot):
+        """A parameter's selected weights in fp32 on the CPU, zeros elsewhere."""
+        dense = torch.zeros(slot.p.shape)
+        slot.selected.to("cpu").scatter(dense, self.master[slot.where])
+        return dense
+
+    def begin_at(self, slot, dense):
+        """Before the first step: take over a parameter's selected weights from a dense fp32 tensor.
+
+        A bf16 parameter holds only what they round to: of a step of 1e-6 on 0.02, nothing.
+        """
+        weights = slot.selected.to("cpu").gather(dense)
+        self.master[slot.where] = weights
+        self.start[slot.where] = weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to go on: the flat vectors themselves and the step count."""
+        return {name: value for name, value in vars(self).items() if name in STATE}
+
+    def load_state_dict(self, state: dict[str, Tensor]):
+        """The inverse of state_dict; the parameters get the master's values."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
+        self.write_back()
+
+
+def cosine_lr(step: int, total: int, peak: float, warmup: float) -> float:
+    """Rate of step 0..total-1: linear from 0 over the share `warmup`, then a half cosine to 0.
+
+    As Hugging Face's, but rising starts at peak / warm-up steps: no step is wasted at 0.
+    """
+    rising = math.ceil(warmup * total)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))

@@ -1,0 +1,91 @@
+"""What training changed of a checkpoint, as positions and values: a few per cent of its size.
+
+    python -m allo_mini.patch apply BASE PATCH OUT      the whole model again, as a folder
+    python eval.py --model BASE --patch PATCH ...       or without writing it
+
+For each changed tensor NAME.columns, NAME.counts (mask.Selected) and NAME.values. Two kinds of
+files look so: a run's patch.safetensors, in the model's dtype and with a digest of each tensor's
+old and new values, and what a stage hands to the next one (forget.safetensors): fp32 weights, which
+a bf16 model cannot hold.
+"""
+
+import hashlib
+import sys
+
+import torch
+
+from allo_mini import UserError
+from allo_mini.mask import Selected, from_tensors, to_tensors
+from allo_mini.run.files import load_tensors, reading, save_tensors
+from allo_mini.run.log import exit_code
+
+
+def digest(old, new):
+    """Of the values that stood and stand at the changed places, as fp32, which is exact."""
+    return hashlib.sha256(torch.cat([old, new]).float().numpy()).hexdigest()[:16]
+
+
+def read_patch(path, names):
+    """(path, tensors, digests) of a patch. Raises UserError when it changes others than `names`."""
+    tensors, digests = load_tensors(path)
+    for key in tensors:
+        if key.rpartition(".")[0] not in names:
+            raise UserError(f"{path}: made for another model: this one has no {key}")
+    return path, tensors, digests
+
+
+def put_changes(tensor, name, dtype, patches):
+    """A checkpoint's tensor in `dtype`, with the values of patches put into it.
+
+    Raises UserError when a patch was made for other values than those that stand there, or is
+    broken.
+    """
+    out = tensor.to(dtype)
+    for path, tensors, digests in patches:
+        values = tensors.get(f"{name}.values")
+        if values is not None:
+            with reading(path):
+                selected = from_tensors(tensors, {name: tensor.shape})[name]
+                old = selected.gather(tensor)
+                if digests and digests[name] != digest(old, values):
+                    raise UserError(f"{path}: made for other values of {name}, or broken")
+                selected.scatter(out, values)
+    return out
+
+
+def begin_at(optimizer, path):
+    """Before the first step: take over the fp32 weights of a file that another stage wrote."""
+    patch = path, *load_tensors(path)
+    for slot in optimizer.slots:
+        dense = optimizer.dense(slot)
+        optimizer.begin_at(slot, put_changes(dense, slot.name, dense.dtype, [patch]))
+
+
+def save_patch(base, tuned, path):
+    """Keep the entries in which two model folders differ, with their digests."""
+    from allo_mini.checkpoint import read_tensor, shard_files
+    before = shard_files(base)
+    tensors, digests = {}, {}
+    for name, file in shard_files(tuned).items():
+        old, new = read_tensor(before[name], name), read_tensor(file, name)
+        changed = old.to(new.dtype) != new
+        if changed.any():
+            mask = {name: Selected.from_dense(changed)}
+            tensors |= to_tensors(mask, {name: new[changed]})
+            digests[name] = digest(old[changed], new[changed])
+    save_tensors(tensors, path, digests)
+
+
+def apply(argv):
+    """The command `python -m allo_mini.patch apply BASE PATCH OUT`; OUT is in the patch's dtype."""
+    from allo_mini.checkpoint import load_model, save_model
+    if argv[:-3] != ["apply"]:
+        raise UserError("expected: python -m allo_mini.patch apply BASE PATCH OUT")
+    _, base, patch, out = argv
+    tensors, _ = load_tensors(patch)
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    save_model(load_model(base, *dtypes[:1], changes=[patch]), out)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: apply(sys.argv[1:])))

@@ -1,0 +1,267 @@
+"""Every setting in one place: default, meaning, bounds. Flags, --help and checks are made from it.
+
+Later wins: defaults, then the demo's settings or a card's (CARDS), then --config FILE, then flags.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields, replace
+
+from allo_mini import UserError
+from allo_mini.run.files import read_json, reading
+
+HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how paths into it begin in JSON; we write `"~/`
+METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
+
+
+@dataclass
+class Schedule:
+    """How a stage trains. lr: peak learning rate of a 7B model; batch: rows of a step at most;
+    epochs: passes over the rows; warmup: share of the steps in which the rate rises."""
+    lr: float
+    batch: int
+    epochs: float
+    warmup: float
+
+
+SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others are ours
+    "sft": Schedule(1e-5, 16, 3, 0.1), "rewrite": Schedule(1e-5, 16, 1, 0.1),
+    "warmup": Schedule(1e-6, 32, 1, 0.1), "dpo": Schedule(1e-6, 32, 1, 0.1),
+    "forget": Schedule(5e-7, 128, 1, 0.03), "improve": Schedule(5e-6, 128, 1, 0.1)}
+SHARED = {"rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo",
+          "simpo": "dpo", "npo": "dpo"}  # stage -> whose schedule and rate it has
+
+# `python train.py` without model and data; rates by tests/benchmarks/tune_demo.py
+DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
+        "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
+LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 2400}
+CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
+    "24gb": LEAN,
+    "16gb": LEAN | {"int8": True, "p_sft": 10.0},
+    "12gb": LEAN | {"int8": True, "p_sft": 5.0, "sample_batch": 16}}
+GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
+          "memory": "memory", "test_limit": ""}  # first field -> title; the last have no flags
+
+
+def knob(default, text: str, choices: tuple = (), most: float = 1e9):
+    """A field of Config. A number is above 0 and at most `most`; 0 is allowed if it is the default."""
+    least = "above 0" if default else "at least 0"
+    about = {"text": text, "choices": choices, "most": most, "bounds": f"{least}, at most {most:g}"}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass
+class Config:
+    """A run's settings; saved as config.json in the run folder."""
+    model: str = knob("", "the policy: a folder, or a hub id owner/name[@revision]")
+    pairs: list[str] = knob([], "preferences {prompt, chosen, rejected}, JSON Lines")
+    train: list[str] = knob([], "questions with answers, to which it samples responses")
+    test: list[str] = knob([], "rows of the result table (of pairs: a tenth, held out)")
+    val: list[str] = knob([], "rows that --eval-every scores")
+    limit: int = knob(0, "training rows at most (0: all)")
+    prompt: str = knob("auto", "auto: alpaca for questions, none for strings, chat for messages",
+                       ("auto", "alpaca", "chat", "none"))
+    max_length: int = knob(0, "tokens, prompt + response (0: 1200, or the model's limit)")
+    out: str = knob("", "folder of the run, which goes on if begun (runs/<data>-<seed>)")
+    seed: int = knob(2023, "of data order, sampling and splits")
+    eval: bool = knob(True, "grade the models on --test at the end")
+    dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
+
+    method: list[str] = knob(["dpo", "allo"], "trained from the same model, and compared; all but "
+                             "allo train all weights", METHODS)
+    sft: bool = knob(False, "fine-tune on the reference solutions first")
+    masked: bool = knob(False, "the other methods train allo's weights only, too")
+    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, or by the "
+                       "gradient, or its signal-to-noise ratio",
+                       ("movement", "snr", "gradient", "random"))
+    locate_pairs: int = knob(512, "pairs that snr and gradient look at")
+    p: float = knob(5.0, "percent of all weights that are trained", most=100)
+    p_forget: float = knob(0.0, "percent in forgetting (0: --p)", most=100)
+    forget: bool = knob(True, "allo's first phase; --no-forget improves alone")
+    token_weights: str = knob("threshold", "forget tokens that the rewriting model scores below "
+                              "0.5; or by 1 - score, by the score, outside the edit alignment, all",
+                              ("threshold", "soft", "released", "edit", "uniform"))
+    rewriter: str = knob("", "model folder that becomes the rewriting model (the policy)")
+    epsilon: float = knob(0.1, "share of a rejected response's tokens that counts in improving",
+                          most=1)
+    beta: float = knob(0.1, "strength of the reference")
+
+    n: int = knob(10, "responses sampled for a question")
+    temperature: float = knob(0.7, "divides the logits")
+    top_p: float = knob(0.95, "probability mass sampled from", most=1)
+    max_new_tokens: int = knob(1024, "of a response at most")
+    stop: list[str] = knob([], "strings that end a response (for base models)")
+    sample_batch: int = knob(320, "samples running at once")
+
+    lr_sft: float = knob(0.0, "peak learning rate of sft and rft (0: by the model's size)")
+    lr_warmup: float = knob(0.0, "of the DPO epoch that locates weights")
+    lr_rewrite: float = knob(0.0, "of the rewriting model")
+    lr_forget: float = knob(0.0, "of allo's forgetting")
+    lr_improve: float = knob(0.0, "of allo's improving")
+    lr_dpo: float = knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
+    batch: int = knob(0, "rows of an optimizer step (0: as at 7B, less for few rows)")
+    max_steps: int = knob(0, "of a stage at most (0: all)")
+    eval_every: int = knob(0, "steps between scores on --val (0: off)")
+    dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
+    device: str = knob("auto", "cuda, cuda:1, mps or cpu")
+
+    memory: str = knob("", "sets what follows so that a 7B model fits such a card", tuple(CARDS))
+    int8: bool = knob(False, "8 bits for matrices' weights that are not trained")
+    state_bits: int = knob(32, "bits of an optimizer moment", (8, 32))
+    offload: bool = knob(False, "optimizer and its gradient in host memory")
+    recompute: bool = knob(False, "make activations again in backward, not keep them")
+    micro_tokens: int = knob(4096, "tokens in a forward pass")
+    p_sft: float = knob(0.0, "percent that sft and the rewriting model train (0: all)", most=100)
+
+    test_limit: int = knob(0, "test rows at most (0: all)")
+    threshold: float = knob(0.5, "score under which a token is unaligned", most=1)
+    rdpo_alpha: float = knob(0.01, "reward that a token of length costs in rdpo")
+    simpo_beta: float = knob(2.0, "scale of simpo's mean log-probs")
+    simpo_gamma: float = knob(1.0, "margin that simpo asks for")
+    sample_questions: int = knob(0, "questions that are sampled (0: all)")
+    pairs_per_question: int = knob(5, "(right, wrong) pairs drawn at most")
+    schedules: dict = knob({}, "stage -> {lr, batch, epochs, warmup} that differ from SCHEDULES")
+    clip: float = knob(1.0, "norm of the selected weights' gradient at most")
+    weight_decay: float = knob(0.0, "of the selected weights")
+    save_minutes: float = knob(10.0, "between checkpoints inside a stage")
+    locate_groups: int = knob(0, "passes of locating, each for a group of tensors (0: as needed)")
+
+
+KNOBS = {f.name: f for f in fields(Config)}
+
+
+def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
+    """How a stage trains `rows` rows on a model of so many parameters.
+
+    lr: the table's is for 7B; smaller models take sqrt(7e9 / parameters) times that, at most 100
+    times. batch: the table's, but small enough for 50 steps an epoch, and not below 8. (ours)
+    """
+    shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget
+    plan = replace(SCHEDULES[shared], **cfg.schedules.get(shared, {}))
+    scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
+    lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
+    batch = cfg.batch or max(1, min(plan.batch, max(8, rows // 50), rows))
+    return replace(plan, lr=lr, batch=batch)
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line that names the near flag."""
+
+    def error(self, message):
+        """Raises UserError; argparse would print its usage and exit."""
+        what, _, flag = message.partition(": ")
+        close = difflib.get_close_matches(flag.split(" ")[0], self._option_string_actions, 1)
+        if what == "unrecognized arguments" and close:
+            message += f"; did you mean {close[0]}?"
+        raise UserError(message)
+
+
+def flag_of(name: str) -> str:
+    """A setting's flag."""
+    return "--" + name.replace("_", "-")
+
+
+def add_flag(group, name: str):
+    """Make a setting's flag, which is absent from the result unless given."""
+    knob, choices, default = KNOBS[name], KNOBS[name].metadata["choices"], getattr(Config(), name)
+    text = knob.metadata["text"].replace("%", "%%")
+    if knob.type is bool:
+        group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS,
+                           action=argparse.BooleanOptionalAction)
+        return
+    shown = " ".join(default) if isinstance(default, list) else default
+    group.add_argument(
+        flag_of(name), help=f"{text} [{shown}]" if shown else text, default=argparse.SUPPRESS,
+        type=knob.type if knob.type in (int, float) else str, choices=choices or None,
+        nargs="+" if knob.type == list[str] else None,
+        metavar=None if choices else {int: "N", float: "X"}.get(knob.type, name[:6].upper()))
+
+
+def make_parser() -> Parser:
+    """The flags of train.py, in the order of their use."""
+    parser = Parser(
+        prog="train.py", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="train.py [--model FOLDER (--pairs FILE | --train FILE)] [flags]",
+        description="ALLO: align a language model by training few weights on few tokens.\n\n"
+                    "  python train.py                                   the demo, two minutes\n"
+                    "  python train.py --model M --pairs prefs.jsonl --memory 24gb\n"
+                    "  python train.py --model M --train gsm8k_train.jsonl --sft")
+    parser.add_argument("--config", metavar="FILE", help="settings as JSON, also those without "
+                        "flags (allo_mini/run/config.py)")
+    group = parser
+    for name in KNOBS:
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name]) if GROUPS[name] else None
+        if group:
+            add_flag(group, name)
+    return parser
+
+
+def expected(name: str, value) -> str:
+    """What a setting wants, in words, when `value` is not that; else ''."""
+    knob, kind, choices = KNOBS[name], KNOBS[name].type, KNOBS[name].metadata["choices"]
+    if kind == list[str]:
+        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        right = right and (not choices or value and set(value) <= set(choices))
+    elif choices:
+        right = value in choices or value == knob.default
+    elif kind in (int, float):
+        right = type(value) in (int, kind) and 0 <= value <= knob.metadata["most"]
+        right = right and (value > 0 or knob.default == 0)
+    else:
+        right = isinstance(value, kind)
+    if right:
+        return ""
+    if choices:
+        return f"one of {', '.join(map(str, choices))}"
+    number = f" {knob.metadata['bounds']}" if kind in (int, float) else ""
+    return f"{kind.__name__}{number}"
+
+
+def check(values: dict, file: str = "") -> None:
+    """Refuse settings that cannot mean anything. Raises UserError naming flag, or file and key."""
+    for name, value in values.items():
+        if name not in KNOBS:
+            raise UserError(f"{file}: {name} is no setting of ours")
+        wanted = expected(name, value)
+        if wanted:
+            place = f"{file}: {name}" if file else flag_of(name)
+            raise UserError(f"{place} is {value!r}, expected {wanted}")
+    for stage, changes in values.get("schedules", {}).items():
+        with reading(f"{file}: schedules of {stage}"):
+            replace(SCHEDULES[stage], **changes)
+
+
+def from_file(path: str) -> dict:
+    """Checked settings of a --config file, or of another run's config.json. Raises UserError."""
+    values = json.loads(json.dumps(read_json(path)).replace('"~/', HOME))
+    if isinstance(values.get("config"), dict):
+        values = values["config"]
+    check(values, path)
+    return values
+
+
+def parse(argv: list[str]) -> Config:
+    """Command line -> checked Config. Raises UserError."""
+    given = vars(make_parser().parse_args(argv))
+    path = given.pop("config", None)
+    check(given)
+    values = (from_file(path) if path else {}) | given
+    own = any(values.get(key) for key in ("model", "train", "pairs"))
+    cfg = Config(**({} if own else DEMO) | CARDS.get(values.get("memory"), {}) | values)
+    if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:
+        raise UserError("--n 1 gives no two different responses, as pairs need")
+    if (cfg.model or cfg.test or cfg.val) and not (cfg.train or cfg.pairs):
+        raise UserError("--model, --test and --val need rows to train on: --pairs FILE "
+                        "(preferences) or --train FILE (questions with answers)")
+    if bool(cfg.eval_every) != bool(cfg.val) and own:
+        raise UserError("--eval-every N and --val FILE belong together; give both or none")
+    return cfg

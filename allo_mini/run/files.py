@@ -1,0 +1,175 @@
+"""Reading files that may be broken, and writing files that are whole or not there.
+
+Whatever is wrong with a file ends in one line that names it and the place. Everything we write is
+made under a temporary name beside its target and renamed, so a kill leaves the old file or the new
+one. Files that grow (metrics, samples) are cut back to their last whole rows when they are opened
+again.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from allo_mini import UserError
+
+AnyPath = str | Path
+HELD = {}  # run folder -> its open lock file; the system lets go of it when the process ends
+
+
+# ---- reading ---------------------------------------------------------------------------------
+
+@contextmanager
+def reading(path: AnyPath):
+    """Turns whatever goes wrong while `path` is in hand into one line that names it."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__} {e}"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+
+
+def parse_object(raw, where):
+    """One JSON object, from bytes. Raises UserError."""
+    with reading(f"{where} as JSON in UTF-8"):
+        value = json.loads(raw)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(path: AnyPath) -> dict:
+    """A JSON file that holds one object. Raises UserError."""
+    with reading(path):
+        return parse_object(Path(path).read_bytes(), path)
+
+
+def read_jsonl(path: AnyPath):
+    """Yield ("FILE:LINE", object) for every line that is not blank. Raises UserError."""
+    where = ""
+    with reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, parse_object(line, where)
+    if not where:
+        raise UserError(f"{path}: no rows; expected JSON Lines, one object a line")
+
+
+def open_tensors(path: AnyPath):
+    """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: file not found")
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as e:
+        raise UserError(f"{path}: not a complete safetensors file: {e}") from None
+
+
+def load_tensors(path: AnyPath) -> tuple:
+    """({name: tensor}, the strings beside them) of a safetensors file. Raises UserError."""
+    with open_tensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+def remove(path):
+    """Delete a file, a link or a folder, if it is there and can be deleted."""
+    shutil.rmtree(path, ignore_errors=True)  # leaves all but a folder alone
+    with suppress(OSError):
+        path.unlink()
+
+
+@contextmanager
+def atomic(target: AnyPath):
+    """Yield a temporary path to make a file or a folder at; it becomes `target` in one rename.
+
+    A file is replaced, a folder that holds anything is not. Raises UserError.
+    """
+    target = Path(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
+        yield temporary
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as e:  # a full disk, a folder that is not ours
+        raise UserError(f"{target}: cannot be written: {e}; nothing was changed") from None
+    finally:
+        remove(temporary)
+
+
+def write_text(path: AnyPath, text: str):
+    """Write a text file, atomically."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(text.encode(errors="replace"))
+
+
+def write_json(path: AnyPath, value):
+    """Write a JSON file, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def rows_text(rows):
+    """An iterable of dicts, one JSON object a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: AnyPath, rows):
+    """Write an iterable of dicts, atomically."""
+    write_text(path, rows_text(rows))
+
+
+def append_rows(path: AnyPath, rows):
+    """Append an iterable of dicts in one go."""
+    with open(path, "ab") as file:
+        file.write(rows_text(rows).encode(errors="replace"))
+
+
+def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
+    """Cut a file that was being appended to back to whole groups of rows, or all `total` rows.
+
+    Returns how many rows stay.
+    """
+    if not path.exists():
+        return 0
+    data = path.read_bytes()
+    count = data.count(b"\n")  # a torn row has none
+    if count != total:
+        count -= count % group
+    lines = data.splitlines(keepends=True)[:count]
+    os.truncate(path, sum(map(len, lines)))
+    return count
+
+
+def save_tensors(tensors: dict, path: AnyPath, metadata=None):
+    """Write a safetensors file of {name: tensor} and strings beside them, atomically."""
+    with atomic(path) as temporary:
+        host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(host, temporary, metadata)
+
+
+def lock(folder: Path):
+    """Hold a run folder until this process ends, and clear what a killed one left half written.
+
+    Raises UserError when another process holds it. (Windows has no such lock.)
+    """
+    HELD[folder] = open(folder / ".lock", "a")  # where this process held it, it no longer does
+    try:
+        import fcntl
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is at work in it; "
+                        "choose another --out") from None
+    for half in folder.glob(".*.tmp"):
+        remove(half)

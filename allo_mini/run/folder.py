@@ -1,0 +1,298 @@
+"""A run and its folder: what all stages share, one artefact a stage, refusal of another run.
+
+A stage whose artefact is there is skipped. So a killed run goes on, and a file made elsewhere
+replaces a stage: put it into the folder under its name (ARTEFACTS) before the run begins.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from allo_mini import UserError
+from allo_mini.checkpoint import (eos_ids, find_folder, load_model, meta_model, save_model,
+                                  shard_files)
+from allo_mini.data import demo
+from allo_mini.data.encoder import Encoder, Example
+from allo_mini.data.rows import Pair, Task
+from allo_mini.data.tokenizer import load_tokenizer
+from allo_mini.evaluation.answers import evaluate
+from allo_mini.evaluation.graders import gold_answer
+from allo_mini.mask import Selected, from_tensors, to_tensors
+from allo_mini.model import CausalLM, ModelConfig
+from allo_mini.run import parallel
+from allo_mini.run.config import HOME, METHODS, Config, flag_of
+from allo_mini.run.device import peak_gb, pick_device
+from allo_mini.run.files import load_tensors, lock, read_json, reading, save_tensors, write_json
+from allo_mini.run.inputs import read_rows, style_of, unused_template
+from allo_mini.run.log import Log, say
+
+ARTEFACTS = ("samples.jsonl", "movement.safetensors", "mask.safetensors", "mask-forget.safetensors",
+             "token_weights.jsonl", "forget.safetensors", "rewriter", "improve", "more-sft",
+             *METHODS)
+NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
+
+
+class Policy(NamedTuple):
+    """A model on disk: a Hugging Face folder, and patches to put on top of it, in order."""
+    folder: Path
+    changes: tuple[Path, ...] = ()
+
+
+@dataclass
+class Run:
+    """What the stages share. Each stage loads the models it needs, and lets them go."""
+    cfg: Config
+    folder: Path
+    base: Policy
+    device: str
+    dtype: torch.dtype
+    config: ModelConfig  # of the policy
+    shapes: dict[str, torch.Size]  # of its parameters
+    encoder: Encoder
+    tasks: list[Task]
+    pairs: list[Pair]
+    val: list  # Tasks, or Pairs in a run that starts from pairs
+    test: list
+    log: Log | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    @property
+    def questions(self) -> list[Task]:
+        """What is sampled: of rows with the same question the first that has an answer."""
+        first = {}
+        for task in sorted(self.tasks, key=lambda task: gold_answer(task) is None):
+            first.setdefault(task.input, task)
+        return [task for task in self.tasks if first[task.input] is task]
+
+    def load(self, policy: Policy, mask=None, training=False) -> CausalLM:
+        """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
+
+        training: the weights in `mask` are, or all of them.
+        """
+        int8 = self.cfg.int8 and not (training and mask is None)
+        model = load_model(policy.folder, self.dtype, self.device, int8, mask, policy.changes)
+        model.recompute = self.cfg.recompute
+        return model
+
+    def save(self, what, target: Path):
+        """A model's folder, or a file of tensors; written by rank 0."""
+        if parallel.RANK == 0:
+            (save_model if isinstance(what, CausalLM) else save_tensors)(what, target)
+
+    def save_mask(self, mask: dict[str, Selected], path: Path):
+        """Write a mask; its file knows the shapes of its tensors."""
+        shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
+        save_tensors(to_tensors(mask), path, shapes)
+
+    def load_mask(self, name: str) -> dict[str, Selected]:
+        """A mask of this run, held against the model's shapes."""
+        return load_mask(self.folder / name, self.shapes)
+
+    def stage(self, name: str, artefact: str, make, ranks: bool = False) -> Path:
+        """The path of a stage's artefact, made by make(path) unless it is there.
+
+        Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
+        """
+        target, began = self.folder / artefact, time.monotonic()
+        there = target.exists()
+        parallel.wait()  # all have looked, rank 0 may write
+        if there:
+            say(f"{name}: {target} is there, skipped")
+        elif ranks or parallel.RANK == 0:
+            if self.device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats(self.device)
+            make(target)
+            seconds, peak = round(time.monotonic() - began, 2), peak_gb(self.device)
+            self.seconds[name] = seconds
+            self.log.write(name, seconds=seconds, **{"mem/peak_gb": peak})
+            say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
+        parallel.wait()
+        if parallel.RANK == 0:
+            self.state_file(name).unlink(missing_ok=True)
+        return target
+
+    def state_file(self, name: str) -> Path:
+        """Where a checkpoint inside a stage stands (resume.py)."""
+        return self.folder / f".{name}.state.safetensors"
+
+    def validate(self, name, model, done, total):
+        """Where --eval-every says so: {"eval/score": share of the validation rows that are right}."""
+        every = self.cfg.eval_every
+        if not every or (done % every and done < total) or name in ("warmup", "rewrite"):
+            return {}
+        items = self.evaluate(model, self.val, "validate")
+        score = sum(item["correct"] for item in items) / len(items)
+        say(f"{name}: {score:.4f} of the validation rows right")
+        return {"eval/score": score}
+
+    def report_change(self, name, optimizer, skipped):
+        """Say how far the weights moved. Raises UserError when they are no numbers any more."""
+        change = optimizer.largest_change()
+        if not math.isfinite(change):
+            raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
+        warning = "" if change else "   <-- WARNING: no weight moved; raise the learning rate"
+        say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
+            f"{change:.3g}{warning}")
+        optimizer.close()
+
+    def encode(self, rows, name: str) -> list[Example]:
+        """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
+        examples = [self.encoder.example(prompt, responses) for prompt, responses in rows]
+        examples = [example for example in examples if example]
+        self.report_dropped(name, len(examples))
+        return examples
+
+    def report_dropped(self, name: str, usable: int):
+        """Say what the encoder dropped or trimmed just now. Raises UserError if that was all."""
+        report = self.encoder.report()
+        if not usable:
+            raise UserError(f"none of the {name} can be used; {report or 'there are none'}")
+        if report:
+            say(f"{name}: {usable} can be used; {report}")
+
+    def eos(self, model: CausalLM) -> tuple[int, ...]:
+        """Ids that end a response of this model in this prompt style."""
+        return tuple({*eos_ids(model, self.encoder.tokenizer), self.encoder.closing})
+
+    def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
+        """Greedy answers to tasks, margins of pairs; one dict a row."""
+        items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
+        self.report_dropped(f"{label} rows", len(items))
+        return items
+
+
+def load_mask(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Selected]:
+    """A mask file; with `shapes` held against a model's. Raises UserError for what does not fit."""
+    tensors, metadata = load_tensors(path)
+    with reading(path):
+        own = {name: torch.Size(map(int, shape.split())) for name, shape in metadata.items()}
+        mask = from_tensors(tensors, own)
+    if shapes and own != shapes:
+        raise UserError(f"{path}: a mask of another model, or none")
+    if not any(map(len, mask.values())):
+        raise UserError(f"{path}: the mask selects nothing")
+    return mask
+
+
+# ---- opening a run -----------------------------------------------------------------------------
+
+def fingerprint(path) -> str:
+    """Of a file's content; of one above half a gigabyte, which takes long to read, of its size."""
+    with reading(path):
+        size = path.stat().st_size
+        content = path.read_bytes() if size < 1 << 29 else b""
+    return hashlib.sha256(f"{size} ".encode() + content).hexdigest()[:16]
+
+
+def record_of(run, folders) -> dict[str, dict]:
+    """What makes a run, for its config.json: settings, files that it reads, the machine."""
+    cfg = run.cfg
+    files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
+    for folder in folders:
+        files |= {folder / "config.json", folder / "tokenizer.json", *shard_files(folder).values()}
+    record = {
+        "config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
+        "data": {str(path): fingerprint(path) for path in sorted(files)},
+        "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
+                    "threads": torch.get_num_threads()}}
+    return json.loads(json.dumps(record).replace(HOME, '"~/'))  # without names of people
+
+
+def check_folder(folder, record):
+    """Raise UserError when --out holds anything but this run, or artefacts laid in for it."""
+    path = folder / "config.json"
+    if not path.exists():
+        for file in folder.glob("*") if folder.is_dir() else [folder] * folder.exists():
+            if file.name[0] != "." and file.name not in ARTEFACTS:
+                raise UserError(f"{folder}: holds {file.name}, not a run; choose another --out")
+        return
+    known = read_json(path)
+    if not all(isinstance(known.get(key), dict) for key in record):
+        old = "of an earlier version of allo_mini" if "files" in known else "not of ours"
+        raise UserError(f"{folder}: holds a run {old}; choose another --out")
+    for key, values in record.items():
+        for name in {**known[key], **values}:
+            before, now = known[key].get(name), values.get(name)
+            if before != now and name == "threads":
+                say(f"begun with {before} threads, now {now}: sums may round differently")
+            elif before != now:
+                raise UserError(f"{folder}: holds a run with another {name} ({before!r}, now "
+                                f"{now!r}); choose another --out")
+
+
+def claim_folder(run, record):
+    """Make and lock the run folder, or go on in it; with --dry-run only look."""
+    path = run.folder / "config.json"
+    begun = path.exists()
+    check_folder(run.folder, record)
+    if run.cfg.dry_run:
+        return
+    if parallel.RANK == 0:
+        with reading(run.folder):
+            run.folder.mkdir(parents=True, exist_ok=True)
+        lock(run.folder)
+        if not path.exists():
+            write_json(path, record)
+        elif not begun:  # another process began one just now
+            check_folder(run.folder, record)
+    parallel.wait()
+    run.log = Log(run.folder)
+
+
+def open_run(cfg: Config) -> Run:
+    """Check what can be checked without training, then claim the run folder.
+
+    Raises UserError for whatever would stop the run later.
+    """
+    device, dtype = pick_device(cfg.device, cfg.dtype)
+    device = parallel.join(device)
+    base = find_folder(cfg.model or str(demo.FOLDER), download=not cfg.dry_run)
+    model, _ = meta_model(base)
+    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    eos_ids(model, tokenizer)
+    tasks, pairs, val, test = read_rows(cfg)
+    style = style_of(cfg.prompt, [*tasks, *pairs, *test, *val])
+    length = model.config.length(cfg.max_length, f"{base}/config.json")
+    encoder = Encoder(tokenizer, style, length)
+    encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
+    for name, held in (("test rows", test), ("val rows", val)):
+        pairs_held = [row for row in held if isinstance(row, Pair)]
+        usable = any(encoder.example(row.prompt, [row.chosen, row.rejected]) for row in pairs_held)
+        if pairs_held and not usable:
+            raise UserError(f"none of the {name} can be used: {encoder.report()}")
+    encoder.report()  # is said again when they are used
+    hint = unused_template(encoder, cfg.prompt)
+    data = Path([*cfg.pairs, *cfg.train, "demo"][0]).stem
+    folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
+    cfg = replace(cfg, prompt=style, max_length=length)  # recorded: eval.py asks in this style
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    run = Run(cfg, folder, Policy(base), device, dtype, model.config, shapes, encoder, tasks,
+              pairs, val, test)
+    say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
+        f"{str(dtype).removeprefix('torch.')} on {device}; prompts: {style}{hint}")
+    least = 100 / run.parameters
+    for name in ("p", "p_forget", "p_sft"):
+        if 0 < getattr(cfg, name) < least:
+            raise UserError(f"{flag_of(name)} is {getattr(cfg, name)}, which selects none of "
+                            f"{run.parameters:,} weights; expected at least {least:.2g}")
+    folders = [base]
+    if cfg.rewriter:
+        folders.append(find_folder(cfg.rewriter, download=not cfg.dry_run))
+        config = meta_model(folders[1])[0].config
+        config.length(length, f"{folders[1]}/config.json")
+        other = load_tokenizer(folders[1], config.vocab_size)
+        if other.inner.get_vocab() != tokenizer.inner.get_vocab():
+            raise UserError(f"{folders[1]}: a rewriting model must share the policy's tokenizer")
+    claim_folder(run, record_of(run, folders))
+    return run

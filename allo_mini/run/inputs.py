@@ -1,0 +1,105 @@
+"""The rows of a run, as its flags say: to train on, to validate on, to test on."""
+
+import random
+from dataclasses import replace
+
+from allo_mini import UserError
+from allo_mini.data import demo
+from allo_mini.data.rows import Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.evaluation.graders import gold_answer
+from allo_mini.run.log import say
+
+
+def read_rows(cfg) -> tuple:
+    """(tasks, pairs, val, test); rows that are held out are dropped from the others and counted.
+
+    Raises UserError naming the line of a bad row, or when nothing is left to train on.
+    """
+    files = cfg.pairs or cfg.train
+    if not files:
+        return demo.splits(cfg)
+    tasks = read_tasks(cfg.train)
+    pairs = sum(map(read_pairs, cfg.pairs), [])
+    test = held_rows(cfg, "test")
+    val = held_rows(cfg, "val")
+    drop_held(test + val, tasks, pairs)
+    rows = pairs if cfg.pairs else tasks
+    random.Random(f"{cfg.seed} rows").shuffle(rows)
+    if cfg.pairs and not test:
+        cut = max(1, min(500, len(pairs) // 10))
+        say(f"{cut} of {len(pairs)} pairs held out as test rows (--test FILE brings your own)")
+        test = pairs[:cut]
+        del pairs[:cut]
+        drop_held(test, tasks, pairs)
+    if cfg.limit:
+        del tasks[cfg.limit:], pairs[cfg.limit:]
+    if not rows:
+        raise UserError(f"{files[0]}: no rows are left to train on")
+    if not cfg.pairs and cfg.method != ["sft"]:
+        silent = sum(not gold_answer(task) for task in tasks)
+        if silent == len(tasks):
+            raise UserError(f"{files[0]}: no row has 'answer', or ends in 'The answer is X'")
+        if silent:
+            say(f"{silent} training rows have no answer to grade by; they make no pairs")
+    return tasks, pairs, val, test[:cfg.test_limit or None]
+
+
+def held_rows(cfg, flag):
+    """The rows of --test or --val: questions with answers, or in a --pairs run preferences.
+
+    Raises UserError for both kinds in one flag, or for questions without an answer.
+    """
+    files = getattr(cfg, flag)
+    kinds = set(map(is_pairs, files))
+    if True in kinds:
+        if False in kinds or not cfg.pairs:
+            raise UserError(f"--{flag} {' '.join(files)}: preference rows need a --pairs run")
+        return sum(map(read_pairs, files), [])
+    return need_answers(read_tasks(files, need_output=False), flag=flag)
+
+
+def need_answers(tasks: list[Task], task: str | None = None, flag: str = "test") -> list[Task]:
+    """`tasks`, graded as their files' names say, or as `task`'s rows are.
+
+    Raises UserError naming a row without an answer.
+    """
+    for row in tasks:
+        graded = row if task is None else replace(row, source=task)
+        if not (gold_answer(graded) or "").strip():
+            raise UserError(f"{row.source}: a --{flag} row needs 'answer', or 'output' ending in "
+                            '"The answer is X"')
+    return tasks
+
+
+def drop_held(held, *groups):
+    """Take the questions of `held` out of other lists of rows, and say how many."""
+    questions = set(map(key_of, held))
+    for rows in groups:
+        before = len(rows)
+        rows[:] = [row for row in rows if key_of(row) not in questions]
+        if len(rows) < before:
+            say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
+
+
+def key_of(row):
+    """What makes two rows the same question."""
+    return plain(row.prompt).strip()
+
+
+def style_of(prompt: str, rows: list) -> str:
+    """What --prompt says; for auto, what the rows are.
+
+    chat where any is a conversation, for roles mean nothing in another style; else by the first
+    row: alpaca for questions and pairs made from them, none for strings.
+    """
+    if prompt != "auto":
+        return prompt
+    if any(isinstance(row.prompt, list) for row in rows):
+        return "chat"
+    return "alpaca" if isinstance(rows[0], Task) or rows[0].task is not None else "none"
+
+
+def unused_template(encoder, prompt: str) -> str:
+    """A hint for who has not said --prompt, where the model has a chat template."""
+    unused = prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template
+    return " (the model has a chat template: --prompt chat uses it)" if unused else ""

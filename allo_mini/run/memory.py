@@ -1,0 +1,87 @@
+"""What is printed before training: stages with their rows, steps and rates, and the memory they need.
+
+Bytes are estimates of what torch allocates at a stage's peak; what was measured is printed after each.
+"""
+
+import os
+
+import torch
+
+from allo_mini.linear import is_quantized
+from allo_mini.logprobs import HEAD_BYTES
+from allo_mini.mask import CHUNK
+from allo_mini.run.config import schedule
+from allo_mini.run.log import say, table
+
+
+def percent_of(cfg, stage):
+    """How many percent of the weights a stage trains."""
+    if stage in ("sft", "rewrite"):
+        return cfg.p_sft or 100
+    if stage == "forget" and cfg.p_forget:
+        return cfg.p_forget
+    masked = stage in ("forget", "improve") or (cfg.masked and stage != "warmup")
+    return cfg.p if masked else 100
+
+
+def estimate(run, stage: str) -> dict[str, float]:
+    """{term: bytes on the device} of a training stage; T tokens of a micro-batch, n trained weights."""
+    cfg, c, size = run.cfg, run.config, run.dtype.itemsize
+    share = percent_of(cfg, stage) / 100
+    n, T = run.parameters * share, cfg.micro_tokens
+    int8 = cfg.int8 and share < 1  # a byte a weight, and a scale for each block of 256
+    weights = sum(shape.numel() * (1 + 1 / 64 if int8 and is_quantized(name, shape) else size)
+                  for name, shape in run.shapes.items())
+    heads = (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    block = T * size * (4 * c.hidden_size + heads + 3 * c.intermediate_size)
+    inputs = T * size * c.hidden_size * (c.num_hidden_layers + 3)
+    return {"weights": weights,
+            "positions": n * (2 + size * int8) if share < 1 else 0,
+            "optimizer": 0 if cfg.offload else n * (8 + cfg.state_bits / 4),
+            "activations": inputs + block * (1 if cfg.recompute else c.num_hidden_layers),
+            "at work": max(3 * HEAD_BYTES, T * size * c.intermediate_size + 3 * CHUNK * size)}
+
+
+def locate_groups(run) -> int:
+    """In how many passes the gradient of all weights is made, so that its sums fit: with snr 12 bytes
+    a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
+    if run.cfg.locate_groups:
+        return run.cfg.locate_groups
+    room = run.parameters
+    if hasattr(os, "sysconf"):
+        room = min(room, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 24)
+    if run.device.startswith("cuda") and not run.cfg.offload:
+        room = min(room, torch.cuda.mem_get_info(run.device)[0] // 8)
+    return -(-run.parameters // room)
+
+
+def training_stages(cfg) -> list[str]:
+    """The run's training stages, in their order."""
+    stages = ["sft"] * cfg.sft
+    for method in cfg.method:
+        if cfg.p < 100 and cfg.locate == "movement" and (method == "allo" or cfg.masked):
+            stages.append("warmup")
+        if method == "allo":
+            scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
+            stages += ["rewrite"] * scored + ["forget"] * cfg.forget + ["improve"]
+        else:
+            stages.append(method)
+    return list(dict.fromkeys(stages))
+
+
+def show_plan(run):
+    """Print what the run is going to do: a line for each training stage."""
+    cfg, lines = run.cfg, []
+    if not run.pairs and cfg.method != ["sft"]:
+        asked = len(run.questions[:cfg.sample_questions or None])
+        say(f"samples {cfg.n} responses to each of {asked} questions first")
+    for stage in training_stages(cfg):
+        rows = len(run.tasks if stage == "sft" and run.tasks else run.pairs)  # 0: to be sampled
+        plan = schedule(cfg, stage, run.parameters, rows or 10**9)
+        steps = -(-round(rows * plan.epochs) // plan.batch)
+        steps = min(steps, cfg.max_steps or steps)
+        size = sum(estimate(run, stage).values()) / 1e9
+        lines.append([stage, str(rows or "sampled"), str(steps or "?"), str(plan.batch),
+                      f"{plan.lr:g}", f"{percent_of(cfg, stage):g} %", f"{size:.1f} GB"])
+    header = ["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"]
+    say(table(header, lines) + "\n")

@@ -1,0 +1,53 @@
+"""More than one GPU: `torchrun --nproc_per_node=N train.py ...` starts N ranks of one run.
+
+Every rank holds the whole model and takes its share of each step's examples; what travels is the flat
+gradient of the selected weights, p % of what ordinary data parallelism sends. Rank 0 alone writes,
+samples, scores and evaluates; the others wait. Without torchrun nothing here does anything.
+"""
+
+import os
+from collections import Counter
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PART = 1 << 26  # values that travel through the device at a time
+
+
+def join(device: str) -> str:
+    """Meet the other ranks, if there are any; returns this rank's device."""
+    if WORLD == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=7))  # ranks wait for sampling
+    return device
+
+
+def share(items: list) -> list:
+    """This rank's items."""
+    return items[RANK::WORLD]
+
+
+def sum_up(grad, sums: dict, device) -> dict:
+    """Add up the ranks' gradients, in place, and their sums; a rank without examples has none."""
+    for part in grad.split(PART):
+        there = part.to(device)
+        dist.all_reduce(there)
+        part.copy_(there)
+    every, total = [None] * WORLD, Counter()
+    dist.all_gather_object(every, {key: float(value) for key, value in sums.items()})
+    for one in every:
+        total.update(one)
+    return {key: torch.tensor(value) for key, value in total.items()}
+
+
+def wait():
+    """Go on when every rank is here."""
+    if WORLD > 1:
+        dist.barrier()
