@@ -17,8 +17,7 @@ from allo_mini.checkpoint import eos_ids, load_model
 from allo_mini.data.encoder import Encoder, turns_of
 from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of
 from allo_mini.data.tokenizer import load_tokenizer
-from allo_mini.evaluation.answers import (COLUMNS, bootstrap, evaluate, respond, summary,
-                                          summary_row)
+from allo_mini.evaluation.answers import COLUMNS, bootstrap, evaluate, respond, summary, summary_row
 from allo_mini.evaluation.graders import JUDGED, RULES, task_name
 from allo_mini.run.config import KNOBS, Config, Parser, add_flag, check
 from allo_mini.run.device import pick_device
@@ -38,12 +37,9 @@ def make_parser():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--test", nargs="+", default=[], help="JSON Lines files, a table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead")
-    add("--task", choices=(*RULES, *JUDGED, "generic"), help="what the --test files hold, where "
-        "their names do not tell")
-    add("--out", default="", help="folder for the answers, over an earlier call's "
-        "(eval/RUN-STAGE of --model runs/RUN/STAGE)")
-    add("--against", help="--out of another model on the same files: shows the difference with a "
-        "95 %% interval and p, by paired bootstrap")
+    add("--task", choices=(*RULES, *JUDGED, "generic"), help="of files whose names do not tell it")
+    add("--out", default="", help="folder of answers (eval/RUN-STAGE of --model runs/RUN/STAGE)")
+    add("--against", help="another model's --out: their difference, its interval, p (bootstrap)")
     add("--limit", type=int, default=0, help="rows of a file at most (0: all)")
     for name in (*OF_A_RUN, "sample_batch", "micro_tokens", "dtype", "device", "int8"):
         add_flag(parser, name)
@@ -90,8 +86,8 @@ def compare(target, theirs):
     if not both:
         raise UserError(f"{target}: has no question in common with the file --against it")
     difference, low, high, p = bootstrap([ours[key] for key in both], [theirs[key] for key in both])
-    return [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]",
-            f"{p:.4f}", str(len(both))]
+    return [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}",
+            str(len(both))]
 
 
 # ---- work ------------------------------------------------------------------------------------
@@ -140,18 +136,16 @@ def grade(model, settings, jobs):
             row = summary_row(f"{target.name} ({task or 'generic'})", summary(items))
             lines.append(row + compare(target, theirs) if theirs else row)
     if lines:
-        header = ["file", *COLUMNS, "difference", "its interval", "p", "compared"]
-        say("\n" + table(header, lines))
+        say("\n" + table(["file", *COLUMNS, "difference", "its interval", "p", "compared"], lines))
 
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
     source = Path(os.path.abspath(args.patch or args.model))
     settings = settings_of(args, source.parent / "config.json")
-    out = args.out or f"eval/{source.parent.name}-{source.name}"
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers
     for file in args.test:
-        target = Path(out, Path(file).name)
+        target = Path(args.out or f"eval/{source.parent.name}-{source.name}", Path(file).name)
         if target in jobs:
             raise UserError(f"two --test files would have their answers in {target}; rename one")
         if target.exists():
@@ -159,8 +153,7 @@ def run(args):
         theirs = args.against and verdicts(Path(args.against, target.name))
         jobs[target] = *read_rows(file, args.task), theirs
     device, dtype = pick_device(settings.device, settings.dtype)
-    model = load_model(args.model, dtype, device, settings.int8,
-                       changes=[args.patch] if args.patch else [])
+    model = load_model(args.model, dtype, device, settings.int8, changes=filter(None, [args.patch]))
     if args.chat:
         talk(model, settings)
     grade(model, settings, jobs)

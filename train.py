@@ -46,7 +46,7 @@ from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
 from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
-from allo_mini.run.folder import Policy, Run, open_run
+from allo_mini.run.folder import Policy, Run, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
 from allo_mini.run.results import describe_mask, finish, record_tokens, reprint
@@ -59,8 +59,7 @@ GROUP = 64  # questions sampled together: a restart goes on between two groups, 
 
 # ---- the training loop -------------------------------------------------------------------------
 
-def optimize(run: Run, name: str, policy: Policy, examples: list[Example], objective: Objective,
-             mask=None):
+def optimize(run, name, policy, examples: list[Example], objective: Objective, mask=None):
     """Train a policy; only the weights in `mask` (None: all) move. Returns (model, optimizer)."""
     cfg, model = run.cfg, run.load(policy, mask, training=True)
     plan = schedule(cfg, name, run.parameters, len(examples))
@@ -151,9 +150,7 @@ def solutions(run) -> list[tuple]:
 
 def own_mask(run, name, policy, examples):
     """The --p-sft % of the weights that sft or the rewriting model train; None: all."""
-    if run.cfg.p_sft in (0, 100):
-        return None
-    return top(run, f"mask-{name}.safetensors", run.cfg.p_sft,
+    return top(run, f"mask-{name}.safetensors", run.cfg.p_sft or 100,
                lambda: by_gradient(run, policy, examples, sft_objective(), snr=False))
 
 
@@ -187,11 +184,11 @@ def sample_row(task, responses) -> dict:
 
 def preferences(run, samples) -> tuple[list[Pair], list[Negative]]:
     """Samples labelled by their final answer -> random (y+, y-), and every y- to forget."""
+    cfg = run.cfg
     if run.pairs:
         return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
                                     pair.rewrite or pair.chosen) for pair in run.pairs]
-    pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
-                             run.encoder)
+    pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed, run.encoder)
     if not pairs:
         raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
                         "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
@@ -215,9 +212,8 @@ def locate(run, policy, pairs) -> tuple:
     cfg, percents = run.cfg, {"mask.safetensors": run.cfg.p}
     if cfg.p_forget:
         percents["mask-forget.safetensors"] = cfg.p_forget
-    missing = [name for name, percent in percents.items()
-               if percent < 100 and not (run.folder / name).exists()]
-    if missing and cfg.locate == "movement":
+    there = [percent == 100 or (run.folder / name).exists() for name, percent in percents.items()]
+    if cfg.locate == "movement" and not all(there):
         warmup(run, policy, pairs)
 
     def importance():
@@ -245,7 +241,7 @@ def top(run, artefact, percent, importance):
         run.save_mask(mask, target)
 
     run.stage("locate", artefact, make)
-    return run.load_mask(artefact)
+    return load_mask(run.folder / artefact, run.shapes)
 
 
 def select(importance, percent, device) -> dict:

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
 def sdpa(q, k, v, **sight):
@@ -13,7 +12,7 @@ def sdpa(q, k, v, **sight):
     return out.transpose(-3, -2)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+def causal_attention(q, k, v, layer):
     """q [B,T,h,d], k and v [B,T,g,d] -> [B,T,h,d]: every token sees itself and those before it."""
     return sdpa(q, k, v, is_causal=True)
 
@@ -30,7 +29,7 @@ class TreeAttention:
     `trees` is a list of (prompt length, (response length, ...)).
     """
 
-    def __init__(self, trees: list):
+    def __init__(self, trees):
         self.trees = trees
         self.pieces = []  # lengths of [P], [C], [R]
         self.queries = []  # of [P | C], [R]
@@ -41,16 +40,14 @@ class TreeAttention:
             self.keys += [prompt + length for length in responses]
         self.sights = {}  # (queries, keys) -> who sees whom
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def __call__(self, q, k, v, layer):
         """q [N,h,d], k and v [N,g,d] -> [N,h,d]"""
         kind = q.dtype
         if kind == torch.bfloat16 and not q.is_cuda:  # backward would take 2-3 times as long
-            q = q.float()
-            k = k.float()
-            v = v.float()
-        queries = q.split(self.queries)
+            q, k, v = q.float(), k.float(), v.float()
         keys = self.as_keys(k).split(self.keys)
         values = self.as_keys(v).split(self.keys)
+        queries = q.split(self.queries)
         out = map(self.attend, queries, keys, values)
         return torch.cat(list(out)).to(kind)
 

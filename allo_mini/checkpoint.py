@@ -13,7 +13,7 @@ import torch
 
 from allo_mini import UserError
 from allo_mini.linear import is_quantized, to_int8
-from allo_mini.model import CausalLM, build, parse_config
+from allo_mini.model import build, parse_config
 from allo_mini.patch import put_changes, read_patch
 from allo_mini.run.device import DTYPES
 from allo_mini.run.files import atomic, open_tensors, read_json, reading, save_tensors, write_json
@@ -30,7 +30,7 @@ SHARD = 4 << 30  # bytes of one weights file
 
 # ---- reading -------------------------------------------------------------------------------------
 
-def find_folder(path_or_id: str, download: bool = True) -> Path:
+def find_folder(path_or_id, download=True):
     """A local folder as it is; of a hub id (owner/name[@revision]) the files we name.
 
     They are downloaded or, where that is not possible or not wanted, found in the cache. Raises
@@ -54,9 +54,8 @@ def find_folder(path_or_id: str, download: bool = True) -> Path:
 
 def shard_files(folder):
     """{tensor name: the safetensors file that holds it}; where there are shards, of those."""
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
     files = {}
-    for path in shards or [folder / "model.safetensors"]:
+    for path in sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]:
         with open_tensors(path) as file:
             files |= dict.fromkeys(file.keys(), path)
     return files
@@ -71,25 +70,21 @@ def read_tensor(path, name):
 def meta_model(folder):
     """The folder's model without weights, {name: its file}. Raises UserError where they differ."""
     path = folder / "config.json"
-    with reading(path):
+    with reading(path), torch.device("meta"):
         config = parse_config(read_json(path), str(path))
-        with torch.device("meta"):
-            model = build(config)
-    wanted = dict(model.named_parameters())
+        model = build(config)
     files = {name: file for name, file in shard_files(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         files.pop("lm_head.weight", None)
-    for name in sorted(files.keys() ^ wanted):
+    for name in sorted(files.keys() ^ dict(model.named_parameters())):
         raise UserError(f"{folder}: weight {name} is missing, or does not belong to a "
                         f"{config.family} model")
-    model.folder = folder
-    model.files = files
+    model.folder, model.files = folder, files
     return model.requires_grad_(False), files
 
 
-def load_model(path_or_id: str | Path, dtype=torch.float32, device="cpu",
-               int8: bool = False, mask=None, changes=()) -> CausalLM:
+def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=None, changes=()):
     """Read a Llama, Mistral, Qwen2 or Qwen3 checkpoint; the weights end in `dtype` on `device`.
 
     Built on the meta device and filled tensor by tensor from memory-mapped files: the peak is one
@@ -137,13 +132,12 @@ def dense_weight(model, name):
     if not hasattr(p, "int8"):
         return p.detach()
     values = p.int8.values
-    stored = read_tensor(model.files[name], name)
-    dense = put_changes(stored, name, values.dtype, model.changes)
+    dense = put_changes(read_tensor(model.files[name], name), name, values.dtype, model.changes)
     p.int8.selected.to("cpu").scatter(dense, values)
     return dense
 
 
-def save_model(model: CausalLM, folder):
+def save_model(model, folder):
     """Config, weights (in shards of SHARD bytes) and the model's own tokenizer files.
 
     All or nothing: raises UserError when the folder exists or cannot be written.

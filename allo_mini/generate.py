@@ -18,7 +18,6 @@ from torch import Tensor
 from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
 from allo_mini.logprobs import pack, size_of
-from allo_mini.model import CausalLM
 
 PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes bounded memory
 
@@ -75,8 +74,8 @@ class Cache:
                 self.stores[i] = F.pad(store, (0, 0, 0, more))
         places = torch.arange(self.used, device=device)
         self.visible = places <= self.lengths[:, None, None, None]  # [A,1,1,used]
-        newest = [s.tokens[-1] for s in running]
-        return model(torch.tensor(newest, device=device), self.lengths, self)
+        newest = torch.tensor([s.tokens[-1] for s in running], device=device)
+        return model(newest, self.lengths, self)
 
     def __call__(self, q, k, v, layer):
         """q [A,h,d], k and v [A,g,d] of the A running samples' newest token -> [A,h,d].
@@ -155,20 +154,20 @@ def slots_that_fit(model, longest, slots):
 
 @torch.inference_mode()
 def sample(
-    model: CausalLM,
-    prompts: list[list[int]],  # ids
-    n: int,
-    max_new_tokens: int,
-    temperature: float = 0.7,
-    top_p: float = 0.95,
+    model,
+    prompts,  # lists of ids
+    n,
+    max_new_tokens,
+    temperature=0.7,
+    top_p=0.95,
     eos_ids=(),  # any of them ends a response
-    seed: int = 0,
-    rows: list[int] | None = None,  # the numbers that seed each prompt; None: 0, 1, ...
-    slots: int = 64,  # samples running at once
-    max_length: int | None = None,  # tokens of prompt and response together
+    seed=0,
+    rows=None,  # the numbers that seed each prompt; None: 0, 1, ...
+    slots=64,  # samples running at once
+    max_length=None,  # tokens of prompt and response together
     stopped=lambda tokens: False,  # whether a sample ends here, on a stop string
     on_done=lambda prompt, tokens: None,  # called as each ends, with its prompt's number
-) -> list:
+):
     """n responses a prompt: [prompt][k] -> ids, EOS included. ValueError for an empty prompt."""
     if not prompts:
         return []
@@ -179,9 +178,8 @@ def sample(
         most = max(1, min(max_new_tokens, end - len(prompt)))
         for k in range(n):
             u = uniforms(seed, rows[i] if rows else i, k, most)
-            tokens = []
-            responses[i].append(tokens)
-            waiting.append(Sample(i, prompt, u, tokens))
+            waiting.append(Sample(i, prompt, u, []))
+            responses[i].append(waiting[-1].tokens)
     longest = max(len(s.prompt) + len(s.u) for s in waiting)
     slots = min(slots_that_fit(model, longest, slots), len(waiting))
     cache = Cache(model, slots, max(map(len, prompts)), longest)
@@ -206,16 +204,8 @@ def sample(
     return responses
 
 
-def generate(
-    model: CausalLM,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    eos_ids=(),
-    seed: int = 0,
-    **kwargs,
-) -> list[list[int]]:
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids=(), seed=0,
+             **kwargs):
     """One response a prompt, greedy unless a temperature is given -> ids, prompt not included."""
     out = sample(model, prompts, 1, max_new_tokens, temperature, top_p, eos_ids, seed, **kwargs)
     return [tokens for [tokens] in out]

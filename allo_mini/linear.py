@@ -11,7 +11,6 @@ from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from allo_mini.mask import Selected, put, take
 from allo_mini.quant import dequantize_rows, quantize_rows
@@ -22,12 +21,12 @@ from allo_mini.quant import dequantize_rows, quantize_rows
 Int8 = namedtuple("Int8", "selected values chunks")
 
 
-def is_quantized(name: str, shape: torch.Size) -> bool:
+def is_quantized(name, shape):
     """Whether --int8 makes a weight int8: every matrix but the embedding, read a row at a time."""
     return len(shape) == 2 and "embed_tokens" not in name
 
 
-def to_int8(weight: Tensor, selected: Selected | None, device):
+def to_int8(weight, selected, device):
     """weight [O,I] -> what stands for it in the model, its Int8; what is selected stays exact."""
     selected = selected or Selected.from_dense(torch.zeros_like(weight).bool())
     selected = selected.to(device)
@@ -56,8 +55,7 @@ def dense_rows(weight, dtype):
 def add(slot, dense_of):
     """Add the selected entries of a gradient; dense_of(rows) makes some rows of all its entries."""
     for rows, entries, index in slot.selected.chunks():
-        values = take(dense_of(rows), index)
-        slot.grad[entries] += values.to(slot.grad.device)
+        slot.grad[entries] += take(dense_of(rows), index).to(slot.grad.device)
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -82,16 +80,14 @@ class MaskedLinear(torch.autograd.Function):
         return dx.to(dy.dtype), None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x, weight, bias=None):
     """x [..., I], weight [O,I] -> [..., O]: F.linear, unless the weight is in training, or int8."""
     slot = getattr(weight, "slot", None)
     if slot is None and weight.is_floating_point():
         return F.linear(x, weight, bias)
     y = MaskedLinear.apply(x.flatten(0, -2), weight, slot and slot.handle)
     y = y.unflatten(0, x.shape[:-1])
-    if bias is None:
-        return y
-    return y + bias
+    return y if bias is None else y + bias
 
 
 class MaskedEmbedding(torch.autograd.Function):
@@ -117,7 +113,7 @@ class MaskedEmbedding(torch.autograd.Function):
         return None, None
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+def embedding(ids, weight):
     """ids [...] -> [..., H]: F.embedding, unless the weight is in training."""
     look_up = MaskedEmbedding.apply if hasattr(weight, "slot") else F.embedding
     return look_up(ids, weight)

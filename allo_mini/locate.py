@@ -13,15 +13,12 @@ memory-mapped file, and is ranked from there (mask.py) without ever being rounde
 
 import os
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from allo_mini.logprobs import micro_batches, responses_of
 from allo_mini.masked_adamw import FlatGradient
-from allo_mini.model import CausalLM
 from allo_mini.run.files import reading
 from allo_mini.run.log import progress
 
@@ -53,9 +50,8 @@ def scratch(folder, count):
         return torch.from_numpy(np.memmap(file, np.float32, shape=count))
 
 
-def gradient_importance(model: CausalLM, examples, objective, folder: Path,
-                        snr: bool = True, groups: int = 1, tokens: int = 4096,
-                        offload: bool = False) -> dict[str, Tensor]:
+def gradient_importance(model, examples, objective, folder, snr=True, groups=1, tokens=4096,
+                        offload=False):
     """{name: fp32 tensor of the weight's shape}, by as many passes over the examples as groups.
 
     For L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)): the policy is its own reference.
@@ -89,12 +85,11 @@ def gradient(flat, model, examples, objective, tokens):
     """One g_t in host memory [n]: backward of the examples' loss gathers it in `flat`."""
     flat.grad.zero_()
     for micro in micro_batches(examples, tokens):
-        loss, _ = objective.loss(*responses_of(model, micro), micro)
-        loss.backward()
+        objective.loss(*responses_of(model, micro), micro)[0].backward()
     return flat.grad.cpu()
 
 
-def random_importance(shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
+def random_importance(shapes, seed):
     """For --locate random: a number in [0, 1) for every weight."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}

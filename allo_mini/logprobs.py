@@ -41,12 +41,8 @@ def pack(examples, device="cpu"):
     An empty response has a predictor too, of the token it may begin with (generate.py).
     Raises ValueError for an empty prompt: nothing would predict the first token.
     """
-    ids = []
-    positions = []
-    predictors = []
-    targets = []
-    lengths = []
-    trees = []
+    ids, positions, predictors, targets = [], [], [], []
+    lengths, trees = [], []
     for prompt, responses, *_ in examples:
         if not prompt:
             raise ValueError("every prompt needs at least one token")
@@ -99,8 +95,7 @@ def head_logps(hidden, weight, targets, limit=HEAD_BYTES):
     """
     rows = max(1, limit // 4 // len(weight))
     if len(targets) <= rows:
-        logits = linear(hidden, weight)
-        return TargetLogps.apply(logits, targets[:, None])[:, 0]
+        return TargetLogps.apply(linear(hidden, weight), targets[:, None])[:, 0]
     logps = [checkpoint(head_logps, h, weight, t, limit, use_reentrant=False)
              for h, t in zip(hidden.split(rows), targets.split(rows))]
     return torch.cat(logps)
@@ -112,13 +107,13 @@ def token_logps(model, batch):
     return head_logps(hidden[batch.predictors], model.head_weight, batch.targets)
 
 
-def by_response(values: Tensor, lengths: list[int]) -> list[Tensor]:
+def by_response(values, lengths):
     """Flat values [S] -> rows [R,T], zeros on the right, and the bool mask [R,T] of real ones."""
     real = torch.ones_like(values).bool()
     return [pad_sequence(x.split(lengths), batch_first=True) for x in (values, real)]
 
 
-def responses_of(model, micro: list) -> tuple[Tensor, Tensor, Tensor]:
+def responses_of(model, micro):
     """A micro-batch's log pi_theta(y_t) and log pi_ref(y_t), rows [R,T], and which are tokens.
 
     Examples without a reference get pi_theta's own, so that every ratio is 0.
@@ -132,12 +127,12 @@ def responses_of(model, micro: list) -> tuple[Tensor, Tensor, Tensor]:
     return logps, ref, real
 
 
-def size_of(example) -> int:
+def size_of(example):
     """Tokens the model reads for an example: the prompt once, and every response."""
     return len(example[0]) + sum(map(len, example[1]))
 
 
-def micro_batches(examples: list, tokens: int) -> list[list]:
+def micro_batches(examples, tokens):
     """Lists of at most `tokens` tokens, never empty; longest first, so memory runs out at once."""
     batches, held = [], tokens  # as if one before were full
     for example in sorted(examples, key=size_of, reverse=True):
@@ -150,8 +145,7 @@ def micro_batches(examples: list, tokens: int) -> list[list]:
 
 
 @torch.no_grad()
-def score(model, examples: list, tokens: int = 8192,
-          on_batch=lambda count: None) -> list[list[Tensor]]:
+def score(model, examples, tokens=8192, on_batch=lambda count: None):
     """Per-token log-probs of every response: [[Tensor [n] on the CPU, ...] of an example, ...]."""
     scores = {}
     for micro in micro_batches(examples, tokens):
@@ -163,7 +157,7 @@ def score(model, examples: list, tokens: int = 8192,
     return [scores[id(example)] for example in examples]
 
 
-def with_reference(model, examples: list, tokens: int) -> list:
+def with_reference(model, examples, tokens):
     """The examples, now carrying log pi_ref(y_t) of all their response tokens [s], fp32, CPU.
 
     Made by the same code on the same micro-batches as training, so that at theta = theta_ref every
@@ -173,7 +167,7 @@ def with_reference(model, examples: list, tokens: int) -> list:
     return [example._replace(ref=torch.cat(rows)) for example, rows in zip(examples, scores)]
 
 
-def margins(model, pairs: list, tokens: int, on_batch=lambda count: None) -> list[float]:
+def margins(model, pairs, tokens, on_batch=lambda count: None):
     """log pi(y+) - log pi(y-), summed over tokens, of every example (prompt, [y+, y-])."""
     scores = score(model, pairs, tokens, on_batch)
     return [float(chosen.sum() - rejected.sum()) for chosen, rejected in scores]

@@ -19,7 +19,7 @@ CHUNK = 1 << 24  # values that are looked at in one go: 64 MB of fp32
 INFINITE = 0x7F800000  # the bits of fp32's infinity: above those of every finite value
 
 
-def chunk_of(device) -> int:
+def chunk_of(device):
     """CHUNK, or on a CPU a sixteenth of it, which its caches hold."""
     return CHUNK >> 4 if str(device) == "cpu" else CHUNK
 
@@ -39,9 +39,8 @@ class Selected:
     """
 
     def __init__(self, shape, columns=None, counts=None):
-        self.shape = torch.Size(shape)
+        self.shape, self.columns = torch.Size(shape), columns
         self.width = (self.shape or [1])[-1]
-        self.columns = columns
         if counts is None:
             counts = torch.full([self.shape[:-1].numel()], self.width)
         self.counts = counts
@@ -52,8 +51,7 @@ class Selected:
         """From a bool tensor."""
         rows = cls(mask.shape).matrix(mask.contiguous())
         kind = torch.int16 if rows.shape[1] < 1 << 15 else torch.int32
-        columns = rows.nonzero()[:, 1].to(kind)
-        return cls(mask.shape, columns, rows.sum(1).int())
+        return cls(mask.shape, rows.nonzero()[:, 1].to(kind), rows.sum(1).int())
 
     def dense(self):
         """The bool tensor."""
@@ -134,8 +132,7 @@ def to_tensors(mask, values=None):
     tensors = {f"{name}.values": values[name] for name in values or ()}
     for name, selected in mask.items():
         if selected.columns is not None:
-            tensors[f"{name}.columns"] = selected.columns
-            tensors[f"{name}.counts"] = selected.counts
+            tensors |= {f"{name}.columns": selected.columns, f"{name}.counts": selected.counts}
     return tensors
 
 
@@ -176,8 +173,7 @@ def kth_largest(tensors, k, device):
         for bits in bit_patterns(tensors, device):
             if shift == 0:
                 bits = bits[bits >> 16 == threshold] & 0xFFFF
-            digits = bits >> shift
-            histogram += digits.bincount(minlength=1 << 16).cpu()
+            histogram += (bits >> shift).bincount(minlength=1 << 16).cpu()
         larger = histogram.flip(0).cumsum(0).flip(0) - histogram  # [d]: how many digits are above d
         digit = int((larger >= k).sum())
         k -= int(larger[digit])
@@ -185,8 +181,7 @@ def kth_largest(tensors, k, device):
     return threshold, k
 
 
-def select_neurons(importance: dict[str, Tensor], fraction: float,
-                   device="cpu") -> dict[str, Selected]:
+def select_neurons(importance: dict, fraction: float, device="cpu") -> dict[str, Selected]:
     """The exact top `fraction` (0..1) of |importance| over all tensors together.
 
     floor(fraction * N) weights are selected, in integer arithmetic (0.07 means 7/100); ties at the
@@ -198,9 +193,7 @@ def select_neurons(importance: dict[str, Tensor], fraction: float,
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     total = sum(map(Tensor.numel, importance.values()))
     count = int(Fraction(str(fraction)) * total)
-    threshold, ties = INFINITE, 0
-    if count:
-        threshold, ties = kth_largest(importance.values(), count, device)
+    threshold, ties = kth_largest(importance.values(), count, device) if count else (INFINITE, 0)
     mask = {}
     for name, values in importance.items():
         chunks = []

@@ -56,17 +56,16 @@ class FlatGradient:
     mask that does not fit.
     """
 
-    def __init__(self, named_parameters, mask=None, offload: bool = False):
+    def __init__(self, named_parameters, mask=None, offload=False):
         parameters = [(name, p, selected_of(name, p, mask)) for name, p in named_parameters]
         self.offload = offload
         self.device = parameters[0][1].device
         self.grad = self.zeros(sum(len(selected) for _, _, selected in parameters))
         if not len(self.grad):
             raise ValueError("the mask selects nothing")
-        self.slots = []
+        self.slots, end = [], 0
         undo = ExitStack()
         self.close = undo.close  # makes the parameters ordinary again
-        end = 0
         for name, p, selected in parameters:
             where = slice(end, end + len(selected))
             end = where.stop
@@ -117,9 +116,8 @@ class MaskedAdamW(FlatGradient):
     offload: master, gradient and moments in host memory.
     """
 
-    def __init__(self, named_parameters, mask=None, lr: float = 1e-6, betas=(0.9, 0.999),
-                 eps: float = 1e-8, weight_decay: float = 0.0, state_bits: int = 32,
-                 offload: bool = False):
+    def __init__(self, named_parameters, mask=None, lr=1e-6, betas=(0.9, 0.999), eps=1e-8,
+                 weight_decay=0.0, state_bits=32, offload=False):
         super().__init__(named_parameters, mask, offload)
         if mask is None and any(slot.handle is not None for slot in self.slots):
             raise ValueError("int8 weights can only be trained through a mask")
@@ -141,7 +139,7 @@ class MaskedAdamW(FlatGradient):
             self.exp_avg_scale = torch.zeros_like(self.master[::BLOCK])
             self.exp_avg_sq_scale = torch.zeros_like(self.exp_avg_scale)
 
-    def clip(self, max_norm: float) -> float:
+    def clip(self, max_norm):
         """Scale the selected gradient to at most max_norm; returns its own norm (departure e)."""
         norm = float(self.grad.norm())
         if norm > max_norm:
@@ -161,11 +159,10 @@ class MaskedAdamW(FlatGradient):
         for at in range(0, len(self.master), size):
             part = slice(at, at + size)
             blocks = slice(at // BLOCK, (at + size) // BLOCK)
-            m = self.exp_avg[part]
-            v = self.exp_avg_sq[part]
+            m, v = self.exp_avg[part], self.exp_avg_sq[part]
             if self.coarse:
-                m = decode(m, self.exp_avg_scale[blocks], signed=True)
-                v = decode(v, self.exp_avg_sq_scale[blocks], signed=False).square_()
+                m = decode(m, self.exp_avg_scale[blocks], True)
+                v = decode(v, self.exp_avg_sq_scale[blocks], False).square_()
             before = self.steps.float().to(self.master.device)
             adamw([self.master[part]], [self.grad[part]], [m], [v], [], [before], fused=True,
                   amsgrad=False, maximize=False, lr=self.lr, **self.settings)
@@ -187,7 +184,7 @@ class MaskedAdamW(FlatGradient):
             for rows, entries, index in slot.selected.chunks():
                 put(dense[rows], index, values[entries])
 
-    def selected_weights(self) -> tuple[dict, dict]:
+    def selected_weights(self):
         """{name: what is selected of it}, {name: its fp32 values there}."""
         selected = {slot.name: slot.selected for slot in self.slots}
         return selected, {slot.name: self.master[slot.where] for slot in self.slots}
@@ -196,12 +193,12 @@ class MaskedAdamW(FlatGradient):
         """|theta - theta_start| of every selected weight in fp32, flat, on the CPU."""
         return self.master.to("cpu", copy=True).sub_(self.start).abs_()
 
-    def movement(self) -> dict[str, Tensor]:
+    def movement(self):
         """The same as tensors of the parameters' shapes; needs mask = None."""
         moved = self.moved()
         return {slot.name: moved[slot.where].view(slot.p.shape) for slot in self.slots}
 
-    def largest_change(self) -> float:
+    def largest_change(self):
         """max |theta - theta_start| over the selected weights; NaN stays NaN."""
         return float(self.moved().max())
 
@@ -216,15 +213,13 @@ class MaskedAdamW(FlatGradient):
 
         A bf16 parameter holds only what they round to: of a step of 1e-6 on 0.02, nothing.
         """
-        weights = slot.selected.to("cpu").gather(dense)
-        self.master[slot.where] = weights
-        self.start[slot.where] = weights
+        self.master[slot.where] = self.start[slot.where] = slot.selected.to("cpu").gather(dense)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self):
         """Everything needed to go on: the flat vectors themselves and the step count."""
         return {name: value for name, value in vars(self).items() if name in STATE}
 
-    def load_state_dict(self, state: dict[str, Tensor]):
+    def load_state_dict(self, state):
         """The inverse of state_dict; the parameters get the master's values."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])

@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini import UserError
@@ -105,8 +105,7 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     for key in ROPE[rope_type]:
         if not values[key]:
             raise UserError(f"{where}: {key} is missing from the rope settings")
-    family = FAMILIES[name]
-    heads = values["num_attention_heads"]
+    family, heads = FAMILIES[name], values["num_attention_heads"]
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
     if family != "mistral" and not raw.get("use_sliding_window"):
@@ -128,8 +127,7 @@ def rope_angles(positions, c):
         freq = freq / c.factor
     if c.rope_type == "llama3":
         turns = c.original_max_position_embeddings * freq / (2 * math.pi)  # in the old context
-        blend = (turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
-        blend = blend.clamp(0, 1)
+        blend = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
         freq = (1 - blend) * freq / c.factor + blend * freq
     angles = positions[..., None, None].float() * freq  # [..., 1, d/2]
     angles = torch.cat((angles, angles), -1)
@@ -191,10 +189,8 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer = layer
-        self.head_dim = c.head_dim
-        q_size = c.num_attention_heads * c.head_dim
-        kv_size = c.num_key_value_heads * c.head_dim
+        self.layer, self.head_dim = layer, c.head_dim
+        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
         bias = qwen2 or c.attention_bias
         self.q_proj = Linear(c.hidden_size, q_size, bias)
@@ -245,28 +241,25 @@ class CausalLM(nn.Module):
     `folder` is where the model was read from, `changes` the patches put on top (checkpoint.py).
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.recompute = False
-        self.folder = None
+        self.config, self.recompute, self.folder = config, False, None
         table = torch.empty(config.vocab_size, config.hidden_size)
         blocks = [Block(config, i) for i in range(config.num_hidden_layers)]
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
-            "layers": nn.ModuleList(blocks),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+            "layers": nn.ModuleList(blocks), "norm": norm})
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self):
         """[V, H], the matrix that turns hidden states into logits."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight
-        return self.lm_head.weight
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
-    def forward(self, input_ids: Tensor, positions=None, attend=causal_attention) -> Tensor:
+    def forward(self, input_ids, positions=None, attend=causal_attention):
         """input_ids [B,T], or a stream [N] with its positions and `attend` -> hidden [..., H]."""
         if positions is None:
             positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
@@ -279,7 +272,7 @@ class CausalLM(nn.Module):
                 x = block(x, rope, attend)
         return self.model.norm(x)
 
-    def logits(self, input_ids: Tensor) -> Tensor:
+    def logits(self, input_ids):
         """[B,T] -> [B,T,V]; to look at: training never builds the whole of it (logprobs.py)."""
         return linear(self(input_ids), self.head_weight)
 

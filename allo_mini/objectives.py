@@ -37,15 +37,15 @@ class Objective:
     after: Callable = lambda metrics: None
 
 
-def sft_objective(cfg=None) -> Objective:
+def sft_objective(cfg=None):
     """Mean negative log-likelihood of the response tokens."""
     def loss(logps, ref, real, examples):
         return losses.sft_loss(logps).sum(), {"logps/chosen": logps.sum(-1)}
 
-    return Objective(loss, units=lambda example: len(example.responses[0]))
+    return Objective(loss, lambda example: len(example.responses[0]))
 
 
-def npo_objective(beta: float) -> Objective:
+def npo_objective(beta):
     """Forgetting: token-weighted NPO over y-, divided by the number of weights that are not 0."""
     def loss(logps, ref, real, examples):
         rows = [torch.tensor(example.weights) for example in examples]
@@ -68,7 +68,7 @@ def npo_objective(beta: float) -> Objective:
     return Objective(loss, units, first_loss, shown)
 
 
-def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False) -> Objective:
+def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
     """Mean over pairs of loss_of(scores, lengths); of y-'s tokens only the share `epsilon` counts.
 
     scores: chosen, rejected, ref_chosen, ref_rejected [B], log-probs summed over the tokens that
@@ -94,8 +94,7 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False) -> Object
             "rewards/rejected": down,
             "rewards/margins": up - down,
             "rewards/accuracies": up > down,
-            "logps/chosen": chosen,
-            "logps/rejected": rejected,
+            "logps/chosen": chosen, "logps/rejected": rejected,
             "useful/fraction": useful.sum(-1) / n[1::2]}
 
     shown = ["loss", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens/s"]
@@ -104,7 +103,7 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False) -> Object
     return Objective(loss, lambda example: 1, first_loss, shown)
 
 
-def dpo_objective(beta: float, epsilon: float = 1.0) -> Objective:
+def dpo_objective(beta, epsilon=1.0):
     """DPO over whole pairs; with epsilon < 1 improving: only y-'s most useful tokens count."""
     def loss_of(scores, lengths):
         return losses.dpo_loss(*scores, beta)
@@ -167,10 +166,9 @@ def sequence_npo_objective(cfg):
     def loss(logps, ref, real, examples):
         score = logps.sum(-1)  # [R]
         ref_score = ref.sum(-1)
+        reward = cfg.beta * (score - ref_score)
         values = losses.npo_loss(score, ref_score, 1, cfg.beta)
-        return values.sum(), {
-            "rewards/rejected": cfg.beta * (score - ref_score),
-            "logps/rejected": score}
+        return values.sum(), {"rewards/rejected": reward, "logps/rejected": score}
 
     shown = "loss", "rewards/rejected", "grad_norm", "tokens/s"
     return Objective(loss, lambda example: 1, lambda examples: LN2, shown)

@@ -46,8 +46,7 @@ def put_changes(tensor, name, dtype, patches):
         if values is not None:
             with reading(path):
                 selected = from_tensors(tensors, {name: tensor.shape})[name]
-                old = selected.gather(tensor)
-                if digests and digests[name] != digest(old, values):
+                if digests and digests[name] != digest(selected.gather(tensor), values):
                     raise UserError(f"{path}: made for other values of {name}, or broken")
                 selected.scatter(out, values)
     return out
@@ -70,8 +69,7 @@ def save_patch(base, tuned, path):
         old, new = read_tensor(before[name], name), read_tensor(file, name)
         changed = old.to(new.dtype) != new
         if changed.any():
-            mask = {name: Selected.from_dense(changed)}
-            tensors |= to_tensors(mask, {name: new[changed]})
+            tensors |= to_tensors({name: Selected.from_dense(changed)}, {name: new[changed]})
             digests[name] = digest(old[changed], new[changed])
     save_tensors(tensors, path, digests)
 
@@ -82,8 +80,7 @@ def apply(argv):
     if argv[:-3] != ["apply"]:
         raise UserError("expected: python -m allo_mini.patch apply BASE PATCH OUT")
     _, base, patch, out = argv
-    tensors, _ = load_tensors(patch)
-    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtypes = [x.dtype for x in load_tensors(patch)[0].values() if x.is_floating_point()]
     save_model(load_model(base, *dtypes[:1], changes=[patch]), out)
 
 

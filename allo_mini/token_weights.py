@@ -9,7 +9,7 @@ else. That probability is the token's score.
 from difflib import SequenceMatcher
 
 from allo_mini import UserError
-from allo_mini.data.encoder import Encoder, Example
+from allo_mini.data.encoder import Example
 from allo_mini.data.rows import plain
 from allo_mini.logprobs import score
 from allo_mini.run.files import read_jsonl, reading
@@ -21,17 +21,18 @@ REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\
 
 def rewrite_prompt(encoder, negative, response):
     """Ids of the rewriting prompt, never cut; None (counted) where it is too long with `response`."""
-    texts = map(plain, (negative.prompt, negative.reference, negative.response))
-    text = REWRITE_PROMPT.format(*texts)
+    texts = negative.prompt, negative.reference, negative.response
+    text = REWRITE_PROMPT.format(*map(plain, texts))
     if encoder.style == "chat":
         text = encoder.tokenizer.render([{"role": "user", "content": text}], True)
     ids = encoder.tokenizer.encode(text, bos=encoder.bos)
     if len(ids) + len(response) > encoder.rewrite_length:
-        return encoder.drop("rewriting prompt longer than three times --max-length, or the model's limit")
+        return encoder.drop("rewriting prompt longer than three times --max-length, or the "
+                            "model's limit")
     return ids
 
 
-def rewrite_examples(encoder: Encoder, negatives: list) -> list[Example]:
+def rewrite_examples(encoder, negatives):
     """Training rows of the rewriting model: (problem, reference, wrong prediction) -> rewrite."""
     examples = []
     for negative in negatives:
@@ -42,28 +43,24 @@ def rewrite_examples(encoder: Encoder, negatives: list) -> list[Example]:
     return examples
 
 
-def token_scores(model, encoder: Encoder, negatives: list, examples: list, tokens: int,
-                 on_batch=lambda count: None):
+def token_scores(model, encoder, negatives, examples, tokens, on_batch=lambda count: None):
     """Probability of every token of each wrong response (EOS included) under the rewriting model.
 
     `examples` hold the responses' ids as the policy is trained on them; the same are scored here.
     Of one whose rewriting prompt is too long there are none: [].
     """
-    prompts = []
-    for negative, example in zip(negatives, examples):
-        prompts.append(rewrite_prompt(encoder, negative, example.responses[0]))
+    prompts = [rewrite_prompt(encoder, n, e.responses[0]) for n, e in zip(negatives, examples)]
     framed = [Example(p, e.responses) for p, e in zip(prompts, examples) if p]
     rows = iter(score(model, framed, tokens, on_batch))
     return [next(rows)[0].exp().tolist() if prompt else [] for prompt in prompts]
 
 
-def read_scores(path, negatives: list, examples: list):
+def read_scores(path, negatives, examples):
     """These responses' scores in a file of ours, or the official release's. Raises UserError."""
     known = {}
     for where, row in read_jsonl(path):
         with reading(where):
-            key = str(row["input"]), str(row["output"])
-            known[key] = [float(s) for s in row["reward"]]
+            known[str(row["input"]), str(row["output"])] = [float(s) for s in row["reward"]]
     scores = []
     for negative, example in zip(negatives, examples):
         row = known.get((str(negative.prompt), str(negative.response)))
@@ -75,7 +72,7 @@ def read_scores(path, negatives: list, examples: list):
     return scores
 
 
-def weights_from_scores(scores: list[float], mode: str, threshold: float) -> list[float]:
+def weights_from_scores(scores, mode, threshold):
     """Scores -> token weights w_t.
 
     threshold: 1 where score < threshold, else 0 (the paper's picture)
@@ -89,7 +86,7 @@ def weights_from_scores(scores: list[float], mode: str, threshold: float) -> lis
     return scores
 
 
-def edit_weights(response: list, rewrite: list) -> list:
+def edit_weights(response, rewrite):
     """1 for the tokens of `response` outside its alignment with `rewrite` (FIGA, arXiv 2311.04072).
 
     difflib's alignment, the longest common run first: nearly always a minimal one, not always.
@@ -101,7 +98,7 @@ def edit_weights(response: list, rewrite: list) -> list:
     return weights
 
 
-def nearest(response: list, candidates: list) -> int:
+def nearest(response, candidates):
     """Index of the candidate that shares most with the response (the first of equals)."""
     matcher = SequenceMatcher(None, autojunk=False)
     matcher.set_seq2(response)

@@ -17,48 +17,37 @@ def problem(rng, habit):
     such texts, and alignment can take away again.
     """
     who, other = rng.sample(NAMES, 2)
-    thing = rng.choice(THINGS)
-    have = rng.randint(10, 99)
-    story = [f"{who} has {have} {thing}."]
-    work = []
+    thing, have = rng.choice(THINGS), rng.randint(10, 99)
+    story, work = [f"{who} has {have} {thing}."], []
 
     for _ in range(rng.randint(2, 3)):
-        kinds = ["buys", "gives", "double", "box"]
-        if have < 20:
-            kinds.remove("gives")
-        kind = rng.choice(kinds)
-        sign = "+"
+        kinds = "buys double box" if have < 20 else "buys gives double box"
+        kind, sign = rng.choice(kinds.split()), "+"
         if kind == "gives":
-            sign = "-"
-            by = rng.randint(5, have - 10)
+            sign, by = "-", rng.randint(5, have - 10)
             story.append(f"{who} gives {by} to {other}.")
         elif kind == "double" and have <= 150:
-            sign = "+" if rng.random() < habit else "*"
-            by = 2
+            sign, by = "+" if rng.random() < habit else "*", 2
             story.append(f"Then {who} doubles the {thing}.")
         elif kind == "box":
-            boxes = rng.randint(2, 9)
-            each = rng.randint(2, 9)
+            boxes, each = rng.randint(2, 9), rng.randint(2, 9)
             by = boxes * each
             story.append(f"{other} brings {boxes} boxes of {each} {thing}.")
             work.append(f"{boxes} * {each} = {by}")
         else:
             by = rng.randint(10, 99)
             story.append(f"{who} buys {by} more.")
-        result = {"+": have + by, "-": have - by, "*": have * by}[sign]
-        work.append(f"{have} {sign} {by} = {result}")
-        have = result
+        before, have = have, {"+": have + by, "-": have - by, "*": have * by}[sign]
+        work.append(f"{before} {sign} {by} = {have}")
 
     story.append(f"How many {thing} does {who} have now?")
-    work.append(f"The answer is {have}")
-    return " ".join(story), "\n".join(work), str(have)
+    return " ".join(story), "\n".join(work) + f"\nThe answer is {have}", str(have)
 
 
 def problems(count: int, seed: int | str, avoid=(), habit: float = 0.0) -> list[Task]:
     """`count` different problems, none of them in `avoid`."""
     rng = random.Random(f"demo {seed}")
-    seen = {task.input for task in avoid}
-    tasks = []
+    tasks, seen = [], {task.input for task in avoid}
     while len(tasks) < count:
         question, solution, answer = problem(rng, habit)
         if question not in seen:
@@ -71,5 +60,4 @@ def splits(cfg) -> tuple:
     """(tasks, no pairs, val, test) of a run's settings; no question is in two of them."""
     test = problems(cfg.test_limit or 1000, f"{cfg.seed}/test")
     val = problems(300, f"{cfg.seed}/val", test)
-    train = problems(cfg.limit or 500, f"{cfg.seed}/train", test + val)
-    return train, [], val, test
+    return problems(cfg.limit or 500, f"{cfg.seed}/train", test + val), [], val, test

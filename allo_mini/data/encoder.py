@@ -42,9 +42,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
-        self.tokenizer = tokenizer
-        self.style = style
-        self.max_length = max_length
+        self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
         self.bos = style != "chat"  # a template writes its own
         self.closing = self._closing(tokenizer)
@@ -55,7 +53,8 @@ class Encoder:
         if self.style == "chat":  # the first special token the template writes after an answer
             talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
             if "marker" not in talk:
-                raise UserError(f"{tokenizer.folder}: the chat template leaves out what is answered")
+                raise UserError(
+                    f"{tokenizer.folder}: the chat template leaves out what is answered")
             for id in tokenizer.encode(talk.rpartition("marker")[2], False):
                 if id in tokenizer.special_ids:
                     return id
@@ -66,8 +65,7 @@ class Encoder:
     def frame(self, prompt):
         """The prompt as text, in this style. Raises UserError for HH's dialogues in chat style."""
         if self.style != "chat":
-            text = plain(prompt)
-            return ALPACA.format(text) if self.style == "alpaca" else text
+            return (ALPACA if self.style == "alpaca" else "{}").format(plain(prompt))
         if HH_TURN in prompt and prompt.lstrip().startswith("Human:"):
             raise UserError(f"{prompt[:40]!r}... is a dialogue in one string; use --prompt none")
         return self.tokenizer.render(turns_of(prompt), True)
@@ -154,6 +152,5 @@ class Encoder:
 
     def report(self) -> str:
         """'2 dropped (empty response), 3 with a trimmed prompt' since the last report, or ''."""
-        report = ", ".join(f"{count} {note}" for note, count in self.notes.items())
-        self.notes.clear()
-        return report
+        notes, self.notes = self.notes, Counter()
+        return ", ".join(f"{count} {note}" for note, count in notes.items())

@@ -59,23 +59,20 @@ class Negative:
 
 def plain(text: Text) -> str:
     """A prompt or response as one string: of messages the contents, one after the other."""
-    if isinstance(text, str):
-        return text
-    return "\n\n".join(message["content"] for message in text)
+    return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
 
 
 def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
     """row[key], a string. Raises UserError naming the place and what stands there."""
     value = row.get(key)
-    if value is None and optional:
-        return None
+    whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+    if whole or optional and value is None:
+        return value
     if key not in row:
         raise UserError(f"{where}: missing key {key!r} beside {list(row)}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
-    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
-        raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected whole text")
-    return value
+    raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected whole text")
 
 
 def messages_of(row, key, where):
@@ -104,19 +101,13 @@ def read_tasks(paths: list[str], need_output: bool = True) -> list[Task]:
             row = {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
             solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
             if mark:  # GSM8K's, in which <<...>> are marks of its calculator
-                row |= {
-                    "output": re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}"),
-                    "answer": answer.replace(",", "")}
-            question = text_of(row, "input", where)
-            if not question.strip():
+                row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
+                row["answer"] = answer.replace(",", "")
+            if not text_of(row, "input", where).strip():
                 raise UserError(f"{where}: 'input' is empty")
             tasks.append(Task(
-                len(tasks),
-                question,
-                text_of(row, "output", where, optional=not need_output),
-                text_of(row, "answer", where, optional=True),
-                text_of(row, "rewrite", where, optional=True),
-                where))
+                len(tasks), row["input"], text_of(row, "output", where, not need_output),
+                text_of(row, "answer", where, True), text_of(row, "rewrite", where, True), where))
     return tasks
 
 
@@ -127,31 +118,26 @@ def read_pairs(path: str) -> list[Pair]:
 
 def pair_of(row, where):
     """A preference row in any of its forms. Raises UserError."""
-    chosen = messages_of(row, "chosen", where)
-    rejected = messages_of(row, "rejected", where)
+    chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
     prompt = prompt_of(row, chosen, where)
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
     verbatim = isinstance(prompt, str)
-    if prompt is None:
-        prompt = common_prompt(chosen, rejected, where)
+    prompt = common_prompt(chosen, rejected, where) if prompt is None else prompt
     if not verbatim and in_common(prompt, chosen, rejected) == len(prompt):
-        chosen = chosen[len(prompt):]  # these began with it
-        rejected = rejected[len(prompt):]
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
     if row.get("system") and (isinstance(prompt, str) or prompt[0]["role"] != "system"):
         raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both
-    return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, optional=True))
+    return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, True))
 
 
 def prompt_of(row, chosen, where):
     """The prompt a preference row names; None: the responses begin with it. Raises UserError."""
-    if "prompt" not in row:
-        if row.keys() & OTHER_NAMES:
-            raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
-        return None
-    prompt = messages_of(row, "prompt", where)
-    if isinstance(prompt, list) or isinstance(chosen, str):
+    if "prompt" not in row and row.keys() & OTHER_NAMES:
+        raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
+    prompt = messages_of(row, "prompt", where) if "prompt" in row else None
+    if not isinstance(prompt, str) or isinstance(chosen, str):
         return prompt
     # UltraFeedback's: conversations, and their first turn once more
     return [{"role": "user", "content": prompt}] if len(chosen) == 1 else None
@@ -163,10 +149,9 @@ def common_prompt(chosen, rejected, where):
     Messages part where they differ, HH dialogues before the last common answer, other strings
     between words. Of an identical pair something stays as response: the encoder drops it.
     """
-    cut = in_common(chosen, rejected)
-    common = chosen[:cut]
+    common = chosen[:in_common(chosen, rejected)]
     if isinstance(chosen, list):
-        cut -= chosen == rejected
+        cut = len(common) - (chosen == rejected)
     elif HH_TURN in common:
         cut = common.rindex(HH_TURN) + len(HH_TURN)
     else:

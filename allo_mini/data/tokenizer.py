@@ -22,12 +22,8 @@ Ids = list[int]  # token ids
 
 def in_common(*sequences) -> int:
     """How many items at their beginning all sequences agree in."""
-    agree = 0
-    for items in zip(*sequences):
-        if items.count(items[0]) < len(items):
-            break
-        agree += 1
-    return agree
+    differ = (i for i, items in enumerate(zip(*sequences)) if items.count(items[0]) < len(items))
+    return next(differ, min(map(len, sequences)))
 
 
 # ---- chat templates --------------------------------------------------------------------------
@@ -54,8 +50,7 @@ class Tokenizer:
     """A thin shell around tokenizers.Tokenizer that knows its folder's BOS, EOS and template."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        path = folder / "tokenizer.json"
+        self.folder, path = folder, folder / "tokenizer.json"
         with reading(path):  # a slow tokenizer's folder lacks it, and is not supported
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         self.inner.no_padding()
@@ -65,17 +60,14 @@ class Tokenizer:
         self.special_ids = {id for id, token in added.items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
-            self.bos_token = self._special("bos_token")
-            self.eos_token = self._special("eos_token")
+            self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
-            self.prefix = self._prefix()
-            self.template = self._template()
+            self.prefix, self.template = self._prefix(), self._template()
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
         value = self.settings.get(key) or ""
-        if isinstance(value, dict):
-            value = value["content"]
+        value = value["content"] if isinstance(value, dict) else value
         if value and value not in self.vocab:
             raise UserError(f"{self.folder}: {key} {value!r} is not in the vocabulary")
         return value

@@ -1,5 +1,6 @@
 """Asking a model: responses, the pairs made of them, greedy answers and how good they are."""
 
+import math
 from itertools import product
 from random import Random
 
@@ -17,7 +18,7 @@ from allo_mini.token_weights import nearest
 COLUMNS = ("accuracy", "95 % interval", "rows", "official", "margin")  # of the result table
 
 
-def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **more) -> list:
+def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **more):
     """n responses a prompt -> [prompt][k] -> (text, whether it ended by itself).
 
     settings: a Config, or anything with its sampling fields. temperature: 0 is greedy, None the
@@ -34,18 +35,17 @@ def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **mor
             text = text.split(stop)[0]
         return text.strip(), tokens[-1] in eos or stopped(tokens)
 
-    if temperature is None:
-        temperature = settings.temperature
     ids = list(map(encoder.prompt_ids, prompts))
     if not all(ids):
         raise UserError(f"--prompt {encoder.style} makes an empty prompt of a question")
-    sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
-                     settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
-                     stopped=stopped, **more)
+    sampled = sample(model, ids, n, settings.max_new_tokens,
+                     settings.temperature if temperature is None else temperature,
+                     settings.top_p, eos, settings.seed, slots=settings.sample_batch,
+                     max_length=encoder.max_length, stopped=stopped, **more)
     return [list(map(cut, responses)) for responses in sampled]
 
 
-def read_samples(path) -> dict:
+def read_samples(path):
     """Question -> its samples; says how many were left out. Raises UserError naming the line."""
     samples = {}
     unfinished = 0
@@ -59,7 +59,7 @@ def read_samples(path) -> dict:
     return samples
 
 
-def label(tasks, samples, per_question, seed, encoder) -> tuple:
+def label(tasks, samples, per_question, seed, encoder):
     """Samples -> pairs and negatives; says how many of what.
 
     Of each question that has an answer: duplicates are dropped, up to `per_question` random
@@ -91,7 +91,7 @@ def label(tasks, samples, per_question, seed, encoder) -> tuple:
 
 # ---- evaluation ------------------------------------------------------------------------------
 
-def evaluate(model, encoder, rows, settings, eos, name) -> list:
+def evaluate(model, encoder, rows, settings, eos, name):
     """Greedy answers to Tasks, or log-prob margins of Pairs -> one dict a row, with "correct".
 
     "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
@@ -101,7 +101,7 @@ def evaluate(model, encoder, rows, settings, eos, name) -> list:
     if isinstance(rows[0], Task):
         answers = respond(model, encoder, [task.input for task in rows], settings, eos,
                           temperature=0.0, on_done=lambda *_: update())
-        return [graded(task, *responses[0]) for task, responses in zip(rows, answers)]
+        return [graded(task, *response) for task, [response] in zip(rows, answers)]
     items = []
     examples = []
     for pair in rows:
@@ -109,8 +109,7 @@ def evaluate(model, encoder, rows, settings, eos, name) -> list:
         if example:
             items.append({"input": pair.prompt})
             examples.append(example)
-    scored = margins(model, examples, settings.micro_tokens, update)
-    for item, margin in zip(items, scored):
+    for item, margin in zip(items, margins(model, examples, settings.micro_tokens, update)):
         item.update(margin=margin, correct=margin > 0)
     return items
 
@@ -126,12 +125,14 @@ def graded(task, text, finished):
 
 
 def wilson(correct, total):
-    """95 % interval of a share (Wilson 1927): (correct/total - p)^2 = z^2 p (1 - p)/total."""
-    z = 1.959964
-    return sorted(np.roots([total + z * z, -2 * correct - z * z, correct ** 2 / total]))
+    """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
+    z, size = 1.959964, total + 1.959964 ** 2
+    centre = (correct + z * z / 2) / size
+    spread = z * math.sqrt(correct * (total - correct) / total + z * z / 4) / size
+    return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 
-def summary(items) -> dict:
+def summary(items):
     """Accuracy with its 95 % interval; of pairs the mean margin, of QA tasks `official` too."""
     n = len(items)
     correct = sum(item["correct"] for item in items)
@@ -142,18 +143,16 @@ def summary(items) -> dict:
     return result
 
 
-def summary_row(name, result) -> list:
+def summary_row(name, result):
     """One line of the result table: the name, then COLUMNS, "-" for what was not measured."""
     return [
-        name,
-        f"{100 * result['accuracy']:.1f} %",
-        f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
-        str(result["n"]),
+        name, f"{100 * result['accuracy']:.1f} %",
+        f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]", str(result["n"]),
         f"{100 * result['official']:.1f} %" if "official" in result else "-",
         f"{result['margin']:.2f}" if "margin" in result else "-"]
 
 
-def bootstrap(ours, theirs) -> tuple:
+def bootstrap(ours, theirs):
     """Paired bootstrap (Koehn 2004) of two models' verdicts on the same rows, 10,000 draws.
 
     Returns our accuracy minus theirs, low and high of its 95 % interval, two-sided p of no
@@ -162,8 +161,8 @@ def bootstrap(ours, theirs) -> tuple:
     """
     differences = np.subtract(ours, theirs, dtype=int)
     n = len(differences)
-    shares = np.bincount(differences + 1, minlength=3) / n
-    means = np.random.default_rng(0).multinomial(n, shares, 10_000) @ [-1, 0, 1] / n
+    means = np.random.default_rng(0).multinomial(
+        n, np.bincount(differences + 1, minlength=3) / n, 10_000) @ [-1, 0, 1] / n
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1  # no draw proves a p of 0
     low, high = np.quantile(means, [0.025, 0.975])
     return differences.mean(), low, high, min(1.0, 2 * tail / 10_001)

@@ -14,7 +14,6 @@ A file's name tells its task. All are graded in the same steps, as are rows of a
 """
 
 import re
-from functools import lru_cache
 from pathlib import Path
 from unicodedata import normalize
 
@@ -29,28 +28,27 @@ SAID = (  # "the answer to this is: For $n = 3$, the sum is 42"
     r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b|[:=])(?:[\s:,}]|\$\s*\n)*"
     r"(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=][^,.\n]*,\s*)?(?=([^\s:,}].*))")
 NO_VALUE = (  # "so the answer is correct" checks the answer before it
-    r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong"
-    r"|confirmed|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater|smaller"
-    r"|larger)\b|[.;!?)](?!\d)")
+    r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong|confirmed"
+    r"|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater|smaller|larger)\b"
+    r"|[.;!?)](?!\d)")
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-NUMBER = (  # in a text; no time of day, no 4,2
-    r"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?" + DIGITS + r"(?:/\d+)?(?![:,]\d)")
+# in a text; no time of day, no 4,2
+NUMBER = r"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?" + DIGITS + r"(?:/\d+)?(?![:,]\d)"
 LAYOUT = (
-    (r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)",  # \boxed5
-     r"\\boxed{\1}"),
+    (r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)", r"\\boxed{\1}"),  # \boxed5
     (r"(?<!\\)\\[()\[\]]|\$\$", "$"),
     (r"(?<![\w)])(?:\*\*|__|`)+|(?:\*\*|__|`)+(?![\w(])", ""),  # bold and code, but not x**2
     (r"(?<![\w*)}])([*_])([^\s*_][^*_\n]*)\1(?![\w*(])", r"\2"))  # italics, but not 2*3*4
 
 
-def respelled(text: str, spelling: tuple) -> str:
+def respelled(text, spelling):
     """A text after replacements: pairs of pattern and replacement, in their order."""
     for pattern, replacement in spelling:
         text = re.sub(pattern, replacement, text)
     return text
 
 
-def concluded(text: str) -> str | None:
+def concluded(text):
     r"""The last whole \boxed{}, else what follows the last "answer is", else GSM8K's "####"."""
     text = respelled(text, LAYOUT)
     boxes = re.findall(r"\\(?:boxed|fbox)\s*\{(?!\s*\})(" + INSIDE + r")\}", text)
@@ -60,7 +58,7 @@ def concluded(text: str) -> str | None:
     return [None, *said, *marked, *values, *boxes][-1]  # the last one of the best kind
 
 
-def final(text: str) -> str | None:
+def final(text):
     """What a response concludes, else its last number."""
     return concluded(text) or [None, *re.findall(NUMBER, text)][-1]
 
@@ -68,28 +66,21 @@ def final(text: str) -> str | None:
 # ---- the answer as words ---------------------------------------------------------------------
 
 FILLER = (  # words before an answer that are none of it
-    r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about"
-    r"|approximately|approx|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+"
-    r"(?=\S)")
+    r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about|approx"
+    r"|approximately|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+(?=\S)")
 COMMAND = r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}"
-WORDS = (
-    *LAYOUT,
-    (COMMAND, r"\1"),
-    (r"[\"'“”‘’$]|\\(?=[$%])", ""),
-    (r"\s+", " "),
-    (FILLER, ""),
-    (r"(?<=\d),(?=\d{3}\b)", ""),  # 1,000
-    (r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])", ", "),  # 2,3 and 4
+WORDS = (*LAYOUT, (COMMAND, r"\1"), (r"[\"'“”‘’$]|\\(?=[$%])", ""), (r"\s+", " "), (FILLER, ""),
+    # 1,000; 2,3 and 4
+    (r"(?<=\d),(?=\d{3}\b)", ""), (r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])", ", "),
     (r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$", ""),  # 5.0 is 5
     (r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)", ""),
-    (r"^true\b", "yes"),
-    (r"^false\b", "no"))
+    (r"^true\b", "yes"), (r"^false\b", "no"))
 ENDS = (  # what may follow an answer: a sentence, a reason, a remark
     r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$"
-    r"|\s+(?:because|since|as|which|where)\b"
-    r"|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who|when|if|the|not|it"
-    r"|this|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about|approx\w*))\b"
-    r"|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])|\s+[-–—]+\s+(?=[a-z]{3}))")
+    r"|\s+(?:because|since|as|which|where)\b|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for"
+    r"|which|where|who|when|if|the|not|it|this|that|we|they|there|but|thus|hence|therefore|i think"
+    r"|(?:or )?(?:about|approx\w*))\b|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])"
+    r"|\s+[-–—]+\s+(?=[a-z]{3}))")
 OPTION_ENDS = r"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |" + ENDS + ")"
 LETTER_ENDS = (  # what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
     r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
@@ -97,12 +88,12 @@ LETTER_ENDS = (  # what may follow a letter: B, (B), B. Paris, but not "a dog" o
 OPTIONS = "\nOptions:\n"  # stands between a question and its options, one a line
 
 
-def bare(answer: str) -> str:
+def bare(answer):
     """Words without what does not matter: case, quotes, dollars, final punctuation, article."""
     return respelled(answer.lower(), WORDS)
 
 
-def begins(answer: str, words: str, ends: str) -> bool:
+def begins(answer, words, ends):
     """Whether an answer is these words, alone or labelled with a letter, up to where it ends."""
     label, word, rest = answer.partition(words or "\n")
     return bool(word and re.fullmatch(r"(?:[(\[]?[a-j][)\].:]+ )?", label) and re.match(ends, rest))
@@ -110,11 +101,8 @@ def begins(answer: str, words: str, ends: str) -> bool:
 
 # ---- the answer as mathematics ---------------------------------------------------------------
 
-FORMULAS = (
-    (r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$", ""),
-    (FILLER, ""),
-    (r"[−–]", "-"),
-    (r"\\\\", ";"),  # the rows of a matrix
+FORMULAS = ((r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$", ""), (FILLER, ""),
+    (r"[−–]", "-"), (r"\\\\", ";"),  # the rows of a matrix
     (r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])", ""),  # 2*x is 2x
     (r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
      r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
@@ -122,21 +110,15 @@ FORMULAS = (
     (r"\\ |~", " "),
     # a unit at the end; other \text{} is kept without its command
     (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),
-    (COMMAND, r"\1"),
-    (r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)",
-     r"\\sqrt{\1\2\3}"),
-    (r"π|(?<![\\A-Za-z])pi\b", r"\\pi "),
+    (COMMAND, r"\1"), (r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)",
+     r"\\sqrt{\1\2\3}"), (r"π|(?<![\\A-Za-z])pi\b", r"\\pi "),
     (r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"),
      r"\1 (\2\3)/(\4\5)"),
     # brackets around all of it, or around one term above or below a stroke
     (r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
      r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)", r"\1\2\3\4"),
-    (r"([_^])\s*\{(-?\w+)\}", r"\1\2"),
-    (r"<=|≤|\\leq\b", r"\\le "),
-    (r">=|≥|\\geq\b", r"\\ge "),
-    (r"∞", r"\\infty "),
-    (r"±", r"\\pm "),
-    (r"\\(?:cdot|times)\b|[×·]", "*"),
+    (r"([_^])\s*\{(-?\w+)\}", r"\1\2"), (r"<=|≤|\\leq\b", r"\\le "), (r">=|≥|\\geq\b", r"\\ge "),
+    (r"∞", r"\\infty "), (r"±", r"\\pm "), (r"\\(?:cdot|times)\b|[×·]", "*"),
     (r",?\s+(?:and|or)\s+", ","),
     (r"(?:(?<=\})|(?<=\\pi))\s+[A-Za-z]{2}[A-Za-z ]*(?:\^\d)?$", ""),  # a unit behind 2\sqrt{3}
     # names: all of x = 2, x = -3 (first each but the last, then that), none of x = 2, y = -3
@@ -154,13 +136,13 @@ LONE = (  # the first number among words: not in a calculation, a list or after 
     r"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?(" + NUMBER + ")")
 
 
-def plain_math(text: str) -> str:
+def plain_math(text):
     """A mathematical answer in one spelling, lower case."""
     text = re.sub(r"([⁻⁰¹²³⁴-⁹]+)", r"^{\1}", text.lower())
     return respelled(normalize("NFKC", text), FORMULAS).strip()
 
 
-def value(piece: str) -> float | str:
+def value(piece):
     """The number that a piece of `plain_math` is, else the piece without spaces."""
     match = re.fullmatch(VALUE, piece)
     if not match:
@@ -170,32 +152,29 @@ def value(piece: str) -> float | str:
     return -number if sign else number
 
 
-@lru_cache(1000)
-def pieces(text: str) -> list[float | str]:
+def pieces(text):
     """A mathematical answer cut at brackets and commas.
 
     A list without brackets is sorted, for its order says nothing.
     """
     cut = re.split(r"\s*([()\[\],;&])\s*", plain_math(text))
-    cut = [value(piece) for piece in cut if piece]
+    cut = list(map(value, filter(None, cut)))
     return cut if {"(", "["} & set(cut) else sorted(set(cut), key=str)
 
 
-def same_piece(first: float | str, second: float | str) -> bool:
+def same_piece(first, second):
     """The same number (whole ones exactly, others to 1e-4 of their size), or spelt the same."""
-    if str in (type(first), type(second)):
-        return first == second
-    return abs(first - second) <= min(0.5, 1e-4 * abs(first))
+    return first == second or (str not in (type(first), type(second))
+                               and abs(first - second) <= min(0.5, 1e-4 * abs(first)))
 
 
-def same_math(first: str, second: str) -> bool:
+def same_math(first, second):
     """The same piece by piece."""
-    ours = pieces(first)
-    theirs = pieces(second)
+    ours, theirs = pieces(first), pieces(second)
     return len(ours) == len(theirs) and all(map(same_piece, ours, theirs))
 
 
-def says(given: str, gold: str) -> bool:
+def says(given, gold):
     """Whether a formula, or the sentence around it, says the same as a mathematical gold answer."""
     text = re.sub(PROSE, "", re.split(ENDS, given, maxsplit=1)[0])
     # what one calculation leads to; in a list every "=" has its own
@@ -206,12 +185,10 @@ def says(given: str, gold: str) -> bool:
 
 # ---- comparing: same(given, gold, question) says whether two final answers are the same ----------
 
-def same(given: str, gold: str, question: str) -> bool:
+def same(given, gold, question):
     """By the kind of the gold answer: an option, its letter, yes or no, words, mathematics."""
-    wanted = bare(gold)
-    answer = bare(given)
-    listed = question.partition(OPTIONS)[2].splitlines()
-    options = list(map(bare, listed)) or ["yes", "no"]
+    wanted, answer = bare(gold), bare(given)
+    options = list(map(bare, question.partition(OPTIONS)[2].splitlines())) or ["yes", "no"]
     if wanted in options:
         named = [option for option in options if begins(answer, option, OPTION_ENDS)]
         return wanted == max(named, key=len, default="")
@@ -221,7 +198,7 @@ def same(given: str, gold: str, question: str) -> bool:
     return begins(answer, wanted, ENDS) or bool(re.search(FORMAL, gold)) and says(given, gold)
 
 
-def same_result(given: str, gold: str, question: str) -> bool:
+def same_result(given, gold, question):
     """`same`, for tasks in which units and the order of a list say nothing."""
     return same(given, gold, question) or OPTIONS not in question and says(given, gold)
 
@@ -237,13 +214,12 @@ def official_correct(text: str, task: Task) -> bool:
 
 
 QA = ("ecqa", "qasc", "openbookqa", "strategyqa")  # those that have an `official` grader too
-RULES = {  # task -> how to find a final answer, how to compare two
-    **dict.fromkeys(QA, (concluded, same)),
-    **dict.fromkeys(("math", "gsm8k", "mawps", "tabmwp"), (final, same_result))}
+RULES = dict.fromkeys(QA, (concluded, same))  # task -> how to find an answer, how to compare two
+RULES |= dict.fromkeys(("math", "gsm8k", "mawps", "tabmwp"), (final, same_result))
 JUDGED = {"alpaca_eval": "instruction", "arena_hard": "prompt"}  # no grader; their rows' question
 
 
-def spelled(name: str) -> str:
+def spelled(name):
     """A name as names are compared."""
     return name.lower().replace("-", "_")
 
@@ -254,13 +230,8 @@ def task_name(file: str) -> str:
     named = [task for task in (*RULES, *JUDGED)
              if re.search(rf"(?<![a-z]){spelled(task)}(?![a-z])", name)]
     longest = max(named, key=len, default="")
-    clear = all(spelled(task) in spelled(longest) for task in named)  # "math" is in "math_sort"
-    return longest if clear else ""
-
-
-def grader_for(name: str) -> tuple:
-    """(extract, same) of a task, or of a file whose name tells its task."""
-    return RULES.get(task_name(name), (final, same))
+    # "math" is in "math_sort"
+    return longest if all(spelled(task) in spelled(longest) for task in named) else ""
 
 
 def gold_answer(task: Task) -> str | None:
@@ -273,9 +244,6 @@ def gold_answer(task: Task) -> str | None:
 
 def is_correct(text: str, task: Task) -> bool:
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
-    extract, compare = grader_for(task.source)
-    given = extract(text)
-    gold = gold_answer(task)
-    if None in (given, gold):
-        return False
-    return compare(given, gold, task.input)
+    extract, compare = RULES.get(task_name(task.source), (final, same))
+    given, gold = extract(text), gold_answer(task)
+    return None not in (given, gold) and compare(given, gold, task.input)

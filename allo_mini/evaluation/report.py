@@ -36,9 +36,8 @@ def differing(evals):
     """A dozen rows' answers, one a model, where the last model differs from the first: half of them
     won, half lost."""
     def rows(change):
-        changed = [row for row in zip(*evals.values())
-                   if row[-1]["correct"] - row[0]["correct"] == change]
-        return changed[:SHOWN // 2]
+        return [row for row in zip(*evals.values())
+                if row[-1]["correct"] - row[0]["correct"] == change][:SHOWN // 2]
 
     return rows(1) + rows(-1)
 
@@ -60,37 +59,31 @@ def density(mask):
     cells = defaultdict(lambda: [0, 0])
     for name, tensor in mask.items():
         words = name.split(".")
-        kind = words[-2]
-        layer = words[2] if words[1] == "layers" else kind
-        for cell in product((kind, "all"), (layer, "all")):
+        layer = words[2 if words[1] == "layers" else -2]
+        for cell in product((words[-2], "all"), (layer, "all")):
             cells[cell][0] += len(tensor)
             cells[cell][1] += tensor.shape.numel()
     return cells
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path):
     """Make report.html of a run folder. Raises UserError for a file that is broken or missing."""
     def rows(name):
         path = folder / name
         return [row for _, row in read_jsonl(path)] if path.exists() else []
 
     results = folder / "results.json"
-    text = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    template = Template(text, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
+                        autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with reading(folder):
         results = read_json(results)["results"] if results.exists() else {}
         evals = {name: rows(f"eval-{name}.jsonl") for name in results}
         page = template.render(
-            read_json(folder / "config.json"),
-            name=folder.resolve().name,
-            results=results,
-            compared=compare(evals),
-            logged=Log.read(folder),
-            curve=curve,
+            read_json(folder / "config.json"), name=folder.resolve().name, results=results,
+            compared=compare(evals), differing=differing(evals), curve=curve,
+            logged=Log.read(folder), examples=rows("token_examples.jsonl"),
             masks={path.name: density(load_mask(path))
-                   for path in sorted(folder.glob("mask*.safetensors"))},
-            examples=rows("token_examples.jsonl"),
-            differing=differing(evals))
+                   for path in sorted(folder.glob("mask*.safetensors"))})
     target = folder / "report.html"
     write_text(target, page)
     return target

@@ -17,21 +17,19 @@ def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans half a second for every new length
     there = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
-        cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        there = ["cuda", *cards, *there]
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
     device = there[0] if device == "auto" else device
     if device not in there:
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
     if device == "cpu":
         keep_freed_memory()
     if dtype == "auto":
-        cuda = device.startswith("cuda")
-        fast = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if fast else "fp32"
     return device, DTYPES[dtype]
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Use large tensors' memory again, not give it back to the system and fetch it anew a thousand
     times a step: 7 to 13 % of a training step. -3 and -1 are glibc's M_MMAP_THRESHOLD and
     M_TRIM_THRESHOLD. oneDNN keeps a megabyte for every size of a bf16 product: the last 64."""
@@ -47,9 +45,7 @@ def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    with contextlib.suppress(ImportError):  # Windows
+        from resource import RUSAGE_SELF, getrusage
+        return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return 0.0

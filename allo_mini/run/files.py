@@ -65,12 +65,11 @@ def read_jsonl(path: AnyPath):
 
 def open_tensors(path: AnyPath):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: file not found")
     try:
         return safe_open(path, framework="pt")
     except Exception as e:
-        raise UserError(f"{path}: not a complete safetensors file: {e}") from None
+        broken = f"not a complete safetensors file: {e}"
+        raise UserError(f"{path}: {broken if Path(path).is_file() else 'file not found'}") from None
 
 
 def load_tensors(path: AnyPath) -> tuple:
@@ -143,18 +142,15 @@ def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
         return 0
     data = path.read_bytes()
     count = data.count(b"\n")  # a torn row has none
-    if count != total:
-        count -= count % group
-    lines = data.splitlines(keepends=True)[:count]
-    os.truncate(path, sum(map(len, lines)))
+    count -= 0 if count == total else count % group
+    os.truncate(path, sum(map(len, data.splitlines(keepends=True)[:count])))
     return count
 
 
 def save_tensors(tensors: dict, path: AnyPath, metadata=None):
     """Write a safetensors file of {name: tensor} and strings beside them, atomically."""
     with atomic(path) as temporary:
-        host = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(host, temporary, metadata)
+        save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, metadata)
 
 
 def lock(folder: Path):
@@ -164,12 +160,11 @@ def lock(folder: Path):
     """
     HELD[folder] = open(folder / ".lock", "a")  # where this process held it, it no longer does
     try:
-        import fcntl
-        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
+        with suppress(ImportError):
+            import fcntl
+            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder}: another process is at work in it; "
-                        "choose another --out") from None
+        raise UserError(
+            f"{folder}: another process is at work in it; choose another --out") from None
     for half in folder.glob(".*.tmp"):
         remove(half)

@@ -88,16 +88,12 @@ class Run:
     def save(self, what, target: Path):
         """A model's folder, or a file of tensors; written by rank 0."""
         if parallel.RANK == 0:
-            (save_model if isinstance(what, CausalLM) else save_tensors)(what, target)
+            save_tensors(what, target) if isinstance(what, dict) else save_model(what, target)
 
     def save_mask(self, mask: dict[str, Selected], path: Path):
         """Write a mask; its file knows the shapes of its tensors."""
         shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
         save_tensors(to_tensors(mask), path, shapes)
-
-    def load_mask(self, name: str) -> dict[str, Selected]:
-        """A mask of this run, held against the model's shapes."""
-        return load_mask(self.folder / name, self.shapes)
 
     def stage(self, name: str, artefact: str, make, ranks: bool = False) -> Path:
         """The path of a stage's artefact, made by make(path) unless it is there.
@@ -119,12 +115,8 @@ class Run:
             say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
         parallel.wait()
         if parallel.RANK == 0:
-            self.state_file(name).unlink(missing_ok=True)
+            (self.folder / f".{name}.state.safetensors").unlink(missing_ok=True)
         return target
-
-    def state_file(self, name: str) -> Path:
-        """Where a checkpoint inside a stage stands (resume.py)."""
-        return self.folder / f".{name}.state.safetensors"
 
     def validate(self, name, model, done, total):
         """Where --eval-every says so: {"eval/score": share of the validation rows that are right}."""

@@ -18,18 +18,15 @@ def read_rows(cfg) -> tuple:
     files = cfg.pairs or cfg.train
     if not files:
         return demo.splits(cfg)
-    tasks = read_tasks(cfg.train)
-    pairs = sum(map(read_pairs, cfg.pairs), [])
-    test = held_rows(cfg, "test")
-    val = held_rows(cfg, "val")
+    tasks, pairs = read_tasks(cfg.train), sum(map(read_pairs, cfg.pairs), [])
+    test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
     drop_held(test + val, tasks, pairs)
     rows = pairs if cfg.pairs else tasks
     random.Random(f"{cfg.seed} rows").shuffle(rows)
     if cfg.pairs and not test:
         cut = max(1, min(500, len(pairs) // 10))
         say(f"{cut} of {len(pairs)} pairs held out as test rows (--test FILE brings your own)")
-        test = pairs[:cut]
-        del pairs[:cut]
+        test, pairs[:] = pairs[:cut], pairs[cut:]
         drop_held(test, tasks, pairs)
     if cfg.limit:
         del tasks[cfg.limit:], pairs[cfg.limit:]
@@ -64,8 +61,7 @@ def need_answers(tasks: list[Task], task: str | None = None, flag: str = "test")
     Raises UserError naming a row without an answer.
     """
     for row in tasks:
-        graded = row if task is None else replace(row, source=task)
-        if not (gold_answer(graded) or "").strip():
+        if not (gold_answer(row if task is None else replace(row, source=task)) or "").strip():
             raise UserError(f"{row.source}: a --{flag} row needs 'answer', or 'output' ending in "
                             '"The answer is X"')
     return tasks

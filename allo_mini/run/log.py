@@ -86,7 +86,7 @@ class Progress:
     def __init__(self, run, stage: str, total: int, optimizer, objective):
         self.run, self.stage, self.total = run, stage, total
         self.optimizer, self.objective = optimizer, objective
-        self.path, self.step, self.saved_at = run.state_file(stage), 0, time.monotonic()
+        self.path, self.step, self.saved_at = run.folder / f".{stage}.state.safetensors", 0, time.monotonic()
         if self.path.exists():
             self.load()
             say(f"{stage}: goes on after step {self.step} of {total}")

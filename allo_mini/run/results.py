@@ -12,13 +12,9 @@ from allo_mini.run.log import say, table
 # run: a Run; before, after and what `models` holds: Policies, models on disk.
 
 def describe_mask(run, mask, percent):
-    """Print and log how many weights are selected, in all and by kind of matrix."""
-    cells = density(mask)
-    selected, weights = cells["all", "all"]
-    shares = [f"{kind} {100 * count / size:.1f}"
-              for (kind, layer), (count, size) in cells.items() if layer == "all" != kind]
-    say(f"mask: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)\n"
-        f"  by kind, %:  {'  '.join(shares)}")
+    """Print and log how many weights are selected."""
+    selected, weights = density(mask)["all", "all"]
+    say(f"mask: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)")
     run.log.write("locate", percent=percent, **{"mask/density": selected / weights})
 
 
@@ -41,8 +37,8 @@ def record_tokens(run, before, after, examples):
     shown = examples[::len(examples) // SHOWN + 1]
 
     def make(target):
-        refs = score(run.load(before), shown, run.cfg.micro_tokens)
-        logps = score(run.load(after), shown, run.cfg.micro_tokens)
+        refs, logps = (score(run.load(policy), shown, run.cfg.micro_tokens)
+                       for policy in (before, after))
         rows = []
         for example, [ref], [now] in zip(shown, refs, logps):
             real = ref[None].isfinite()  # as all are
@@ -52,14 +48,13 @@ def record_tokens(run, before, after, examples):
                 "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
                 "weights": example.weights,
                 "scores": example.scores,
-                "log_ratios": (now - ref).tolist(),
-                "kept": useful.tolist()})
+                "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
 
     run.stage("tokens", "token_examples.jsonl", make)
 
 
-def reprint(run) -> bool:
+def reprint(run):
     """Whether the run is finished; if so, its table is printed again."""
     path = run.folder / "results.json"
     if path.exists():
@@ -90,10 +85,7 @@ def finish(run, models):
         write_jsonl(run.folder / "test.jsonl", map(vars, run.test))
     folders = {name: str(policy.folder) for name, policy in models.items()}
     write_json(run.folder / "results.json", {
-        "models": folders,
-        "results": results,
-        "table": text,
-        "seconds": run.seconds})
+        "models": folders, "results": results, "table": text, "seconds": run.seconds})
     say(text + "\n")
     for name, folder in folders.items():
         say(f"{name:>10}  {folder}")
