@@ -141,7 +141,7 @@ def test_intervals_hold_the_share_and_print_without_a_minus():
             s = summary([{"correct": i < correct} for i in range(total)])
             assert s["low"] - 1e-12 <= s["accuracy"] <= s["high"] + 1e-12
             row = summary_row("x", s)
-            assert "-" not in row[2] and "100.1" not in row[2] and row[4:] == ["-", "-"]
+            assert "-" not in row[3] + row[5] and "100.1" not in row[5] and row[7:] == ["-", "-"]
     s = summary([{"correct": True, "margin": 2.0}, {"correct": False, "margin": -1.0}])
     assert (s["n"], s["accuracy"], s["margin"]) == (2, 0.5, 0.5)
 

@@ -59,8 +59,8 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     run(model, "--test", "gsm8k_test.jsonl", "qasc_test.jsonl", "rows.jsonl", "pairs.jsonl",
         "--out", "out")
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
-    assert table["gsm8k_test.jsonl"][1:7] == ["(gsm8k)", "14.3", "%", "[2.6,", "51.3]", "7"]
-    assert table["qasc_test.jsonl"][6:9] == ["5", "0.0", "%"]  # by the official grader
+    assert table["gsm8k_test.jsonl"][1:8] == ["(gsm8k)", "14.3", "%", "-", "[2.6,", "51.3]", "7"]
+    assert table["qasc_test.jsonl"][7:10] == ["5", "0.0", "%"]  # by the official grader
     assert table["rows.jsonl"][1:3] == ["(generic)", "100.0"] and "pairs.jsonl" in table
     assert rows_of(Path("out/gsm8k_test.jsonl"))[3] == {
         "input": "3 + 3?", "gold": "6", "response": "The answer is 6", "finished": True,

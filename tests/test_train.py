@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from helpers import write_folder
 from runs import (arguments, demo_command, difference, equal, lines, losses_of, results_of, rows_of,
                   run, steps_of, weights_of, with_samples)
 from safetensors.torch import load_file
@@ -381,3 +382,22 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: dpo") and said.count("\n") == 1
     assert not (tmp_path / "run/dpo").exists()
+
+
+def test_a_preference_run_shows_rewards_against_the_starting_model(tmp_path, capsys):
+    """beta [log pi/pi_start (y+) - log pi/pi_start (y-)] of every held-out pair, and its share above 0."""
+    rows = [{"prompt": f"Q{i}: ", "chosen": "A longer right answer.", "rejected": f"no {i}"} for i in range(40)]
+    (tmp_path / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = write_folder(tmp_path / "model")
+    assert train.main(["--model", str(model), "--pairs", str(tmp_path / "prefs.jsonl"), "--method", "dpo", "--lr-dpo",
+                       "1e-3", "--beta", "0.5", "--out", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run/results.json").read_text())["results"]
+    start, tuned = ([json.loads(line)["margin"] for line in (tmp_path / f"run/eval-{name}.jsonl").open()]
+                    for name in ("start", "DPO"))
+    rewards = [0.5 * (now - before) for now, before in zip(tuned, start)]
+    assert "reward" not in results["start"]
+    assert results["DPO"]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert results["DPO"]["reward_accuracy"] == sum(r > 0 for r in rewards) / len(rewards)
+    assert results["DPO"]["accuracy"] == sum(m > 0 for m in tuned) / len(tuned)
+    said = capsys.readouterr().out
+    assert "reward accuracy" in said and "raw accuracy" in said

@@ -15,7 +15,8 @@ from allo_mini.run.files import read_jsonl, reading
 from allo_mini.run.log import progress, say
 from allo_mini.token_weights import nearest
 
-COLUMNS = ("accuracy", "95 % interval", "rows", "official", "margin")  # of the result table
+COLUMNS = ("reward accuracy", "reward margin", "accuracy", "raw accuracy", "95 % interval", "rows",
+           "official", "raw margin")  # of the result table
 
 
 def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **more):
@@ -133,23 +134,29 @@ def wilson(correct, total):
 
 
 def summary(items):
-    """Accuracy with its 95 % interval; of pairs the mean margin, of QA tasks `official` too."""
+    """Accuracy with its 95 % interval, of QA tasks `official` too; of pairs the mean margin and,
+    against the model a run began with, the mean reward and how often it is above 0."""
     n = len(items)
     correct = sum(item["correct"] for item in items)
     low, high = wilson(correct, n)
     result = {"n": n, "accuracy": correct / n, "low": low, "high": high}
-    for key in items[0].keys() & COLUMNS:
+    for key in items[0].keys() & {"margin", "official", "reward"}:
         result[key] = sum(item[key] for item in items) / n
+    if "reward" in result:
+        result["reward_accuracy"] = sum(item["reward"] > 0 for item in items) / n
     return result
 
 
 def summary_row(name, result):
     """One line of the result table: the name, then COLUMNS, "-" for what was not measured."""
-    return [
-        name, f"{100 * result['accuracy']:.1f} %",
-        f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]", str(result["n"]),
-        f"{100 * result['official']:.1f} %" if "official" in result else "-",
-        f"{result['margin']:.2f}" if "margin" in result else "-"]
+    def cell(key, form="{:.1%}"):
+        return form.format(result[key]).replace("%", " %") if key in result else "-"
+
+    accuracy, pairs = cell("accuracy"), "margin" in result
+    interval = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
+    return [name, cell("reward_accuracy"), cell("reward", "{:.3f}"), "-" if pairs else accuracy,
+            accuracy if pairs else "-", interval, str(result["n"]), cell("official"),
+            cell("margin", "{:.2f}")]
 
 
 def bootstrap(ours, theirs):

@@ -181,7 +181,7 @@ def add_flag(group, name: str):
         flag_of(name), help=f"{text} [{shown}]" if shown else text, default=argparse.SUPPRESS,
         type=knob.type if knob.type in (int, float) else str, choices=choices or None,
         nargs="+" if knob.type == list[str] else None,
-        metavar=None if choices else {int: "N", float: "X"}.get(knob.type, name[:6].upper()))
+        metavar=None if choices else {int: "N", float: "X"}.get(knob.type, name.upper()))
 
 
 def make_parser() -> Parser:

@@ -63,13 +63,24 @@ def reprint(run):
 
 
 def evaluated(run, name, policy):
-    """Summary of a model's answers to the test rows."""
+    """A model's answers to the test rows."""
     def make(target):
         write_jsonl(target, run.evaluate(run.load(policy), run.test, f"test {name}"))
 
     path = run.stage(f"test {name}", f"eval-{name}.jsonl", make)
-    with reading(path):
-        return summary([row for _, row in read_jsonl(path)])
+    return [row for _, row in read_jsonl(path)]
+
+
+def summaries(run, models):
+    """{model's name: summary of its answers}; of pairs with beta log pi/pi_start(y+) - the same
+    of y- as the reward, pi_start being the model that all others began with."""
+    answers = {name: evaluated(run, name, policy) for name, policy in models.items()}
+    start, *others = answers.values()
+    with reading(run.folder):
+        for row, *tuned in zip(start, *others):
+            for item in tuned if "margin" in row else ():
+                item["reward"] = run.cfg.beta * (item["margin"] - row["margin"])
+        return {name: summary(items) for name, items in answers.items()}
 
 
 def finish(run, models):
@@ -77,7 +88,7 @@ def finish(run, models):
     results = {}
     text = "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
-        results = {name: evaluated(run, name, policy) for name, policy in models.items()}
+        results = summaries(run, models)
         text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
     if parallel.RANK > 0:
         return
