@@ -30,15 +30,20 @@ FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
 ROPE = {"default": (), "linear": ("factor",),  # rope_type -> the numbers it needs
         "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings")}
+USABLE = {"architectures": FAMILIES, "hidden_act": (None, "silu"), "quantization_config": (None,),
+          "rope_type": ROPE}
 KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 BUILDERS = {}  # family -> its class, where that is not CausalLM itself
 
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """What we read from a Hugging Face config.json; field names are Hugging Face's."""
+    raw: dict  # the whole of config.json
+    family: str
+    rope_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -53,15 +58,12 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
-    rope_type: str
     factor: float = 0.0  # this and the next three: see rope_angles; 0: not given
     low_freq_factor: float = 0.0
     high_freq_factor: float = 0.0
     original_max_position_embeddings: float = 0.0
-    family: str
-    raw: dict  # the whole of config.json
 
-    def length(self, tokens: int, where: str = "config.json") -> int:
+    def length(self, tokens, where="config.json"):
         """--max-length as it is; for 0 the official scripts' 1200, or the model's limit if less.
 
         Raises UserError when it is longer than the model was made for: attention is never cut.
@@ -73,19 +75,8 @@ class ModelConfig:
         return tokens or min(1200, limit)
 
 
-def number(values, f, where):
-    """The value of a field f, or its default where it is missing or null. Raises UserError."""
-    value = values.get(f.name)
-    if value is None and f.default is not MISSING:
-        return f.default
-    most = 1000 if f.name == "num_hidden_layers" else 1e10  # layers are built one by one
-    if type(value) not in (f.type, int) or not (f.type is bool or 0 < value <= most):
-        raise UserError(f"{where}: {f.name} is {value!r}, expected {KINDS[f.type]}")
-    return value
-
-
-def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
-    """Hugging Face config dict -> ModelConfig.
+def parse_config(raw, where="config.json"):
+    """Hugging Face config dict -> ModelConfig; what is missing or null has its field's default.
 
     Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, `rope_parameters`.
     Raises UserError naming the key when something is missing, of the wrong type or not supported.
@@ -93,24 +84,29 @@ def parse_config(raw: dict, where: str = "config.json") -> ModelConfig:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     [name] = raw.get("architectures") or [None]
-    for key, value, usable in (
-            ("architectures", name, FAMILIES),
-            ("hidden_act", raw.get("hidden_act"), (None, "silu")),
-            ("quantization_config", raw.get("quantization_config"), (None,)),
-            ("rope_type", rope_type, ROPE)):
+    given = raw | rope | {"architectures": name, "rope_type": rope_type}
+    for key, usable in USABLE.items():
+        value = given.get(key)
         if value not in usable:
             raise UserError(f"{where}: {key} is {value!r}, expected one of {list(usable)}")
-    values = {f.name: number({**raw, **rope}, f, where)
-              for f in fields(ModelConfig) if f.type in KINDS}
+    values = {}
+    for f in fields(ModelConfig):
+        value = given.get(f.name)
+        if f.type not in KINDS or (value is None and f.default is not MISSING):
+            continue
+        most = 1000 if f.name == "num_hidden_layers" else 1e10  # layers are built one by one
+        if type(value) not in (f.type, int) or not (f.type is bool or 0 < value <= most):
+            raise UserError(f"{where}: {f.name} is {value!r}, expected {KINDS[f.type]}")
+        values[f.name] = value
     for key in ROPE[rope_type]:
-        if not values[key]:
+        if key not in values:
             raise UserError(f"{where}: {key} is missing from the rope settings")
     family, heads = FAMILIES[name], values["num_attention_heads"]
-    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
-    values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
+    values.setdefault("num_key_value_heads", heads)
+    values.setdefault("head_dim", values["hidden_size"] // heads)
     if family != "mistral" and not raw.get("use_sliding_window"):
-        del values["sliding_window"]
-    return ModelConfig(**values, rope_type=rope_type, family=family, raw=raw)
+        values.pop("sliding_window", None)
+    return ModelConfig(raw, family, rope_type, **values)
 
 
 # ---- the pieces ----------------------------------------------------------------------------------
@@ -129,8 +125,7 @@ def rope_angles(positions, c):
         turns = c.original_max_position_embeddings * freq / (2 * math.pi)  # in the old context
         blend = ((turns - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)).clamp(0, 1)
         freq = (1 - blend) * freq / c.factor + blend * freq
-    angles = positions[..., None, None].float() * freq  # [..., 1, d/2]
-    angles = torch.cat((angles, angles), -1)
+    angles = positions[..., None, None].float() * torch.cat((freq, freq))  # [..., 1, d]
     return angles.cos(), angles.sin()
 
 
@@ -189,23 +184,22 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        q_size, kv_size = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        H, d = c.hidden_size, c.head_dim
+        self.layer, self.heads = layer, (-1, d)
         qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
         bias = qwen2 or c.attention_bias
-        self.q_proj = Linear(c.hidden_size, q_size, bias)
-        self.k_proj = Linear(c.hidden_size, kv_size, bias)
-        self.v_proj = Linear(c.hidden_size, kv_size, bias)
-        self.o_proj = Linear(q_size, c.hidden_size, bias and not qwen2)
+        self.q_proj = Linear(H, c.num_attention_heads * d, bias)
+        self.k_proj = Linear(H, c.num_key_value_heads * d, bias)
+        self.v_proj = Linear(H, c.num_key_value_heads * d, bias)
+        self.o_proj = Linear(c.num_attention_heads * d, H, bias and not qwen2)
         norm = RMSNorm if c.family == "qwen3" else nn.Identity
-        self.q_norm = norm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = norm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = norm(d, c.rms_norm_eps)
+        self.k_norm = norm(d, c.rms_norm_eps)
 
     def forward(self, x, rope, attend):
-        heads = -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))  # [..., h, d]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))  # [..., g, d]
-        v = self.v_proj(x).unflatten(-1, heads)
+        q = self.q_norm(self.q_proj(x).unflatten(-1, self.heads))  # [..., h, d]
+        k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))  # [..., g, d]
+        v = self.v_proj(x).unflatten(-1, self.heads)
         out = attend(rotate(q, *rope), rotate(k, *rope), v, self.layer)
         return self.o_proj(out.flatten(-2))  # [..., H]
 
@@ -245,19 +239,17 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config, self.recompute, self.folder = config, False, None
         table = torch.empty(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, i) for i in range(config.num_hidden_layers)]
-        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.model = nn.ModuleDict({
+        self.model = nn.ModuleDict({  # from_pretrained: random numbers would load the compiler
             "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
-            "layers": nn.ModuleList(blocks), "norm": norm})
+            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
 
     @property
     def head_weight(self):
         """[V, H], the matrix that turns hidden states into logits."""
-        tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def forward(self, input_ids, positions=None, attend=causal_attention):
         """input_ids [B,T], or a stream [N] with its positions and `attend` -> hidden [..., H]."""
@@ -277,6 +269,6 @@ class CausalLM(nn.Module):
         return linear(self(input_ids), self.head_weight)
 
 
-def build(config: ModelConfig) -> CausalLM:
+def build(config):
     """A model of the config's family, its weights not set."""
     return BUILDERS.get(config.family, CausalLM)(config)
