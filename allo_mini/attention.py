@@ -7,9 +7,8 @@ import torch.nn.functional as F
 def sdpa(q, k, v, **sight):
     """Scaled dot-product attention of [..., T, heads, d]; `sight`: who sees whom, for torch."""
     groups = q.shape[-2] != k.shape[-2]  # several query heads share a key head
-    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))  # [..., heads, T, d]
-    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=groups, **sight)
-    return out.transpose(-3, -2)
+    heads = [x.transpose(-3, -2) for x in (q, k, v)]  # [..., heads, T, d]
+    return F.scaled_dot_product_attention(*heads, enable_gqa=groups, **sight).transpose(-3, -2)
 
 
 def causal_attention(q, k, v, layer):
@@ -45,21 +44,18 @@ class TreeAttention:
         kind = q.dtype
         if kind == torch.bfloat16 and not q.is_cuda:  # backward would take 2-3 times as long
             q, k, v = q.float(), k.float(), v.float()
-        keys = self.as_keys(k).split(self.keys)
-        values = self.as_keys(v).split(self.keys)
-        queries = q.split(self.queries)
-        out = map(self.attend, queries, keys, values)
+        out = map(self.attend, q.split(self.queries), self.as_keys(k), self.as_keys(v))
         return torch.cat(list(out)).to(kind)
 
     def as_keys(self, x):
-        """The stream as keys. Split, not indexed: its backward makes no streams of zeros."""
+        """What each query may see. Split, not indexed: its backward makes no streams of zeros."""
         pieces = iter(x.split(self.pieces))
         keys = []
         for _, responses in self.trees:
             prompt = next(pieces)
             for _ in responses:
                 keys += [prompt, next(pieces)]
-        return torch.cat(keys)
+        return torch.cat(keys).split(self.keys)
 
     def attend(self, q, k, v):
         """Each query sees what stands before it, the last one all keys: q [n,h,d] -> [n,h,d]."""
@@ -76,5 +72,4 @@ def sight(like, queries, keys):
     if like.is_cuda:
         from torch.nn.attention.bias import causal_lower_right
         return {"attn_mask": causal_lower_right(queries, keys)}
-    hidden = like.new_full((queries, keys), -torch.inf)
-    return {"attn_mask": hidden.triu_(keys - queries + 1)}
+    return {"attn_mask": like.new_full((queries, keys), -torch.inf).triu_(keys - queries + 1)}

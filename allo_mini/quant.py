@@ -9,7 +9,7 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import pad
 
 BLOCK = 256
 
@@ -48,11 +48,9 @@ def dynamic_map(signed):
         values += (middles * 10.0**decade).tolist()
     if signed:
         values += [-value for value in values]
-        values.append(1.0)
     else:
-        values[-1] = 1.0
-    values.append(0.0)
-    return torch.tensor(sorted(values))
+        values.pop()  # the largest: 1 takes its place
+    return torch.tensor(sorted([*values, 0.0, 1.0]))
 
 
 def encode(values, signed):
@@ -64,20 +62,16 @@ def encode(values, signed):
     """
     table = dynamic_map(signed).to(values.device)
     between = (table[1:] + table[:-1]) / 2
-    missing = -len(values) % BLOCK
-    blocks = F.pad(values, (0, missing)).view(-1, BLOCK)
+    blocks = pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1).clamp(min=1e-30)
-    shares = blocks / scale[:, None]
-    codes = torch.bucketize(shares, between)
+    codes = torch.bucketize(blocks / scale[:, None], between)
     if not signed:
         codes = codes.maximum((blocks > 0).long())
-    codes = codes.byte().view(-1)
-    return codes[:len(values)], scale
+    return codes.byte().view(-1)[:len(values)], scale
 
 
 def decode(codes, scale, signed):
     """The inverse of encode: [n] fp32."""
     table = dynamic_map(signed).to(codes.device)
     values = table.index_select(0, codes.int())
-    scale = scale.repeat_interleave(BLOCK)
-    return values * scale[:len(codes)]
+    return values * scale.repeat_interleave(BLOCK)[:len(codes)]
