@@ -73,13 +73,12 @@ def meta_model(folder):
     with reading(path), torch.device("meta"):
         config = parse_config(read_json(path), str(path))
         model = build(config)
-    files = {name: file for name, file in shard_files(folder).items()
-             if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        files.pop("lm_head.weight", None)
+    files = shard_files(folder)
     for name in sorted(files.keys() ^ dict(model.named_parameters())):
-        raise UserError(f"{folder}: weight {name} is missing, or does not belong to a "
-                        f"{config.family} model")
+        tied_head = name == "lm_head.weight" and config.tie_word_embeddings
+        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+            raise UserError(f"{folder}: weight {name} is missing, or does not belong to a "
+                            f"{config.family} model")
     model.folder, model.files = folder, files
     return model.requires_grad_(False), files
 
@@ -94,7 +93,7 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
     """
     dtype = DTYPES.get(dtype, dtype)
     model, files = meta_model(find_folder(str(path_or_id)))
-    model.changes = [read_patch(path, files) for path in changes]
+    model.changes = [read_patch(path, model.state_dict()) for path in changes]
     state = {}
     for name, p in model.named_parameters():
         tensor = read_tensor(files[name], name)
@@ -103,9 +102,7 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
                             f"config.json asks for floating point {list(p.shape)}")
         tensor = put_changes(tensor, name, dtype, model.changes)
         if int8 and is_quantized(name, tensor.shape):
-            zero, parts = to_int8(tensor, mask and mask[name], device)
-            state[name] = torch.nn.Parameter(zero, requires_grad=False)
-            state[name].int8 = parts
+            state[name] = to_int8(tensor, mask and mask[name], device)
         else:
             state[name] = tensor.to(device)
     model.load_state_dict(state, assign=True)
@@ -148,15 +145,15 @@ def save_model(model, folder):
     dtype = model.model.embed_tokens.weight.dtype
     config = {key: value for key, value in model.config.raw.items() if key not in NOT_KEPT}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    sizes = {name: torch.empty(p.shape, dtype=dtype, device="meta")
+    sizes = {name: torch.empty_like(p, dtype=dtype, device="meta")
              for name, p in model.named_parameters()}
     shards = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
     with atomic(folder) as new:
         new.mkdir()
         write_json(new / "config.json", config)
         for file, names in shards.filename_to_tensors.items():  # the host holds one of them
-            weights = {name: dense_weight(model, name) for name in names}
-            save_tensors(weights, new / file, {"format": "pt"})
+            save_tensors({name: dense_weight(model, name) for name in names}, new / file,
+                         {"format": "pt"})
             (new / file).chmod(0o644)  # safetensors makes private files
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

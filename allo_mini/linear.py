@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from allo_mini.mask import Selected, put, take
 from allo_mini.quant import dequantize_rows, quantize_rows
 
-# What an int8 weight [O,I] is made of (the parameter itself is a single zero in its shape).
+# What an int8 weight [O,I] is made of: `weight.int8` (the parameter is a single zero in its shape).
 # selected: a Selected; values: the selected entries, exact; chunks: of every chunk of R rows its
 # codes, int8 [R,I], and their scale [R, I/block]
 Int8 = namedtuple("Int8", "selected values chunks")
@@ -27,9 +27,8 @@ def is_quantized(name, shape):
 
 
 def to_int8(weight, selected, device):
-    """weight [O,I] -> what stands for it in the model, its Int8; what is selected stays exact."""
-    selected = selected or Selected.from_dense(torch.zeros_like(weight).bool())
-    selected = selected.to(device)
+    """weight [O,I] -> the int8 parameter that stands for it; what is selected stays exact."""
+    selected = (selected or Selected.from_dense(torch.zeros_like(weight).bool())).to(device)
     values, chunks = [], []
     for rows, _, index in selected.chunks():
         dense = weight[rows].to(device, copy=True)
@@ -37,7 +36,9 @@ def to_int8(weight, selected, device):
         put(dense, index, torch.zeros(()))  # they widen no block's scale
         chunks.append(quantize_rows(dense))
     zero = chunks[0][0].new_zeros(()).expand_as(weight)
-    return zero, Int8(selected, torch.cat(values), chunks)
+    parameter = torch.nn.Parameter(zero, requires_grad=False)
+    parameter.int8 = Int8(selected, torch.cat(values), chunks)
+    return parameter
 
 
 def dense_rows(weight, dtype):

@@ -118,7 +118,7 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8=False, mask=No
     int8, mask: as checkpoint.load_model.
     """
     model, generator = meta_of(name), torch.Generator(device).manual_seed(0)
-    state, beside = {}, {}
+    state = {}
     for key, p in model.named_parameters():
         weight = torch.zeros(p.shape, dtype=dtype, device=device)
         if weight.dim() == 2:
@@ -126,11 +126,9 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8=False, mask=No
         elif not key.endswith("bias"):
             weight.fill_(1.0)
         if int8 and is_quantized(key, weight.shape):
-            weight, beside[key] = to_int8(weight, mask and mask[key], device)
+            weight = to_int8(weight, mask and mask[key], device)
         state[key] = weight
     model.load_state_dict(state, strict=True, assign=True)
-    for key, extra in beside.items():
-        model.get_parameter(key).int8 = extra
     return model.requires_grad_(False)
 
 
