@@ -9,11 +9,10 @@ does not change what it says.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
@@ -21,50 +20,63 @@ from allo_mini.logprobs import pack, size_of
 
 PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes bounded memory
 
-
-@dataclass
-class Sample:
-    """Its prompt's number and ids, its random stream (as long as it may get), its tokens so far."""
-    number: int
-    prompt: list
-    u: Tensor
-    tokens: list
+# Its prompt's number and ids, its random stream (as long as it may get), its tokens so far
+Sample = namedtuple("Sample", "number prompt u tokens")
 
 
 class Cache:
-    """Keys and values of all running samples: of each layer [2, slots, g, room, d]."""
+    """Keys and values of all running samples: of each layer [2, slots, g, room, d].
 
-    def __init__(self, model, slots, prompt, longest):
-        self.longest = longest  # tokens of the longest sample that there can be
-        room = min(prompt + 64, longest)  # prompt: tokens of the longest one
+    At most `slots`; on a GPU no more than 60 % of its free memory holds, at full length.
+    """
+
+    def __init__(self, model, samples, slots):
+        self.longest = max(len(s.prompt) + len(s.u) for s in samples)
+        self.slots = min(slots, len(samples))
         c = model.config
-        shape = 2, slots, c.num_key_value_heads, room, c.head_dim
         weight = model.model.embed_tokens.weight  # never int8
+        if weight.is_cuda:
+            torch.cuda.empty_cache()
+            token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
+            free = torch.cuda.mem_get_info(weight.device)[0]
+            self.slots = max(1, min(self.slots, int(0.6 * free / (self.longest * token))))
+        room = min(max(len(s.prompt) for s in samples) + 64, self.longest)
+        shape = 2, self.slots, c.num_key_value_heads, room, c.head_dim
         self.stores = [weight.new_zeros(shape) for _ in model.model.layers]
 
-    def filled(self, trees, slot):
-        """Attention over a stream of prompts that are put into the cache, from `slot` on.
+    def read_prompts(self, model, waiting, slot):
+        """The first of `waiting` get the slots from `slot` on -> they, hidden [n,H] to go on from.
 
-        trees: (tokens of a prompt, as many entries as slots get its keys and values), ...
+        As many as have PREFILL prompt tokens at most, one at least. A prompt they share is read
+        once, and its keys and values are copied to the slots of all.
         """
-        sizes = [size for size, _ in trees]
-        tree = TreeAttention([(size, (0,)) for size in sizes])
+        examples = {}  # a prompt's number -> its ids, the tokens (none yet) of each of its samples
+        for s in waiting:
+            examples.setdefault(s.number, (s.prompt, []))[1].append(s.tokens)
+        while len(examples) > 1 and sum(map(size_of, examples.values())) > PREFILL:
+            examples.popitem()
+        batch = pack(examples.values(), model.head_weight.device)
+        sizes = [size for size, _ in batch.trees]
+        alone = TreeAttention([(size, (0,)) for size in sizes])
 
         def attend(q, k, v, layer):
             at = slot
             both = torch.stack((k, v)).split(sizes, 1)  # of each prompt [2,P,g,d]
-            for prompt, (size, copies) in zip(both, trees):
+            for prompt, (size, copies) in zip(both, batch.trees):
                 end = at + len(copies)
                 self.stores[layer][:, at:end, :, :size] = prompt.transpose(1, 2)[:, None]
                 at = end
-            return tree(q, k, v, layer)
-        return attend
+            return alone(q, k, v, layer)
+
+        hidden = model(batch.input_ids, batch.positions, attend)  # [N,H]
+        return waiting[:len(batch.lengths)], hidden[batch.predictors]
 
     def read_tokens(self, model, running):
         """Put the newest token of every running sample into the cache -> hidden [A,H]."""
         device = model.head_weight.device
         lengths = [len(s.prompt) + len(s.tokens) - 1 for s in running]
-        self.lengths = torch.tensor(lengths, device=device)
+        newest = [s.tokens[-1] for s in running]
+        newest, self.lengths = torch.tensor([newest, lengths], device=device)
         self.rows = torch.arange(len(running), device=device)
         self.used = max(lengths) + 1
         room = self.stores[0].shape[3]
@@ -74,7 +86,6 @@ class Cache:
                 self.stores[i] = F.pad(store, (0, 0, 0, more))
         places = torch.arange(self.used, device=device)
         self.visible = places <= self.lengths[:, None, None, None]  # [A,1,1,used]
-        newest = torch.tensor([s.tokens[-1] for s in running], device=device)
         return model(newest, self.lengths, self)
 
     def __call__(self, q, k, v, layer):
@@ -88,26 +99,6 @@ class Cache:
         q = q.unflatten(1, (k.shape[1], -1))  # [A,g,h/g,d]
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible)
         return out.flatten(1, 2)
-
-
-def read_prompts(model, cache, waiting, running):
-    """Move samples to free slots -> they, hidden [n,H] at the ends of their prompts.
-
-    As many as have PREFILL prompt tokens at most, one at least. A prompt they share is read once.
-    """
-    free = cache.stores[0].shape[1] - len(running)
-    examples = {}  # a prompt's number -> its ids, the tokens (still none) of each of its samples
-    for s in waiting[:free]:
-        examples.setdefault(s.number, (s.prompt, []))[1].append(s.tokens)
-    while len(examples) > 1 and sum(map(size_of, examples.values())) > PREFILL:
-        examples.popitem()
-    batch = pack(examples.values(), model.head_weight.device)
-    attend = cache.filled(batch.trees, len(running))
-    hidden = model(batch.input_ids, batch.positions, attend)  # [N,H]
-    fresh = waiting[:len(batch.lengths)]
-    running += fresh
-    del waiting[:len(fresh)]
-    return fresh, hidden[batch.predictors]
 
 
 def pick(logits, temperature, top_p, u):
@@ -133,62 +124,41 @@ def pick(logits, temperature, top_p, u):
 
 def uniforms(seed, row, k, count):
     """The random stream of sample k of row `row`: [count], the same in any batch, on any device."""
-    name = f"{seed}/{row}/{k}".encode()
-    digest = hashlib.blake2b(name, digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{row}/{k}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(count, generator=generator)
 
 
-def slots_that_fit(model, longest, slots):
-    """At most `slots`; on a GPU no more than 60 % of its free memory holds, at `longest` tokens."""
-    weight = model.model.embed_tokens.weight
-    if not weight.is_cuda:
-        return slots
-    torch.cuda.empty_cache()
-    c = model.config
-    token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
-    free = torch.cuda.mem_get_info(weight.device)[0]
-    fit = int(0.6 * free / (longest * token))
-    return max(1, min(slots, fit))
-
-
 @torch.inference_mode()
-def sample(
-    model,
-    prompts,  # lists of ids
-    n,
-    max_new_tokens,
-    temperature=0.7,
-    top_p=0.95,
-    eos_ids=(),  # any of them ends a response
-    seed=0,
-    rows=None,  # the numbers that seed each prompt; None: 0, 1, ...
-    slots=64,  # samples running at once
-    max_length=None,  # tokens of prompt and response together
-    stopped=lambda tokens: False,  # whether a sample ends here, on a stop string
-    on_done=lambda prompt, tokens: None,  # called as each ends, with its prompt's number
-):
-    """n responses a prompt: [prompt][k] -> ids, EOS included. ValueError for an empty prompt."""
+def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_ids=(), seed=0,
+           rows=None, slots=64, max_length=10**9, stopped=lambda tokens: False,
+           on_done=lambda prompt, tokens: None):
+    """n responses a prompt: [prompt][k] -> ids, EOS included. ValueError for an empty prompt.
+
+    prompts: lists of ids; eos_ids: any of them ends a response; rows: the numbers that seed each
+    prompt (None: 0, 1, ...); slots: samples running at once; max_length: tokens of prompt and
+    response together; stopped(tokens): whether a sample ends here, on a stop string;
+    on_done(prompt, tokens): called as each ends, with its prompt's number.
+    """
     if not prompts:
         return []
     waiting, running = [], []
     responses = [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
-        end = max_length or len(prompt) + max_new_tokens
-        most = max(1, min(max_new_tokens, end - len(prompt)))
+        most = max(1, min(max_new_tokens, max_length - len(prompt)))
         for k in range(n):
             u = uniforms(seed, rows[i] if rows else i, k, most)
             waiting.append(Sample(i, prompt, u, []))
             responses[i].append(waiting[-1].tokens)
-    longest = max(len(s.prompt) + len(s.u) for s in waiting)
-    slots = min(slots_that_fit(model, longest, slots), len(waiting))
-    cache = Cache(model, slots, max(map(len, prompts)), longest)
+    cache = Cache(model, waiting, slots)
     while waiting or running:
-        if waiting and (slots - len(running)) * 8 >= slots:  # reading is cheap in bulk
-            fresh, hidden = read_prompts(model, cache, waiting, running)
+        free = cache.slots - len(running)
+        if waiting and free * 8 >= cache.slots:  # reading is cheap in bulk
+            fresh, hidden = cache.read_prompts(model, waiting[:free], len(running))
+            running += fresh
+            del waiting[:len(fresh)]
         else:
-            fresh = running
-            hidden = cache.read_tokens(model, running)
+            fresh, hidden = running, cache.read_tokens(model, running)
         u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(hidden.device)
         tokens = pick(linear(hidden, model.head_weight), temperature, top_p, u).tolist()
         for s, token in zip(fresh, tokens):
@@ -202,10 +172,3 @@ def sample(
                 for store in cache.stores:
                     store[:, i] = store[:, len(running)]
     return responses
-
-
-def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids=(), seed=0,
-             **kwargs):
-    """One response a prompt, greedy unless a temperature is given -> ids, prompt not included."""
-    out = sample(model, prompts, 1, max_new_tokens, temperature, top_p, eos_ids, seed, **kwargs)
-    return [tokens for [tokens] in out]

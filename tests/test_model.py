@@ -17,7 +17,7 @@ from allo_mini import generate as generate_module
 from allo_mini import mask as mask_module
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.data.encoder import Example
-from allo_mini.generate import generate, pick, sample
+from allo_mini.generate import pick, sample
 from allo_mini.logprobs import (TargetLogps, head_logps, margins, micro_batches, pack, responses_of,
                                 score, token_logps, with_reference)
 from allo_mini.model import SwiGLU, parse_config
@@ -40,7 +40,7 @@ def test_logits_and_greedy_tokens_equal_hugging_face(name):
         logits = model.logits(expected["input_ids"])
     torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
     greedy = expected["greedy"][0].tolist()
-    assert generate(model, [greedy[:20]], 24) == [greedy[20:]]
+    assert sample(model, [greedy[:20]], 1, 24, temperature=0) == [[greedy[20:]]]
 
 
 @pytest.mark.parametrize("name, change, least", [
@@ -216,10 +216,10 @@ def test_cached_generation_equals_none(name, slots):
     model = fixture_model(name)
     free = [greedy_without_cache(model, p, 12) for p in PROMPTS]
     eos = {free[0][3], free[3][6], free[5][0]}
-    expected = [greedy_without_cache(model, p, 12, eos) for p in PROMPTS]
-    assert len({len(t) for t in expected}) > 2
-    assert generate(model, PROMPTS, 12, eos_ids=tuple(eos), slots=slots) == expected
-    assert generate(model, PROMPTS, 1, slots=slots) == [t[:1] for t in free]
+    expected = [[greedy_without_cache(model, p, 12, eos)] for p in PROMPTS]
+    assert len({len(t) for [t] in expected}) > 2
+    assert sample(model, PROMPTS, 1, 12, 0, eos_ids=tuple(eos), slots=slots) == expected
+    assert sample(model, PROMPTS, 1, 1, 0, slots=slots) == [[t[:1]] for t in free]
 
 
 @pytest.mark.parametrize("most", [1, 12, 30])
@@ -234,18 +234,18 @@ def test_prompts_are_read_a_few_tokens_at_a_time(most, monkeypatch):
     assert len(sizes) > 1 and max(sizes) <= max(most, 23) and sum(sizes) == sum(map(len, PROMPTS))
 
 
-@pytest.mark.parametrize("most, new", [(None, 120), (131, 101)])
+@pytest.mark.parametrize("most, new", [(10**9, 120), (131, 101)])
 def test_the_cache_grows_past_its_first_size(monkeypatch, most, new):
     """It starts with room for 64 new tokens, and never has more than the longest sample takes."""
     caches, real = [], generate_module.Cache
     monkeypatch.setattr(generate_module, "Cache", lambda *a: caches.append(real(*a)) or caches[-1])
     model, prompts = tiny_model(trainable=False), [random_ids(3, 0), random_ids(30, 1)]
-    for prompt, tokens in zip(prompts, generate(model, prompts, 120, max_length=most)):
+    for prompt, [tokens] in zip(prompts, sample(model, prompts, 1, 120, 0, max_length=most)):
         assert len(tokens) == (new if len(prompt) == 30 else 120)
         with torch.no_grad():
             again = model.logits(torch.tensor([prompt + tokens]))[0, len(prompt) - 1:-1].argmax(-1)
         assert again.tolist() == tokens
-    assert 94 < caches[0].stores[0].shape[3] <= (most or 150)
+    assert 94 < caches[0].stores[0].shape[3] <= min(most, 150)
 
 
 def test_sampling_does_not_depend_on_slots_company_or_order():
