@@ -17,7 +17,7 @@ from allo_mini import generate as generate_module
 from allo_mini import mask as mask_module
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.data.encoder import Example
-from allo_mini.generate import pick, sample
+from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import (TargetLogps, head_logps, margins, micro_batches, pack, responses_of,
                                 score, token_logps, with_reference)
 from allo_mini.model import SwiGLU, parse_config
@@ -40,7 +40,7 @@ def test_logits_and_greedy_tokens_equal_hugging_face(name):
         logits = model.logits(expected["input_ids"])
     torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
     greedy = expected["greedy"][0].tolist()
-    assert sample(model, [greedy[:20]], 1, 24, temperature=0) == [[greedy[20:]]]
+    assert generate(model, [greedy[:20]], 24) == [greedy[20:]]
 
 
 @pytest.mark.parametrize("name, change, least", [
