@@ -5,15 +5,12 @@ Later wins: defaults, then the demo's settings or a card's (CARDS), then --confi
 
 import argparse
 import difflib
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
 
-HOME = json.dumps(os.path.expanduser("~/"))[:-1]  # how paths into it begin in JSON; we write `"~/`
 METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
 
 
@@ -43,13 +40,14 @@ CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
     "16gb": LEAN | {"int8": True, "p_sft": 10.0},
     "12gb": LEAN | {"int8": True, "p_sft": 5.0, "sample_batch": 16}}
 GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
-          "memory": "memory", "test_limit": ""}  # first field -> title; the last have no flags
+          "memory": "memory"}  # first field -> title in --help
+FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int, "metavar": "N"},
+         float: {"type": float, "metavar": "X"}, str: {}, list[str]: {"nargs": "+"}}
 
 
 def knob(default, text: str, choices: tuple = (), most: float = 1e9):
     """A field of Config. A number is above 0 and at most `most`; 0 is allowed if it is the default."""
-    least = "above 0" if default else "at least 0"
-    about = {"text": text, "choices": choices, "most": most, "bounds": f"{least}, at most {most:g}"}
+    about = {"text": text, "choices": choices, "most": most}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
@@ -145,7 +143,7 @@ def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
     plan = replace(SCHEDULES[shared], **cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
     lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
-    batch = cfg.batch or max(1, min(plan.batch, max(8, rows // 50), rows))
+    batch = cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1)
     return replace(plan, lr=lr, batch=batch)
 
 
@@ -170,18 +168,12 @@ def flag_of(name: str) -> str:
 
 def add_flag(group, name: str):
     """Make a setting's flag, which is absent from the result unless given."""
-    knob, choices, default = KNOBS[name], KNOBS[name].metadata["choices"], getattr(Config(), name)
-    text = knob.metadata["text"].replace("%", "%%")
-    if knob.type is bool:
-        group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS,
-                           action=argparse.BooleanOptionalAction)
-        return
+    knob, default = KNOBS[name], getattr(Config(), name)
+    text, choices = knob.metadata["text"].replace("%", "%%"), knob.metadata["choices"]
     shown = " ".join(default) if isinstance(default, list) else default
-    group.add_argument(
-        flag_of(name), help=f"{text} [{shown}]" if shown else text, default=argparse.SUPPRESS,
-        type=knob.type if knob.type in (int, float) else str, choices=choices or None,
-        nargs="+" if knob.type == list[str] else None,
-        metavar=None if choices else {int: "N", float: "X"}.get(knob.type, name.upper()))
+    kind = FLAGS[knob.type] | ({"choices": choices, "metavar": None} if choices else {})
+    group.add_argument(flag_of(name), help=f"{text} [{shown}]" if shown else text,
+                       default=argparse.SUPPRESS, **kind)
 
 
 def make_parser() -> Parser:
@@ -196,34 +188,35 @@ def make_parser() -> Parser:
                     "  python train.py --model M --train gsm8k_train.jsonl --sft")
     parser.add_argument("--config", metavar="FILE", help="settings as JSON, also those without "
                         "flags (allo_mini/run/config.py)")
-    group = parser
     for name in KNOBS:
+        if name == "test_limit":  # it and the settings after it have no flags
+            break
         if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name]) if GROUPS[name] else None
-        if group:
-            add_flag(group, name)
+            group = parser.add_argument_group(GROUPS[name])
+        add_flag(group, name)
     return parser
 
 
 def expected(name: str, value) -> str:
     """What a setting wants, in words, when `value` is not that; else ''."""
-    knob, kind, choices = KNOBS[name], KNOBS[name].type, KNOBS[name].metadata["choices"]
+    knob, kind = KNOBS[name], KNOBS[name].type
+    choices, most = knob.metadata["choices"], knob.metadata["most"]
     if kind == list[str]:
-        right = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        right = isinstance(value, list) and set(map(type, value)) <= {str}
         right = right and (not choices or value and set(value) <= set(choices))
     elif choices:
         right = value in choices or value == knob.default
     elif kind in (int, float):
-        right = type(value) in (int, kind) and 0 <= value <= knob.metadata["most"]
-        right = right and (value > 0 or knob.default == 0)
+        right = type(value) in (int, kind) and (0 < value <= most or value == knob.default)
     else:
         right = isinstance(value, kind)
     if right:
         return ""
     if choices:
         return f"one of {', '.join(map(str, choices))}"
-    number = f" {knob.metadata['bounds']}" if kind in (int, float) else ""
-    return f"{kind.__name__}{number}"
+    if kind in (int, float):
+        return f"{kind.__name__} {'above' if knob.default else 'at least'} 0, at most {most:g}"
+    return kind.__name__
 
 
 def check(values: dict, file: str = "") -> None:
@@ -242,7 +235,7 @@ def check(values: dict, file: str = "") -> None:
 
 def from_file(path: str) -> dict:
     """Checked settings of a --config file, or of another run's config.json. Raises UserError."""
-    values = json.loads(json.dumps(read_json(path)).replace('"~/', HOME))
+    values = read_json(path)
     if isinstance(values.get("config"), dict):
         values = values["config"]
     check(values, path)
@@ -252,7 +245,7 @@ def from_file(path: str) -> dict:
 def parse(argv: list[str]) -> Config:
     """Command line -> checked Config. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
-    path = given.pop("config", None)
+    path = given.pop("config")
     check(given)
     values = (from_file(path) if path else {}) | given
     own = any(values.get(key) for key in ("model", "train", "pairs"))

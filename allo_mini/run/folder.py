@@ -5,11 +5,10 @@ replaces a stage: put it into the folder under its name (ARTEFACTS) before the r
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +23,10 @@ from allo_mini.data.rows import Pair, Task
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import evaluate
 from allo_mini.evaluation.graders import gold_answer
-from allo_mini.mask import Selected, from_tensors, to_tensors
+from allo_mini.mask import from_tensors, to_tensors
 from allo_mini.model import CausalLM, ModelConfig
 from allo_mini.run import parallel
-from allo_mini.run.config import HOME, METHODS, Config, flag_of
+from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
 from allo_mini.run.files import load_tensors, lock, read_json, reading, save_tensors, write_json
 from allo_mini.run.inputs import read_rows, style_of, unused_template
@@ -90,7 +89,7 @@ class Run:
         if parallel.RANK == 0:
             save_tensors(what, target) if isinstance(what, dict) else save_model(what, target)
 
-    def save_mask(self, mask: dict[str, Selected], path: Path):
+    def save_mask(self, mask, path: Path):
         """Write a mask; its file knows the shapes of its tensors."""
         shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
         save_tensors(to_tensors(mask), path, shapes)
@@ -109,8 +108,8 @@ class Run:
             if self.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats(self.device)
             make(target)
-            seconds, peak = round(time.monotonic() - began, 2), peak_gb(self.device)
-            self.seconds[name] = seconds
+            seconds = self.seconds[name] = round(time.monotonic() - began, 2)
+            peak = peak_gb(self.device)
             self.log.write(name, seconds=seconds, **{"mem/peak_gb": peak})
             say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
         parallel.wait()
@@ -119,9 +118,9 @@ class Run:
         return target
 
     def validate(self, name, model, done, total):
-        """Where --eval-every says so: {"eval/score": share of the validation rows that are right}."""
-        every = self.cfg.eval_every
-        if not every or (done % every and done < total) or name in ("warmup", "rewrite"):
+        """Every --eval-every steps: {"eval/score": share of the validation rows that are right}."""
+        due = done % self.cfg.eval_every == 0 or done == total
+        if not due or name in ("warmup", "rewrite"):
             return {}
         items = self.evaluate(model, self.val, "validate")
         score = sum(item["correct"] for item in items) / len(items)
@@ -140,8 +139,7 @@ class Run:
 
     def encode(self, rows, name: str) -> list[Example]:
         """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
-        examples = [self.encoder.example(prompt, responses) for prompt, responses in rows]
-        examples = [example for example in examples if example]
+        examples = list(filter(None, starmap(self.encoder.example, rows)))
         self.report_dropped(name, len(examples))
         return examples
 
@@ -153,9 +151,9 @@ class Run:
         if report:
             say(f"{name}: {usable} can be used; {report}")
 
-    def eos(self, model: CausalLM) -> tuple[int, ...]:
+    def eos(self, model: CausalLM) -> set[int]:
         """Ids that end a response of this model in this prompt style."""
-        return tuple({*eos_ids(model, self.encoder.tokenizer), self.encoder.closing})
+        return {*eos_ids(model, self.encoder.tokenizer), self.encoder.closing}
 
     def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
         """Greedy answers to tasks, margins of pairs; one dict a row."""
@@ -164,8 +162,8 @@ class Run:
         return items
 
 
-def load_mask(path: Path, shapes: dict[str, torch.Size] | None = None) -> dict[str, Selected]:
-    """A mask file; with `shapes` held against a model's. Raises UserError for what does not fit."""
+def load_mask(path: Path, shapes=None) -> dict:
+    """A mask file -> {name: Selected}. Raises UserError where it is not of a model of `shapes`."""
     tensors, metadata = load_tensors(path)
     with reading(path):
         own = {name: torch.Size(map(int, shape.split())) for name, shape in metadata.items()}
@@ -193,28 +191,26 @@ def record_of(run, folders) -> dict[str, dict]:
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
     for folder in folders:
         files |= {folder / "config.json", folder / "tokenizer.json", *shard_files(folder).values()}
-    record = {
+    return {
         "config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
         "data": {str(path): fingerprint(path) for path in sorted(files)},
         "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
                     "threads": torch.get_num_threads()}}
-    return json.loads(json.dumps(record).replace(HOME, '"~/'))  # without names of people
 
 
 def check_folder(folder, record):
     """Raise UserError when --out holds anything but this run, or artefacts laid in for it."""
     path = folder / "config.json"
     if not path.exists():
-        for file in folder.glob("*") if folder.is_dir() else [folder] * folder.exists():
-            if file.name[0] != "." and file.name not in ARTEFACTS:
+        for file in folder.glob("[!.]*"):
+            if file.name not in ARTEFACTS:
                 raise UserError(f"{folder}: holds {file.name}, not a run; choose another --out")
         return
     known = read_json(path)
     if not all(isinstance(known.get(key), dict) for key in record):
-        old = "of an earlier version of allo_mini" if "files" in known else "not of ours"
-        raise UserError(f"{folder}: holds a run {old}; choose another --out")
+        raise UserError(f"{folder}: holds no run of this version; choose another --out")
     for key, values in record.items():
-        for name in {**known[key], **values}:
+        for name in known[key] | values:
             before, now = known[key].get(name), values.get(name)
             if before != now and name == "threads":
                 say(f"begun with {before} threads, now {now}: sums may round differently")
@@ -225,8 +221,6 @@ def check_folder(folder, record):
 
 def claim_folder(run, record):
     """Make and lock the run folder, or go on in it; with --dry-run only look."""
-    path = run.folder / "config.json"
-    begun = path.exists()
     check_folder(run.folder, record)
     if run.cfg.dry_run:
         return
@@ -234,12 +228,18 @@ def claim_folder(run, record):
         with reading(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
         lock(run.folder)
+        path = run.folder / "config.json"
         if not path.exists():
             write_json(path, record)
-        elif not begun:  # another process began one just now
-            check_folder(run.folder, record)
     parallel.wait()
     run.log = Log(run.folder)
+
+
+def open_model(name, cfg) -> tuple:
+    """(model without weights, tokenizer, tokens of a row at most) of a folder or a hub id."""
+    model, _ = meta_model(find_folder(name, download=not cfg.dry_run))
+    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
+    return model, tokenizer, model.config.length(cfg.max_length, f"{model.folder}/config.json")
 
 
 def open_run(cfg: Config) -> Run:
@@ -249,42 +249,27 @@ def open_run(cfg: Config) -> Run:
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
     device = parallel.join(device)
-    base = find_folder(cfg.model or str(demo.FOLDER), download=not cfg.dry_run)
-    model, _ = meta_model(base)
-    tokenizer = load_tokenizer(base, model.config.vocab_size)
+    model, tokenizer, length = open_model(cfg.model or demo.FOLDER, cfg)
     eos_ids(model, tokenizer)
-    tasks, pairs, val, test = read_rows(cfg)
-    style = style_of(cfg.prompt, [*tasks, *pairs, *test, *val])
-    length = model.config.length(cfg.max_length, f"{base}/config.json")
-    encoder = Encoder(tokenizer, style, length)
+    rows = read_rows(cfg)
+    encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
     encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
-    for name, held in (("test rows", test), ("val rows", val)):
-        pairs_held = [row for row in held if isinstance(row, Pair)]
-        usable = any(encoder.example(row.prompt, [row.chosen, row.rejected]) for row in pairs_held)
-        if pairs_held and not usable:
-            raise UserError(f"none of the {name} can be used: {encoder.report()}")
-    encoder.report()  # is said again when they are used
-    hint = unused_template(encoder, cfg.prompt)
+    style, hint = encoder.style, unused_template(encoder, cfg.prompt)
     data = Path([*cfg.pairs, *cfg.train, "demo"][0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
     cfg = replace(cfg, prompt=style, max_length=length)  # recorded: eval.py asks in this style
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    run = Run(cfg, folder, Policy(base), device, dtype, model.config, shapes, encoder, tasks,
-              pairs, val, test)
+    run = Run(cfg, folder, Policy(model.folder), device, dtype, model.config, shapes, encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
         f"{str(dtype).removeprefix('torch.')} on {device}; prompts: {style}{hint}")
-    least = 100 / run.parameters
-    for name in ("p", "p_forget", "p_sft"):
-        if 0 < getattr(cfg, name) < least:
-            raise UserError(f"{flag_of(name)} is {getattr(cfg, name)}, which selects none of "
-                            f"{run.parameters:,} weights; expected at least {least:.2g}")
-    folders = [base]
+    for name, held in ("test rows", run.test), ("val rows", run.val):
+        if held and isinstance(held[0], Pair):
+            run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
+    folders = [model.folder]
     if cfg.rewriter:
-        folders.append(find_folder(cfg.rewriter, download=not cfg.dry_run))
-        config = meta_model(folders[1])[0].config
-        config.length(length, f"{folders[1]}/config.json")
-        other = load_tokenizer(folders[1], config.vocab_size)
-        if other.inner.get_vocab() != tokenizer.inner.get_vocab():
-            raise UserError(f"{folders[1]}: a rewriting model must share the policy's tokenizer")
+        rewriter, theirs, _ = open_model(cfg.rewriter, cfg)
+        if theirs.inner.get_vocab() != tokenizer.inner.get_vocab():
+            raise UserError(f"{cfg.rewriter}: a rewriting model must share the policy's tokenizer")
+        folders.append(rewriter.folder)
     claim_folder(run, record_of(run, folders))
     return run
