@@ -148,7 +148,7 @@ def test_a_run_ends_with_its_table_and_prints_it_again(folder, capsys):
     ("config.json", "{}", "cannot be read"), ("metrics.jsonl", '{"stage": "a"}\n{', "jsonl:2"),
     ("results.json", "[1]", "results.json: expected a JSON object, found list"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
-    ("mask.safetensors", "no", "mask.safetensors: not a complete safetensors file")])
+    ("mask.safetensors", "no", "mask.safetensors: cannot be read")])
 def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, message):
     (folder / file).write_text(text)
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])

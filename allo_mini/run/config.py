@@ -5,7 +5,6 @@ Later wins: defaults, then the demo's settings or a card's (CARDS), then --confi
 
 import argparse
 import difflib
-import math
 from dataclasses import dataclass, field, fields, replace
 
 from allo_mini import UserError
@@ -141,7 +140,7 @@ def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
     """
     shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget
     plan = replace(SCHEDULES[shared], **cfg.schedules.get(shared, {}))
-    scale = min(100.0, max(1.0, math.sqrt(7e9 / parameters)))
+    scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
     lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
     batch = cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1)
     return replace(plan, lr=lr, batch=batch)
@@ -161,12 +160,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def flag_of(name: str) -> str:
+def flag_of(name):
     """A setting's flag."""
     return "--" + name.replace("_", "-")
 
 
-def add_flag(group, name: str):
+def add_flag(group, name):
     """Make a setting's flag, which is absent from the result unless given."""
     knob, default = KNOBS[name], getattr(Config(), name)
     text, choices = knob.metadata["text"].replace("%", "%%"), knob.metadata["choices"]
@@ -179,8 +178,7 @@ def add_flag(group, name: str):
 def make_parser() -> Parser:
     """The flags of train.py, in the order of their use."""
     parser = Parser(
-        prog="train.py", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py [--model FOLDER (--pairs FILE | --train FILE)] [flags]",
         description="ALLO: align a language model by training few weights on few tokens.\n\n"
                     "  python train.py                                   the demo, two minutes\n"
@@ -197,10 +195,11 @@ def make_parser() -> Parser:
     return parser
 
 
-def expected(name: str, value) -> str:
+def expected(name, value):
     """What a setting wants, in words, when `value` is not that; else ''."""
     knob, kind = KNOBS[name], KNOBS[name].type
     choices, most = knob.metadata["choices"], knob.metadata["most"]
+    wanted = f"one of {', '.join(map(str, choices))}" if choices else kind.__name__
     if kind == list[str]:
         right = isinstance(value, list) and set(map(type, value)) <= {str}
         right = right and (not choices or value and set(value) <= set(choices))
@@ -208,18 +207,13 @@ def expected(name: str, value) -> str:
         right = value in choices or value == knob.default
     elif kind in (int, float):
         right = type(value) in (int, kind) and (0 < value <= most or value == knob.default)
+        wanted += f" {'above' if knob.default else 'at least'} 0, at most {most:g}"
     else:
         right = isinstance(value, kind)
-    if right:
-        return ""
-    if choices:
-        return f"one of {', '.join(map(str, choices))}"
-    if kind in (int, float):
-        return f"{kind.__name__} {'above' if knob.default else 'at least'} 0, at most {most:g}"
-    return kind.__name__
+    return "" if right else wanted
 
 
-def check(values: dict, file: str = "") -> None:
+def check(values: dict, file=""):
     """Refuse settings that cannot mean anything. Raises UserError naming flag, or file and key."""
     for name, value in values.items():
         if name not in KNOBS:

@@ -3,7 +3,7 @@
 Whatever is wrong with a file ends in one line that names it and the place. Everything we write is
 made under a temporary name beside its target and renamed, so a kill leaves the old file or the new
 one. Files that grow (metrics, samples) are cut back to their last whole rows when they are opened
-again.
+again. A path is a string or a Path, where no type is given.
 """
 
 import json
@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 
 from allo_mini import UserError
 
-AnyPath = str | Path
 HELD = {}  # run folder -> its open lock file; the system lets go of it when the process ends
 
 
 # ---- reading ---------------------------------------------------------------------------------
 
 @contextmanager
-def reading(path: AnyPath):
+def reading(path):
     """Turns whatever goes wrong while `path` is in hand into one line that names it."""
     try:
         yield
@@ -45,13 +44,13 @@ def parse_object(raw, where):
     return value
 
 
-def read_json(path: AnyPath) -> dict:
+def read_json(path) -> dict:
     """A JSON file that holds one object. Raises UserError."""
     with reading(path):
         return parse_object(Path(path).read_bytes(), path)
 
 
-def read_jsonl(path: AnyPath):
+def read_jsonl(path):
     """Yield ("FILE:LINE", object) for every line that is not blank. Raises UserError."""
     where = ""
     with reading(path), open(path, "rb") as file:
@@ -63,16 +62,13 @@ def read_jsonl(path: AnyPath):
         raise UserError(f"{path}: no rows; expected JSON Lines, one object a line")
 
 
-def open_tensors(path: AnyPath):
+def open_tensors(path):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
-    try:
+    with reading(path):
         return safe_open(path, framework="pt")
-    except Exception as e:
-        broken = f"not a complete safetensors file: {e}"
-        raise UserError(f"{path}: {broken if Path(path).is_file() else 'file not found'}") from None
 
 
-def load_tensors(path: AnyPath) -> tuple:
+def load_tensors(path) -> tuple:
     """({name: tensor}, the strings beside them) of a safetensors file. Raises UserError."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -88,7 +84,7 @@ def remove(path):
 
 
 @contextmanager
-def atomic(target: AnyPath):
+def atomic(target):
     """Yield a temporary path to make a file or a folder at; it becomes `target` in one rename.
 
     A file is replaced, a folder that holds anything is not. Raises UserError.
@@ -106,13 +102,13 @@ def atomic(target: AnyPath):
         remove(temporary)
 
 
-def write_text(path: AnyPath, text: str):
+def write_text(path, text):
     """Write a text file, atomically."""
     with atomic(path) as temporary:
         temporary.write_bytes(text.encode(errors="replace"))
 
 
-def write_json(path: AnyPath, value):
+def write_json(path, value):
     """Write a JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
@@ -122,24 +118,23 @@ def rows_text(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_jsonl(path: AnyPath, rows):
+def write_jsonl(path, rows):
     """Write an iterable of dicts, atomically."""
     write_text(path, rows_text(rows))
 
 
-def append_rows(path: AnyPath, rows):
+def append_rows(path, rows):
     """Append an iterable of dicts in one go."""
     with open(path, "ab") as file:
         file.write(rows_text(rows).encode(errors="replace"))
 
 
-def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
+def keep_whole(path: Path, group=1, total=0) -> int:
     """Cut a file that was being appended to back to whole groups of rows, or all `total` rows.
 
-    Returns how many rows stay.
+    Returns how many rows stay; a file that is not there begins with none.
     """
-    if not path.exists():
-        return 0
+    path.touch()
     data = path.read_bytes()
     count = data.count(b"\n")  # a torn row has none
     count -= 0 if count == total else count % group
@@ -147,7 +142,7 @@ def keep_whole(path: Path, group: int = 1, total: int = 0) -> int:
     return count
 
 
-def save_tensors(tensors: dict, path: AnyPath, metadata=None):
+def save_tensors(tensors, path, metadata=None):
     """Write a safetensors file of {name: tensor} and strings beside them, atomically."""
     with atomic(path) as temporary:
         save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, metadata)

@@ -18,13 +18,13 @@ from allo_mini import UserError
 from allo_mini.checkpoint import (eos_ids, find_folder, load_model, meta_model, save_model,
                                   shard_files)
 from allo_mini.data import demo
-from allo_mini.data.encoder import Encoder, Example
+from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair, Task
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import evaluate
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.mask import from_tensors, to_tensors
-from allo_mini.model import CausalLM, ModelConfig
+from allo_mini.model import ModelConfig
 from allo_mini.run import parallel
 from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
@@ -74,7 +74,7 @@ class Run:
             first.setdefault(task.input, task)
         return [task for task in self.tasks if first[task.input] is task]
 
-    def load(self, policy: Policy, mask=None, training=False) -> CausalLM:
+    def load(self, policy: Policy, mask=None, training=False):
         """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
 
         training: the weights in `mask` are, or all of them.
@@ -94,7 +94,7 @@ class Run:
         shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
         save_tensors(to_tensors(mask), path, shapes)
 
-    def stage(self, name: str, artefact: str, make, ranks: bool = False) -> Path:
+    def stage(self, name, artefact, make, ranks=False) -> Path:
         """The path of a stage's artefact, made by make(path) unless it is there.
 
         Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
@@ -137,13 +137,13 @@ class Run:
             f"{change:.3g}{warning}")
         optimizer.close()
 
-    def encode(self, rows, name: str) -> list[Example]:
+    def encode(self, rows, name):
         """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
         examples = list(filter(None, starmap(self.encoder.example, rows)))
         self.report_dropped(name, len(examples))
         return examples
 
-    def report_dropped(self, name: str, usable: int):
+    def report_dropped(self, name, usable):
         """Say what the encoder dropped or trimmed just now. Raises UserError if that was all."""
         report = self.encoder.report()
         if not usable:
@@ -151,11 +151,11 @@ class Run:
         if report:
             say(f"{name}: {usable} can be used; {report}")
 
-    def eos(self, model: CausalLM) -> set[int]:
+    def eos(self, model) -> set:
         """Ids that end a response of this model in this prompt style."""
         return {*eos_ids(model, self.encoder.tokenizer), self.encoder.closing}
 
-    def evaluate(self, model: CausalLM, rows: list, label: str) -> list[dict]:
+    def evaluate(self, model, rows, label):
         """Greedy answers to tasks, margins of pairs; one dict a row."""
         items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
         self.report_dropped(f"{label} rows", len(items))
@@ -177,7 +177,7 @@ def load_mask(path: Path, shapes=None) -> dict:
 
 # ---- opening a run -----------------------------------------------------------------------------
 
-def fingerprint(path) -> str:
+def fingerprint(path):
     """Of a file's content; of one above half a gigabyte, which takes long to read, of its size."""
     with reading(path):
         size = path.stat().st_size
@@ -185,17 +185,17 @@ def fingerprint(path) -> str:
     return hashlib.sha256(f"{size} ".encode() + content).hexdigest()[:16]
 
 
-def record_of(run, folders) -> dict[str, dict]:
+def record_of(run, folders):
     """What makes a run, for its config.json: settings, files that it reads, the machine."""
     cfg = run.cfg
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
     for folder in folders:
         files |= {folder / "config.json", folder / "tokenizer.json", *shard_files(folder).values()}
-    return {
-        "config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
-        "data": {str(path): fingerprint(path) for path in sorted(files)},
-        "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
-                    "threads": torch.get_num_threads()}}
+    return {"config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
+            "data": {str(path): fingerprint(path) for path in sorted(files)},
+            "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
+                        "threads": torch.get_num_threads()}}
+
 
 
 def check_folder(folder, record):

@@ -55,8 +55,8 @@ def held_rows(cfg, flag):
     return need_answers(read_tasks(files, need_output=False), flag=flag)
 
 
-def need_answers(tasks: list[Task], task: str | None = None, flag: str = "test") -> list[Task]:
-    """`tasks`, graded as their files' names say, or as `task`'s rows are.
+def need_answers(tasks, task=None, flag="test"):
+    """The Tasks `tasks`, graded as their files' names say, or as `task`'s rows are.
 
     Raises UserError naming a row without an answer.
     """

@@ -5,19 +5,18 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from allo_mini import UserError
 from allo_mini.run import parallel
-from allo_mini.run.files import keep_whole, load_tensors, read_jsonl, reading, save_tensors
+from allo_mini.run.files import append_rows, keep_whole, load_tensors, read_jsonl, reading, save_tensors
 
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
 
 
-def progress(items=None, total: int | None = None, label: str = "", unit: str = "it"):
+def progress(items=None, total=None, label="", unit="it"):
     """A tqdm bar that is silent where the output is no terminal."""
     silent = parallel.RANK > 0 or not sys.stderr.isatty()
     return tqdm(items, total=total, desc=label, unit=unit, disable=silent, leave=False)
@@ -26,11 +25,11 @@ def progress(items=None, total: int | None = None, label: str = "", unit: str = 
 def say(text: str):
     """Print a line (rank 0 alone) without tearing a progress bar."""
     if parallel.RANK == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(text)
         sys.stdout.flush()
 
 
-def exit_code(work, stopped: str = "stopped") -> int:
+def exit_code(work, stopped="stopped") -> int:
     """work() as a command: 0; 2 and one line after a mistake; 130 after Ctrl-C, with `stopped`."""
     try:
         work()
@@ -39,7 +38,7 @@ def exit_code(work, stopped: str = "stopped") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as e:
-        error = " ".join(str(e).split())
+        error = e
     except torch.OutOfMemoryError:
         error = ("out of memory: lower --micro-tokens, --sample-batch, --p or --max-length, or use "
                  "a smaller --memory")
@@ -54,19 +53,18 @@ class Log:
     """metrics.jsonl: a line a training step, and notes about stages. After a restart the steps since
     the last checkpoint stand there twice; `read` takes the later ones."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         self.path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
             keep_whole(self.path)
-            self.file = self.path.open("a", buffering=1)
 
-    def write(self, stage: str, **values):
+    def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            self.file.write(json.dumps({"stage": stage, **values}) + "\n")
+            append_rows(self.path, [{"stage": stage, **values}])
 
     @staticmethod
-    def read(folder: Path) -> list[dict]:
+    def read(folder):
         """The lines of a run: one a step, one for all notes of a stage."""
         path, lines = folder / "metrics.jsonl", {}
         for _, row in read_jsonl(path) if path.exists() else ():
@@ -83,14 +81,13 @@ class Progress:
     follows from --seed and the step.
     """
 
-    def __init__(self, run, stage: str, total: int, optimizer, objective):
+    def __init__(self, run, stage, total, optimizer, objective):
         self.run, self.stage, self.total = run, stage, total
-        self.optimizer, self.objective = optimizer, objective
-        self.path, self.step, self.saved_at = run.folder / f".{stage}.state.safetensors", 0, time.monotonic()
+        self.optimizer, self.objective, self.step = optimizer, objective, 0
+        self.path = run.folder / f".{stage}.state.safetensors"
         if self.path.exists():
             self.load()
-            say(f"{stage}: goes on after step {self.step} of {total}")
-        self.began = time.monotonic()
+        self.began = self.saved_at = time.monotonic()
 
     def load(self):
         """Read the checkpoint. Raises UserError when it is broken or of other weights or rows."""
@@ -102,8 +99,9 @@ class Progress:
             self.step = known["step"]
             self.objective.state.update(known["state"])
             self.optimizer.load_state_dict(tensors)
+        say(f"{self.stage}: goes on after step {self.step} of {self.total}")
 
-    def check(self, metrics: dict, first_loss: float | None):
+    def check(self, metrics, first_loss):
         """Before a step moves weights: its numbers are numbers, the first loss what it must be."""
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise UserError(f"{self.stage}, step {self.step + 1}: loss {metrics['loss']}, gradient "
@@ -114,7 +112,7 @@ class Progress:
             say(f"{self.stage}: first loss {metrics['loss']:.6f}, expected {first_loss:.6f} where "
                 f"theta = theta_ref{warning}")
 
-    def after_step(self, metrics: dict, tokens: int):
+    def after_step(self, metrics, tokens):
         """Log a step, print it (unless there are very many), write a checkpoint when one is due."""
         now, stage, total = time.monotonic(), self.stage, self.total
         self.step += 1
@@ -132,12 +130,13 @@ class Progress:
         self.began = time.monotonic()
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Plain text in aligned columns, the first to the left; those of nothing but "-" are left out."""
-    lines = [""] * (1 + len(rows))
-    for title, *cells in zip(header, *rows):
-        if set(cells) != {"-"}:
-            width = max(map(len, [title, *cells]))
-            for i, text in enumerate([title, *cells]):
-                lines[i] += "  " + text.rjust(width) if lines[i] else text.ljust(width)
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def table(header, rows):
+    """Rows of strings as plain text in aligned columns, the first to the left; those of nothing but "-" are left out."""
+    columns = []
+    for column in zip(header, *rows):
+        if set(column[1:]) != {"-"}:
+            width = max(map(len, column))
+            columns.append([text.rjust(width) if columns else text.ljust(width) for text in column])
+    lines = list(map("  ".join, zip(*columns)))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)

@@ -16,15 +16,14 @@ from allo_mini.run.log import say, table
 
 def percent_of(cfg, stage):
     """How many percent of the weights a stage trains."""
-    if stage in ("sft", "rewrite"):
-        return cfg.p_sft or 100
-    if stage == "forget" and cfg.p_forget:
-        return cfg.p_forget
-    masked = stage in ("forget", "improve") or (cfg.masked and stage != "warmup")
-    return cfg.p if masked else 100
+    own = cfg.p_sft or 100
+    shares = {"sft": own, "rewrite": own, "warmup": 100, "forget": cfg.p_forget or cfg.p,
+              "improve": cfg.p}
+    return shares.get(stage, cfg.p if cfg.masked else 100)
 
 
-def estimate(run, stage: str) -> dict[str, float]:
+
+def estimate(run, stage):
     """{term: bytes on the device} of a training stage; T tokens of a micro-batch, n trained weights."""
     cfg, c, size = run.cfg, run.config, run.dtype.itemsize
     share = percent_of(cfg, stage) / 100
@@ -55,7 +54,7 @@ def locate_groups(run) -> int:
     return -(-run.parameters // room)
 
 
-def training_stages(cfg) -> list[str]:
+def training_stages(cfg):
     """The run's training stages, in their order."""
     stages = ["sft"] * cfg.sft
     for method in cfg.method:

@@ -23,13 +23,12 @@ def join(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        backend = "nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=7))  # ranks wait for sampling
+    backend = "nccl" if device.startswith("cuda") else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=7))  # ranks wait for sampling
     return device
 
 
-def share(items: list) -> list:
+def share(items):
     """This rank's items."""
     return items[RANK::WORLD]
 

@@ -46,8 +46,7 @@ def record_tokens(run, before, after, examples):
             rows.append({
                 "prompt": tokenizer.decode(example.prompt),
                 "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
-                "weights": example.weights,
-                "scores": example.scores,
+                "weights": example.weights, "scores": example.scores,
                 "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
 
