@@ -170,9 +170,9 @@ def add_flag(group, name):
     knob, default = KNOBS[name], getattr(Config(), name)
     text, choices = knob.metadata["text"].replace("%", "%%"), knob.metadata["choices"]
     shown = " ".join(default) if isinstance(default, list) else default
+    text += f" [{shown}]" if shown else ""
     kind = FLAGS[knob.type] | ({"choices": choices, "metavar": None} if choices else {})
-    group.add_argument(flag_of(name), help=f"{text} [{shown}]" if shown else text,
-                       default=argparse.SUPPRESS, **kind)
+    group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **kind)
 
 
 def make_parser() -> Parser:

@@ -159,7 +159,6 @@ def lock(folder: Path):
             import fcntl
             fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{folder}: another process is at work in it; choose another --out") from None
+        raise UserError(f"{folder}: another process is at work in it; take another --out") from None
     for half in folder.glob(".*.tmp"):
         remove(half)

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import (eos_ids, find_folder, load_model, meta_model, save_model,
-                                  shard_files)
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, meta_model, save_model
 from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair, Task
@@ -113,8 +112,7 @@ class Run:
             self.log.write(name, seconds=seconds, **{"mem/peak_gb": peak})
             say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
         parallel.wait()
-        if parallel.RANK == 0:
-            (self.folder / f".{name}.state.safetensors").unlink(missing_ok=True)
+        (self.folder / f".{name}.state.safetensors").unlink(missing_ok=True)
         return target
 
     def validate(self, name, model, done, total):
@@ -163,7 +161,7 @@ class Run:
 
 
 def load_mask(path: Path, shapes=None) -> dict:
-    """A mask file -> {name: Selected}. Raises UserError where it is not of a model of `shapes`."""
+    """A mask file -> {name: Selected}; with `shapes` held against a model's. Raises UserError."""
     tensors, metadata = load_tensors(path)
     with reading(path):
         own = {name: torch.Size(map(int, shape.split())) for name, shape in metadata.items()}
@@ -185,17 +183,16 @@ def fingerprint(path):
     return hashlib.sha256(f"{size} ".encode() + content).hexdigest()[:16]
 
 
-def record_of(run, folders):
+def record_of(run, models):
     """What makes a run, for its config.json: settings, files that it reads, the machine."""
     cfg = run.cfg
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
-    for folder in folders:
-        files |= {folder / "config.json", folder / "tokenizer.json", *shard_files(folder).values()}
+    for one in models:
+        files |= {one.folder / "config.json", one.folder / "tokenizer.json", *one.files.values()}
     return {"config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
             "data": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
                         "threads": torch.get_num_threads()}}
-
 
 
 def check_folder(folder, record):
@@ -248,28 +245,28 @@ def open_run(cfg: Config) -> Run:
     Raises UserError for whatever would stop the run later.
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    device = parallel.join(device)
     model, tokenizer, length = open_model(cfg.model or demo.FOLDER, cfg)
     eos_ids(model, tokenizer)
     rows = read_rows(cfg)
     encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
     encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
-    style, hint = encoder.style, unused_template(encoder, cfg.prompt)
-    data = Path([*cfg.pairs, *cfg.train, "demo"][0]).stem
+    hint = unused_template(encoder, cfg.prompt)
+    data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
-    cfg = replace(cfg, prompt=style, max_length=length)  # recorded: eval.py asks in this style
+    cfg = replace(cfg, prompt=encoder.style, max_length=length)  # recorded: eval.py asks so, too
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    run = Run(cfg, folder, Policy(model.folder), device, dtype, model.config, shapes, encoder, *rows)
+    run = Run(cfg, folder, Policy(model.folder), parallel.join(device), dtype, model.config, shapes,
+              encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
-        f"{str(dtype).removeprefix('torch.')} on {device}; prompts: {style}{hint}")
+        f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {cfg.prompt}{hint}")
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair):
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
-    folders = [model.folder]
+    models = [model]
     if cfg.rewriter:
         rewriter, theirs, _ = open_model(cfg.rewriter, cfg)
         if theirs.inner.get_vocab() != tokenizer.inner.get_vocab():
             raise UserError(f"{cfg.rewriter}: a rewriting model must share the policy's tokenizer")
-        folders.append(rewriter.folder)
-    claim_folder(run, record_of(run, folders))
+        models.append(rewriter)
+    claim_folder(run, record_of(run, models))
     return run

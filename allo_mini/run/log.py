@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from allo_mini import UserError
 from allo_mini.run import parallel
-from allo_mini.run.files import append_rows, keep_whole, load_tensors, read_jsonl, reading, save_tensors
+from allo_mini.run.files import (append_rows, keep_whole, load_tensors, read_jsonl, reading,
+                                 save_tensors)
 
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
 
@@ -40,8 +41,7 @@ def exit_code(work, stopped="stopped") -> int:
     except (UserError, OSError) as e:
         error = e
     except torch.OutOfMemoryError:
-        error = ("out of memory: lower --micro-tokens, --sample-batch, --p or --max-length, or use "
-                 "a smaller --memory")
+        error = "out of memory: lower --micro-tokens, --sample-batch, --p, --max-length or --memory"
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         return 130
@@ -131,7 +131,8 @@ class Progress:
 
 
 def table(header, rows):
-    """Rows of strings as plain text in aligned columns, the first to the left; those of nothing but "-" are left out."""
+    """Rows of strings as plain text in aligned columns, the first to the left; columns of nothing
+    but "-" are left out."""
     columns = []
     for column in zip(header, *rows):
         if set(column[1:]) != {"-"}:

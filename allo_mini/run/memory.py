@@ -16,10 +16,9 @@ from allo_mini.run.log import say, table
 
 def percent_of(cfg, stage):
     """How many percent of the weights a stage trains."""
-    own = cfg.p_sft or 100
-    shares = {"sft": own, "rewrite": own, "warmup": 100, "forget": cfg.p_forget or cfg.p,
-              "improve": cfg.p}
-    return shares.get(stage, cfg.p if cfg.masked else 100)
+    own, forget = cfg.p_sft or 100, cfg.p_forget or cfg.p
+    known = {"sft": own, "rewrite": own, "warmup": 100, "forget": forget, "improve": cfg.p}
+    return known.get(stage, cfg.p if cfg.masked else 100)
 
 
 

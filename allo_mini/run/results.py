@@ -33,21 +33,19 @@ def record_tokens(run, before, after, examples):
     A row holds the prompt, the response's tokens as text, their weights and scores in forgetting,
     log pi/pi_ref after improving, and which of them the filter keeps then.
     """
-    tokenizer = run.encoder.tokenizer
+    cfg, tokenizer = run.cfg, run.encoder.tokenizer
     shown = examples[::len(examples) // SHOWN + 1]
 
     def make(target):
-        refs, logps = (score(run.load(policy), shown, run.cfg.micro_tokens)
-                       for policy in (before, after))
+        refs, logps = (score(run.load(p), shown, cfg.micro_tokens) for p in (before, after))
         rows = []
         for example, [ref], [now] in zip(shown, refs, logps):
             real = ref[None].isfinite()  # as all are
-            useful = useful_token_mask(now[None], ref[None], real, run.cfg.epsilon)[0]
-            rows.append({
-                "prompt": tokenizer.decode(example.prompt),
-                "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
-                "weights": example.weights, "scores": example.scores,
-                "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
+            useful = useful_token_mask(now[None], ref[None], real, cfg.epsilon)[0]
+            rows.append({"prompt": tokenizer.decode(example.prompt),
+                         "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
+                         "weights": example.weights, "scores": example.scores,
+                         "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
 
     run.stage("tokens", "token_examples.jsonl", make)
