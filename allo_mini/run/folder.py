@@ -219,6 +219,7 @@ def check_folder(folder, record):
 def claim_folder(run, record):
     """Make and lock the run folder, or go on in it; with --dry-run only look."""
     check_folder(run.folder, record)
+    parallel.wait()  # all have looked, rank 0 may write
     if run.cfg.dry_run:
         return
     if parallel.RANK == 0:
