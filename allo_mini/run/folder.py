@@ -205,7 +205,8 @@ def check_folder(folder, record):
         return
     known = read_json(path)
     if not all(isinstance(known.get(key), dict) for key in record):
-        raise UserError(f"{folder}: holds no run of this version; choose another --out")
+        raise UserError(f"{folder}: holds a run of an earlier version of allo_mini, or nothing of "
+                        "ours; choose another --out")
     for key, values in record.items():
         for name in known[key] | values:
             before, now = known[key].get(name), values.get(name)

@@ -39,7 +39,7 @@ def exit_code(work, stopped="stopped") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as e:
-        error = e
+        error = " ".join(str(e).split())
     except torch.OutOfMemoryError:
         error = "out of memory: lower --micro-tokens, --sample-batch, --p, --max-length or --memory"
     except KeyboardInterrupt:
