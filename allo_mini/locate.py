@@ -25,15 +25,14 @@ from allo_mini.run.log import progress
 TOGETHER = 8  # examples whose gradients are one g_t; from 1 to 9 the masks are alike (demo)
 
 
-def tensor_groups(parameters, groups):
-    """{name: parameter} in about so many consecutive groups of alike size; no tensor is cut."""
-    most = -(-sum(p.numel() for p in parameters.values()) // groups)
+def tensor_groups(parameters, most):
+    """(name, parameter) pairs in groups of at most so many weights; no tensor is cut."""
     out, room = [], 0
-    for name, p in parameters.items():
+    for name, p in parameters:
         if p.numel() > room:
-            out.append({})
+            out.append([])
             room = most
-        out[-1][name] = p
+        out[-1].append((name, p))
         room -= p.numel()
     return out
 
@@ -44,7 +43,6 @@ def scratch(folder, count):
     The disk has to hold it beforehand: a mapped file that finds no room ends the process.
     """
     with reading(folder), tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(4 * count)
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, 4 * count)
         return torch.from_numpy(np.memmap(file, np.float32, shape=count))
@@ -58,35 +56,29 @@ def gradient_importance(model, examples, objective, folder, snr=True, groups=1, 
     tokens: of a micro-batch; folder: where the memory-mapped file stands; offload: gradients gather
     in host memory.
     """
-    parameters = dict(model.named_parameters())
-    sizes = [p.numel() for p in parameters.values()]
-    store = scratch(folder, sum(sizes))
     batches = [examples[at:at + TOGETHER] for at in range(0, len(examples), TOGETHER)]
-    at = 0
-    for group in tensor_groups(parameters, groups):
-        flat = FlatGradient(group.items(), offload=offload)
-        total = store[at:at + len(flat.grad)]
+    parameters = list(model.named_parameters())
+    size = sum(p.numel() for _, p in parameters)
+    importance, rest = {}, scratch(folder, size)
+    for group in tensor_groups(parameters, -(-size // groups)):
+        label = f"locate {100 - 100 * len(rest) // size} %"
+        flat = FlatGradient(group, offload=offload)
+        total, rest = rest.tensor_split([len(flat.grad)])
         squares = torch.zeros_like(total) if snr else None
-        for batch in progress(batches, label=f"locate {100 * at // len(store)} %", unit="step"):
-            g = gradient(flat, model, batch, objective, tokens)
+        for batch in progress(batches, label=label, unit="step"):
+            flat.grad.zero_()
+            for micro in micro_batches(batch, tokens):
+                objective.loss(*responses_of(model, micro), micro)[0].backward()
+            g = flat.grad.cpu()  # g_t [n]
             total += g
             if snr:
                 squares.addcmul_(g, g)
         if snr:
             total /= squares.sqrt_().clamp_(min=1e-19)  # 0 where no gradient has come
         flat.close()
-        at += len(total)
+        importance |= {slot.name: total[slot.where].view(slot.p.shape) for slot in flat.slots}
         del flat, g  # before the next group's is made
-    pieces = zip(parameters.items(), store.split(sizes))
-    return {name: piece.view(p.shape) for (name, p), piece in pieces}
-
-
-def gradient(flat, model, examples, objective, tokens):
-    """One g_t in host memory [n]: backward of the examples' loss gathers it in `flat`."""
-    flat.grad.zero_()
-    for micro in micro_batches(examples, tokens):
-        objective.loss(*responses_of(model, micro), micro)[0].backward()
-    return flat.grad.cpu()
+    return importance
 
 
 def random_importance(shapes, seed):

@@ -107,24 +107,18 @@ def token_logps(model, batch):
     return head_logps(hidden[batch.predictors], model.head_weight, batch.targets)
 
 
-def by_response(values, lengths):
-    """Flat values [S] -> rows [R,T], zeros on the right, and the bool mask [R,T] of real ones."""
-    real = torch.ones_like(values).bool()
-    return [pad_sequence(x.split(lengths), batch_first=True) for x in (values, real)]
-
-
 def responses_of(model, micro):
     """A micro-batch's log pi_theta(y_t) and log pi_ref(y_t), rows [R,T], and which are tokens.
 
     Examples without a reference get pi_theta's own, so that every ratio is 0.
     """
     batch = pack(micro, model.head_weight.device)
-    logps, real = by_response(token_logps(model, batch), batch.lengths)
-    if micro[0].ref is None:
-        return logps, logps.detach(), real
-    flat = torch.cat([example.ref for example in micro])
-    ref, _ = by_response(flat.to(logps.device, non_blocking=True), batch.lengths)
-    return logps, ref, real
+    logps = token_logps(model, batch)  # [S]
+    ref, real = logps.detach(), torch.ones_like(batch.targets).bool()
+    if micro[0].ref is not None:
+        ref = torch.cat([example.ref for example in micro]).to(ref.device, non_blocking=True)
+    rows = [x.split(batch.lengths) for x in (logps, ref, real)]
+    return [pad_sequence(x, batch_first=True) for x in rows]  # zeros on the right
 
 
 def size_of(example):

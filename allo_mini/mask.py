@@ -49,13 +49,13 @@ class Selected:
     @classmethod
     def from_dense(cls, mask):
         """From a bool tensor."""
-        rows = cls(mask.shape).matrix(mask.contiguous())
+        rows = torch.atleast_2d(mask).flatten(0, -2)
         kind = torch.int16 if rows.shape[1] < 1 << 15 else torch.int32
         return cls(mask.shape, rows.nonzero()[:, 1].to(kind), rows.sum(1).int())
 
     def dense(self):
         """The bool tensor."""
-        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.counts.device)
+        mask = torch.zeros(self.shape, dtype=torch.bool)
         self.scatter(mask, torch.ones(len(self)))
         return mask
 
@@ -64,10 +64,6 @@ class Selected:
         if self.columns is None:
             return self
         return Selected(self.shape, self.columns.to(device), self.counts.to(device))
-
-    def matrix(self, tensor):
-        """A tensor of this shape as [rows, width]."""
-        return tensor.view(-1, self.width)
 
     def __len__(self):
         return int(self.ends[-1])
@@ -102,13 +98,14 @@ class Selected:
 
     def gather(self, tensor):
         """The selected entries of a tensor of this shape, flat."""
-        rows = self.matrix(tensor)
-        return torch.cat([take(rows[where], index) for where, _, index in self.chunks()])
+        dense = tensor.view(-1, self.width)
+        return torch.cat([take(dense[rows], index) for rows, _, index in self.chunks()])
 
     def scatter(self, tensor, values):
         """Write the selected entries of a tensor of this shape, in place."""
+        dense = tensor.view(-1, self.width)
         for rows, entries, index in self.chunks():
-            put(self.matrix(tensor)[rows], index, values[entries])
+            put(dense[rows], index, values[entries])
 
 
 def take(dense, index):
@@ -124,12 +121,12 @@ def put(dense, index, values):
 
 # ---- a mask as tensors of a file ---------------------------------------------------------------
 
-def to_tensors(mask, values=None):
+def to_tensors(mask, values=()):
     """NAME.columns and NAME.counts of every tensor, none where all is selected; NAME.values if any.
 
     mask: {name: Selected}; values: {name: flat tensor}.
     """
-    tensors = {f"{name}.values": values[name] for name in values or ()}
+    tensors = {f"{name}.values": values[name] for name in values}
     for name, selected in mask.items():
         if selected.columns is not None:
             tensors |= {f"{name}.columns": selected.columns, f"{name}.counts": selected.counts}
@@ -181,8 +178,8 @@ def kth_largest(tensors, k, device):
     return threshold, k
 
 
-def select_neurons(importance: dict, fraction: float, device="cpu") -> dict[str, Selected]:
-    """The exact top `fraction` (0..1) of |importance| over all tensors together.
+def select_neurons(importance, fraction, device="cpu"):
+    """{tensor name: importance} -> the mask of the exact top `fraction` (0..1) of all |values|.
 
     floor(fraction * N) weights are selected, in integer arithmetic (0.07 means 7/100); ties at the
     threshold go to the earlier (tensor, flat index). It may lie in a memory-mapped file: three
@@ -205,8 +202,3 @@ def select_neurons(importance: dict, fraction: float, device="cpu") -> dict[str,
             chunks.append(chosen.cpu())
         mask[name] = Selected.from_dense(torch.cat(chunks).view(values.shape))
     return mask
-
-
-def count_selected(mask):
-    """How many weights a mask selects."""
-    return sum(map(len, mask.values()))

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from allo_mini.mask import Selected, chunk_of, put, take
+from allo_mini.mask import Selected, chunk_of, take
 from allo_mini.quant import BLOCK, decode, encode
-
-STATE = ("master", "start", "steps", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 @dataclass
@@ -52,8 +50,7 @@ class FlatGradient:
 
     named_parameters: (name, parameter) pairs of any nn.Module; mask: name -> Selected or bool
     tensor, or None for all weights; offload: the vector stands in host memory. Parameters without a
-    selected entry stop requiring gradients; `close()` undoes everything. Raises ValueError for a
-    mask that does not fit.
+    selected entry stop requiring gradients; `close()` undoes everything.
     """
 
     def __init__(self, named_parameters, mask=None, offload=False):
@@ -61,8 +58,6 @@ class FlatGradient:
         self.offload = offload
         self.device = parameters[0][1].device
         self.grad = self.zeros(sum(len(selected) for _, _, selected in parameters))
-        if not len(self.grad):
-            raise ValueError("the mask selects nothing")
         self.slots, end = [], 0
         undo = ExitStack()
         self.close = undo.close  # makes the parameters ordinary again
@@ -93,17 +88,14 @@ def selected_of(name, p, mask):
     """Where a parameter's selected entries stand, on its device. Raises ValueError."""
     if mask is None:
         return Selected(p.shape)
+    if hasattr(p, "int8"):  # it was made with this mask; one copy is enough
+        return p.int8.selected
     selected = mask.get(name)
     if selected is None or selected.shape != p.shape:
         raise ValueError(f"the mask has no entry of shape {list(p.shape)} for {name}")
     if isinstance(selected, Tensor):
         selected = Selected.from_dense(selected)
-    selected = selected.to(p.device)
-    if not hasattr(p, "int8"):
-        return selected
-    if not selected.columns.equal(p.int8.selected.columns):
-        raise ValueError(f"{name} is int8 and keeps other entries than the mask selects")
-    return p.int8.selected  # one copy is enough
+    return selected.to(p.device)
 
 
 class MaskedAdamW(FlatGradient):
@@ -116,13 +108,11 @@ class MaskedAdamW(FlatGradient):
     offload: master, gradient and moments in host memory.
     """
 
-    def __init__(self, named_parameters, mask=None, lr=1e-6, betas=(0.9, 0.999), eps=1e-8,
-                 weight_decay=0.0, state_bits=32, offload=False):
+    def __init__(self, named_parameters, mask=None, lr=1e-6, eps=1e-8, weight_decay=0.0,
+                 state_bits=32, offload=False):
         super().__init__(named_parameters, mask, offload)
-        if mask is None and any(slot.handle is not None for slot in self.slots):
-            raise ValueError("int8 weights can only be trained through a mask")
         self.lr = lr
-        self.settings = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self.settings = dict(beta1=0.9, beta2=0.999, eps=eps, weight_decay=weight_decay)
         self.steps = torch.tensor(0)
         self.master = self.zeros(len(self.grad))
         for slot in self.slots:
@@ -177,12 +167,10 @@ class MaskedAdamW(FlatGradient):
         """The master's values into the parameters, rounded to their dtype."""
         for slot in self.slots:
             values = self.master[slot.where]
-            if slot.handle is not None:
+            if slot.handle is None:
+                slot.selected.scatter(slot.p.detach(), values)
+            else:
                 slot.p.int8.values.copy_(values, non_blocking=True)
-                continue
-            dense = slot.p.detach().view(-1, slot.selected.width)
-            for rows, entries, index in slot.selected.chunks():
-                put(dense[rows], index, values[entries])
 
     def selected_weights(self):
         """{name: what is selected of it}, {name: its fp32 values there}."""
@@ -217,7 +205,8 @@ class MaskedAdamW(FlatGradient):
 
     def state_dict(self):
         """Everything needed to go on: the flat vectors themselves and the step count."""
-        return {name: value for name, value in vars(self).items() if name in STATE}
+        return {name: value for name, value in vars(self).items()
+                if isinstance(value, Tensor) and name != "grad"}
 
     def load_state_dict(self, state):
         """The inverse of state_dict; the parameters get the master's values."""
@@ -226,7 +215,7 @@ class MaskedAdamW(FlatGradient):
         self.write_back()
 
 
-def cosine_lr(step: int, total: int, peak: float, warmup: float) -> float:
+def cosine_lr(step, total, peak, warmup):
     """Rate of step 0..total-1: linear from 0 over the share `warmup`, then a half cosine to 0.
 
     As Hugging Face's, but rising starts at peak / warm-up steps: no step is wasted at 0.

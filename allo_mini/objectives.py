@@ -7,12 +7,12 @@ train.py divides it by the units of the whole step.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from allo_mini import losses
-from allo_mini.logprobs import by_response
 
 LN2 = math.log(2)
 
@@ -24,13 +24,13 @@ class Objective:
         logps, ref [R,T]   per-token log-probs of the R responses; of pairs, rows alternate y+, y-
         real [R,T] bool    which of them are tokens
 
-    units(example): what the sum is divided by: pairs, tokens, or weights that are not 0.
+    units(example): what the sum is divided by: rows, tokens, or weights that are not 0.
     first_loss(examples): the loss while theta = theta_ref, which is checked; None: no reference is
     needed. state: what the loss remembers of earlier steps, saved in checkpoints; after(metrics)
     changes it.
     """
     loss: Callable
-    units: Callable
+    units: Callable = lambda example: 1
     first_loss: Callable | None = None
     shown: tuple = ("loss", "grad_norm", "learning_rate", "tokens/s")
     state: dict = field(default_factory=dict)
@@ -49,23 +49,18 @@ def npo_objective(beta):
     """Forgetting: token-weighted NPO over y-, divided by the number of weights that are not 0."""
     def loss(logps, ref, real, examples):
         rows = [torch.tensor(example.weights) for example in examples]
-        flat = torch.cat(rows).to(logps.device, non_blocking=True)
-        weights, _ = by_response(flat, list(map(len, rows)))  # [R,T]
+        weights = pad_sequence(rows, batch_first=True).to(logps.device, non_blocking=True)  # [R,T]
         values = losses.npo_loss(logps, ref, weights, beta)
         return values.sum(), {
             "rewards/rejected": beta * (logps - ref).sum(-1),
             "logps/rejected": logps.sum(-1),
             "token_weight/fraction": (weights != 0).sum(-1) / real.sum(-1)}
 
-    def units(example):
-        return sum(w != 0 for w in example.weights)
-
     def first_loss(examples):
-        total = sum(sum(example.weights) for example in examples)
-        return LN2 * total / sum(map(units, examples))
+        return LN2 * fmean(w for example in examples for w in example.weights if w)
 
     shown = "loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"
-    return Objective(loss, units, first_loss, shown)
+    return Objective(loss, lambda example: sum(map(bool, example.weights)), first_loss, shown)
 
 
 def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
@@ -77,38 +72,34 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
     mean log-prob of a token.
     """
     def loss(logps, ref, real, examples):
-        n = real.sum(-1)  # [R]
-        useful = losses.useful_token_mask(logps[1::2], ref[1::2], real[1::2], epsilon)  # [B,T]
-        counted = real.clone()
-        counted[1::2] = useful
-        length = n if mean else 1
-        now = (logps * counted).sum(-1) / length
-        before = (ref * counted).sum(-1) / length
-        now, before, lengths = (x.view(-1, 2).T for x in (now, before, n))  # of y+ and y- [2,B]
-        values = loss_of((*now, *before), lengths)
-        ratios = (logps - ref).sum(-1) if first_loss else logps.sum(-1) / n
-        up, down = (beta * ratios).view(-1, 2).T
-        chosen, rejected = logps.sum(-1).view(-1, 2).T
-        return values.sum(), {
+        logps, ref, real = (x.unflatten(0, (-1, 2)) for x in (logps, ref, real))  # [B,2,T]
+        useful = losses.useful_token_mask(logps[:, 1], ref[:, 1], real[:, 1], epsilon)  # [B,T]
+        counted = torch.stack((real[:, 0], useful), 1)
+        lengths = real.sum(-1).T  # of y+ and y- [2,B]
+        divisor = lengths if mean else 1
+        now, before = ((x * counted).sum(-1).T / divisor for x in (logps, ref))
+        whole = logps.sum(-1).T
+        ratios = (logps - ref).sum(-1).T if first_loss else whole / lengths
+        up, down = beta * ratios
+        return loss_of((*now, *before), lengths).sum(), {
             "rewards/chosen": up,
             "rewards/rejected": down,
             "rewards/margins": up - down,
             "rewards/accuracies": up > down,
-            "logps/chosen": chosen, "logps/rejected": rejected,
-            "useful/fraction": useful.sum(-1) / n[1::2]}
+            "logps/chosen": whole[0],
+            "logps/rejected": whole[1],
+            "useful/fraction": useful.sum(-1) / lengths[1]}
 
     shown = ["loss", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens/s"]
     if epsilon < 1:
         shown.insert(3, "useful/fraction")
-    return Objective(loss, lambda example: 1, first_loss, shown)
+    return Objective(loss, first_loss=first_loss, shown=shown)
 
 
 def dpo_objective(beta, epsilon=1.0):
     """DPO over whole pairs; with epsilon < 1 improving: only y-'s most useful tokens count."""
-    def loss_of(scores, lengths):
-        return losses.dpo_loss(*scores, beta)
-
-    return pair_objective(loss_of, beta, lambda examples: LN2, epsilon)
+    return pair_objective(lambda scores, lengths: losses.dpo_loss(*scores, beta), beta,
+                          lambda examples: LN2, epsilon)
 
 
 # ---- the methods that ALLO is compared with ----------------------------------------------------
@@ -119,20 +110,16 @@ def rdpo_objective(cfg):
         return losses.rdpo_loss(*scores, *lengths, cfg.beta, cfg.rdpo_alpha)
 
     def first_loss(examples):
-        pairs = [example.responses for example in examples]
-        longer = torch.tensor([len(chosen) - len(rejected) for chosen, rejected in pairs])
-        return float(-F.logsigmoid(cfg.rdpo_alpha * longer).mean())
+        lengths = torch.tensor([list(map(len, example.responses)) for example in examples]).T
+        return float(loss_of((0, 0, 0, 0), lengths).mean())
 
     return pair_objective(loss_of, cfg.beta, first_loss)
 
 
 def ipo_objective(cfg):
     """IPO on mean log-probs, as its authors advise for responses of different lengths."""
-    def loss_of(scores, lengths):
-        return losses.ipo_loss(*scores, cfg.beta)
-
-    start = 1 / (4 * cfg.beta ** 2)
-    return pair_objective(loss_of, cfg.beta, lambda examples: start, mean=True)
+    return pair_objective(lambda scores, lengths: losses.ipo_loss(*scores, cfg.beta), cfg.beta,
+                          lambda examples: 1 / (4 * cfg.beta**2), mean=True)
 
 
 def simpo_objective(cfg):
@@ -140,7 +127,7 @@ def simpo_objective(cfg):
     def loss_of(scores, lengths):
         return losses.simpo_loss(*scores[:2], cfg.simpo_beta, cfg.simpo_gamma)
 
-    return pair_objective(loss_of, cfg.simpo_beta, None, mean=True)
+    return pair_objective(loss_of, cfg.simpo_beta, first_loss=None, mean=True)
 
 
 def bco_objective(cfg):
@@ -164,14 +151,13 @@ def bco_objective(cfg):
 def sequence_npo_objective(cfg):
     """NPO over whole wrong responses (Zhang et al. 2024, without their 2/beta: AdamW sees none)."""
     def loss(logps, ref, real, examples):
-        score = logps.sum(-1)  # [R]
-        ref_score = ref.sum(-1)
-        reward = cfg.beta * (score - ref_score)
-        values = losses.npo_loss(score, ref_score, 1, cfg.beta)
-        return values.sum(), {"rewards/rejected": reward, "logps/rejected": score}
+        score, start = logps.sum(-1), ref.sum(-1)  # [R]
+        values = losses.npo_loss(score, start, 1, cfg.beta)
+        return values.sum(), {"rewards/rejected": cfg.beta * (score - start),
+                              "logps/rejected": score}
 
     shown = "loss", "rewards/rejected", "grad_norm", "tokens/s"
-    return Objective(loss, lambda example: 1, lambda examples: LN2, shown)
+    return Objective(loss, first_loss=lambda examples: LN2, shown=shown)
 
 
 BASELINES = {  # method -> its name in the table, its objective
