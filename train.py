@@ -25,28 +25,25 @@ Departures from the official code, and why:
 import random
 import sys
 from collections import defaultdict
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from allo_mini import UserError
-from allo_mini.data.encoder import Example
-from allo_mini.data.rows import Negative, Pair
+from allo_mini.data.rows import Negative
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
 from allo_mini.masked_adamw import MaskedAdamW, cosine_lr
-from allo_mini.objectives import (BASELINES, Objective, dpo_objective, npo_objective,
-                                  sft_objective)
+from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, sft_objective
 from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
 from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
-from allo_mini.run.folder import Policy, Run, load_mask, open_run
+from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
 from allo_mini.run.results import describe_mask, finish, record_tokens, reprint
@@ -59,7 +56,7 @@ GROUP = 64  # questions sampled together: a restart goes on between two groups, 
 
 # ---- the training loop -------------------------------------------------------------------------
 
-def optimize(run, name, policy, examples: list[Example], objective: Objective, mask=None):
+def optimize(run, name, policy, examples, objective, mask=None):
     """Train a policy; only the weights in `mask` (None: all) move. Returns (model, optimizer)."""
     cfg, model = run.cfg, run.load(policy, mask, training=True)
     plan = schedule(cfg, name, run.parameters, len(examples))
@@ -71,17 +68,17 @@ def optimize(run, name, policy, examples: list[Example], objective: Objective, m
                             state_bits=cfg.state_bits, offload=cfg.offload)
     for path in policy.changes:
         begin_at(optimizer, path)
-    tokens = [sum(map(size_of, step)) for step in steps]
     shares = [parallel.share(step) for step in steps]  # this rank's; without torchrun all
     if objective.first_loss:
-        bar = progress(shares, label=f"{name}: reference", unit="step")
-        shares = [with_reference(model, share, cfg.micro_tokens) for share in bar]
+        shares = [with_reference(model, share, cfg.micro_tokens)
+                  for share in progress(shares, label=f"{name}: reference", unit="step")]
     micros = [micro_batches(share, cfg.micro_tokens) for share in shares]
-    place = Progress(run, name, len(steps), optimizer, objective)
-    say(f"{name}: {len(examples)} rows, {len(steps)} steps of {plan.batch}, lr {plan.lr:g}, "
+    count = len(steps)
+    place = Progress(run, name, count, optimizer, objective)
+    say(f"{name}: {len(examples)} rows, {count} steps of {plan.batch}, lr {plan.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
 
-    for at in progress(range(place.step, len(steps)), label=name, unit="step"):
+    for at in progress(range(place.step, count), label=name, unit="step"):
         step, sums = steps[at], defaultdict(float)
         units = sum(map(objective.units, step))  # of the whole step (departure f)
         for micro in micros[at]:
@@ -97,14 +94,14 @@ def optimize(run, name, policy, examples: list[Example], objective: Objective, m
         metrics = {key: total / len(step) for key, total in zip(sums, totals)}
         metrics["grad_norm"] = optimizer.clip(cfg.clip)
         place.check(metrics, objective.first_loss and objective.first_loss(step))
-        optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
+        optimizer.lr = cosine_lr(at, count, plan.lr, plan.warmup)
         optimizer.step()
         objective.after(metrics)
-        metrics["epoch"] = plan.epochs * (at + 1) / len(steps)
+        metrics["epoch"] = plan.epochs * (at + 1) / count
         if cfg.eval_every:
-            metrics |= run.validate(name, model, at + 1, len(steps))
-        place.after_step(metrics, tokens[at])
-    run.report_change(name, optimizer, len(planned) - len(steps))
+            metrics |= run.validate(name, model, at + 1, count)
+        place.after_step(metrics, sum(map(size_of, step)))
+    run.report_change(name, optimizer, len(planned) - count)
     return model, optimizer
 
 
@@ -121,9 +118,10 @@ def steps_of(examples, batch, epochs, seed):
 
 
 # ---- the stages: each makes one artefact, and is skipped when that is there --------------------
-# run: a Run; policy: the Policy, a model on disk, that a stage begins with; pairs: Examples.
+# run: a Run; policy: the Policy, a model on disk, that a stage begins with and many return;
+# pairs: Examples; negatives: Negatives, wrong responses with what they are to be.
 
-def trained(run, name, policy, examples, objective, mask=None, artefact="", whole=True) -> Policy:
+def trained(run, name, policy, examples, objective, mask, artefact="", whole=True):
     """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
     artefact = artefact or (name if whole else f"{name}.safetensors")
 
@@ -132,29 +130,31 @@ def trained(run, name, policy, examples, objective, mask=None, artefact="", whol
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
-    return Policy(path) if whole else Policy(policy.folder, (*policy.changes, path))
+    if whole:
+        return Policy(path)
+    return Policy(policy.folder, (*policy.changes, path))
 
 
-def sft(run, policy) -> Policy:
+def fine_tuned(run, name, policy, examples, artefact=""):
+    """`policy` after SFT of all its weights, or of the --p-sft % with the largest gradient."""
+    objective = sft_objective()
+    mask = top(run, f"mask-{name}.safetensors", run.cfg.p_sft or 100,
+               policy, examples, objective, "gradient")
+    return trained(run, name, policy, examples, objective, mask, artefact)
+
+
+def sft(run, policy):
     """Supervised fine-tuning on the reference solutions."""
-    examples = run.encode(solutions(run), "training rows")
-    mask = own_mask(run, "sft", policy, examples)
-    return trained(run, "sft", policy, examples, sft_objective(), mask)
+    return fine_tuned(run, "sft", policy, run.encode(solutions(run), "training rows"))
 
 
-def solutions(run) -> list[tuple]:
-    """(question, [reference solution]); of preference rows, what was chosen."""
+def solutions(run):
+    """(question, [reference solution]), ...; of preference rows, what was chosen."""
     rows = [(task.input, [task.output]) for task in run.tasks]
     return rows or [(pair.prompt, [pair.chosen]) for pair in run.pairs]
 
 
-def own_mask(run, name, policy, examples):
-    """The --p-sft % of the weights that sft or the rewriting model train; None: all."""
-    return top(run, f"mask-{name}.safetensors", run.cfg.p_sft or 100,
-               lambda: by_gradient(run, policy, examples, sft_objective(), snr=False))
-
-
-def sample(run, policy) -> dict[str, list[str]]:
+def sample(run, policy):
     """Question -> n responses, in fixed groups of questions so that a restart changes nothing."""
     cfg = run.cfg
     asked = run.questions[:cfg.sample_questions or None]
@@ -176,18 +176,18 @@ def sample(run, policy) -> dict[str, list[str]]:
     return read_samples(run.stage("sample", "samples.jsonl", make))
 
 
-def sample_row(task, responses) -> dict:
+def sample_row(task, responses):
     """A line of samples.jsonl: the responses that ended by themselves, and how many did not."""
     texts = [text for text, finished in responses if finished]
     return {"input": task.input, "samples": texts, "unfinished": len(responses) - len(texts)}
 
 
-def preferences(run, samples) -> tuple[list[Pair], list[Negative]]:
-    """Samples labelled by their final answer -> random (y+, y-), and every y- to forget."""
-    cfg = run.cfg
+def preferences(run, samples):
+    """Samples labelled by their final answer -> random Pairs (y+, y-), and every y- to forget."""
     if run.pairs:
         return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
                                     pair.rewrite or pair.chosen) for pair in run.pairs]
+    cfg = run.cfg
     pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed, run.encoder)
     if not pairs:
         raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
@@ -207,77 +207,77 @@ def warmup(run, policy, pairs):
     run.stage("warmup", MOVEMENT, make, ranks=True)
 
 
-def locate(run, policy, pairs) -> tuple:
+def locate(run, policy, pairs):
     """The masks of forgetting and of improving; None where all weights are trained."""
-    cfg, percents = run.cfg, {"mask.safetensors": run.cfg.p}
+    cfg = run.cfg
+    source = policy, pairs, dpo_objective(cfg.beta), cfg.locate
+    improving = forgetting = top(run, "mask.safetensors", cfg.p, *source)
     if cfg.p_forget:
-        percents["mask-forget.safetensors"] = cfg.p_forget
-    there = [percent == 100 or (run.folder / name).exists() for name, percent in percents.items()]
-    if cfg.locate == "movement" and not all(there):
-        warmup(run, policy, pairs)
-
-    def importance():
-        if cfg.locate == "movement":
-            moved = load_tensors(run.folder / MOVEMENT)[0]
-            if {name: values.shape for name, values in moved.items()} != run.shapes:
-                raise UserError(f"{run.folder / MOVEMENT}: of another model")
-            return moved
-        if cfg.locate == "random":
-            return random_importance(run.shapes, cfg.seed)
-        return by_gradient(run, policy, pairs, dpo_objective(cfg.beta), cfg.locate == "snr")
-
-    masks = [top(run, name, percent, importance) for name, percent in percents.items()]
-    return masks[-1], masks[0]
+        forgetting = top(run, "mask-forget.safetensors", cfg.p_forget, *source)
+    return forgetting, improving
 
 
-def top(run, artefact, percent, importance):
-    """The mask of the top `percent` of all weights by importance() of each; None: of all."""
+def top(run, artefact, percent, policy, examples, objective, how):
+    """The mask of the top `percent` of all weights by their importance; None: of all."""
     if percent == 100:
         return None
+    if how == "movement" and not (run.folder / artefact).exists():
+        warmup(run, policy, examples)
 
     def make(target):
-        mask = select(importance(), percent, run.device)
+        importance = importance_of(run, policy, examples, objective, how)
+        mask = select(importance, percent, run.device)
         describe_mask(run, mask, percent)
         run.save_mask(mask, target)
 
-    run.stage("locate", artefact, make)
-    return load_mask(run.folder / artefact, run.shapes)
+    return load_mask(run.stage("locate", artefact, make), run.shapes)
 
 
-def select(importance, percent, device) -> dict:
-    """{name: importance} -> the mask of exactly the top `percent`. Raises UserError for NaN."""
-    try:
-        return select_neurons(importance, Fraction(str(percent)) / 100, device)
-    except ValueError as e:
-        raise UserError(f"{e}; use --dtype fp32, or lower --lr-warmup") from None
-
-
-def by_gradient(run, policy, examples, objective, snr) -> dict:
-    """{tensor's name: importance of its weights} by the loss's gradient over --locate-pairs rows."""
+def importance_of(run, policy, examples, objective, how):
+    """{tensor's name: how much each of its weights matters}; `how`: a choice of --locate."""
     cfg = run.cfg
-    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective,
-                               run.folder, snr, locate_groups(run), cfg.micro_tokens, cfg.offload)
+    if how == "random":
+        return random_importance(run.shapes, cfg.seed)
+    if how == "movement":
+        moved, _ = load_tensors(run.folder / MOVEMENT)
+        if {name: values.shape for name, values in moved.items()} != run.shapes:
+            raise UserError(f"{run.folder / MOVEMENT}: of another model")
+        return moved
+    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective, run.folder,
+                               how == "snr", locate_groups(run), cfg.micro_tokens, cfg.offload)
 
 
-def token_weights(run, policy, negatives) -> list[Example]:
-    """Every negative as an example with its token weights (token_weights.py has the modes)."""
+def select(importance, percent, device):
+    """{tensor's name: importance of its weights} -> the mask of exactly the top `percent`."""
+    return select_neurons(importance, percent / 100, device)
+
+
+def token_weights(run, policy, negatives):
+    """Every negative as an Example with its token weights (token_weights.py has the modes)."""
     cfg, encoder = run.cfg, run.encoder
     mode = cfg.token_weights if cfg.forget else "uniform"
     rows = [(n, encoder.example(n.prompt, [n.response])) for n in negatives]
-    rows = [(negative, example) for negative, example in rows if example]
+    rows = [(n, example) for n, example in rows if example]
     run.report_dropped("negatives", len(rows))
-    if mode == "uniform":
-        return [e._replace(weights=[1.0] * len(e.responses[0])) for _, e in rows]
-    if mode == "edit":
-        return [e._replace(weights=edit_weights(
-            e.responses[0], encoder.response_ids(n.prompt, n.rewrite))) for n, e in rows]
-    scored = zip(rows, score(run, policy, *map(list, zip(*rows))))
-    return [e._replace(scores=scores, weights=weights_from_scores(scores, mode, cfg.threshold))
-            for (_, e), scores in scored if scores]
+    unscored = mode in ("uniform", "edit")
+    scored = [None] * len(rows) if unscored else score(run, policy, rows)
+    weighted = []
+    for (n, example), scores in zip(rows, scored):
+        [response] = example.responses
+        if mode == "uniform":
+            weights = [1.0] * len(response)
+        elif mode == "edit":
+            weights = edit_weights(response, encoder.response_ids(n.prompt, n.rewrite))
+        else:
+            weights = weights_from_scores(scores, mode, cfg.threshold)
+        if weights:  # of a rewriting prompt that is too long there are none
+            weighted.append(example._replace(weights=weights, scores=scores))
+    return weighted
 
 
-def score(run, policy, negatives, examples) -> list[list[float]]:
-    """The rewriting model's score of every token of every negative."""
+def score(run, policy, rows):
+    """The rewriting model's score of every token of every negative; rows: (it, its Example)."""
+    negatives, examples = zip(*rows)
     path = run.folder / "token_weights.jsonl"
     rewriter = None if path.exists() else rewrite(run, policy, negatives)
 
@@ -294,23 +294,21 @@ def score(run, policy, negatives, examples) -> list[list[float]]:
     return read_scores(run.stage("score", path.name, make), negatives, examples)
 
 
-def rewrite(run, policy, negatives) -> Policy:
+def rewrite(run, policy, negatives):
     """The rewriting model, trained to correct wrong responses with few edits."""
     examples = rewrite_examples(run.encoder, negatives)
     run.report_dropped("rewrites", len(examples))
     if run.cfg.rewriter:
         policy = Policy(Path(run.cfg.rewriter))
-    mask = own_mask(run, "rewrite", policy, examples)
-    return trained(run, "rewrite", policy, examples, sft_objective(), mask, "rewriter")
+    return fine_tuned(run, "rewrite", policy, examples, "rewriter")
 
 
-def forget(run, policy, weighted, mask, name="forget") -> Policy:
+def forget(run, policy, weighted, mask, name="forget"):
     """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
-    objective = npo_objective(run.cfg.beta)
-    return trained(run, name, policy, weighted, objective, mask, whole=False)
+    return trained(run, name, policy, weighted, npo_objective(run.cfg.beta), mask, whole=False)
 
 
-def improve(run, policy, pairs, mask, name="improve", whole=True) -> Policy:
+def improve(run, policy, pairs, mask, name="improve", whole=True):
     """Phase 2: DPO on the useful rejected tokens, masked weights only; theta_ref is `policy`."""
     objective = dpo_objective(run.cfg.beta, run.cfg.epsilon)
     return trained(run, name, policy, pairs, objective, mask, whole=whole)
@@ -318,7 +316,7 @@ def improve(run, policy, pairs, mask, name="improve", whole=True) -> Policy:
 
 # ---- the whole method --------------------------------------------------------------------------
 
-def allo(run, policy, pairs, negatives) -> Policy:
+def allo(run, policy, pairs, negatives):
     """Which weights, which tokens; then the two phases."""
     forget_mask, improve_mask = locate(run, policy, pairs)
     weighted = token_weights(run, policy, negatives)
@@ -331,13 +329,11 @@ def allo(run, policy, pairs, negatives) -> Policy:
     return improved
 
 
-def baseline(run, method, policy, samples, negatives, pairs) -> Policy:
+def baseline(run, method, policy, samples, negatives, pairs):
     """One of the methods that ALLO is compared with, from the same policy and samples."""
-    name, mask = method, None
-    if run.cfg.masked:
-        _, mask = locate(run, policy, pairs)
+    mask = locate(run, policy, pairs)[1] if run.cfg.masked else None
+    name = "more-sft" if method == "sft" and run.cfg.sft else method
     if method == "sft":
-        name = "more-sft" if run.cfg.sft else method
         pairs = run.encode(solutions(run), "training rows")
     if method == "npo":
         pairs = run.encode([(n.prompt, [n.response]) for n in negatives], "negatives")
@@ -346,7 +342,7 @@ def baseline(run, method, policy, samples, negatives, pairs) -> Policy:
     return trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
 
 
-def right_samples(run, samples) -> list[tuple]:
+def right_samples(run, samples):
     """(question, [response]) of every right sample, also of questions never answered wrongly."""
     if run.pairs:
         return solutions(run)
@@ -354,17 +350,19 @@ def right_samples(run, samples) -> list[tuple]:
             for text in dict.fromkeys(samples.get(task.input, [])) if is_correct(text, task)]
 
 
-def run_all(run: Run):
+def run_all(run):
     """The whole method, the others beside it, then the table."""
     cfg, policy = run.cfg, run.base
-    models, samples, negatives, pairs = {"start": policy}, {}, [], []
+    models = {"start": policy}
+    samples, negatives, pairs = {}, [], []  # sft alone needs none
     if cfg.sft:
         policy = sft(run, policy)
         models = {"SFT": policy}
     if cfg.method != ["sft"]:
         samples = {} if run.pairs else sample(run, policy)
         preferred, negatives = preferences(run, samples)
-        pairs = run.encode([(p.prompt, [p.chosen, p.rejected]) for p in preferred], "pairs")
+        rows = [(p.prompt, [p.chosen, p.rejected]) for p in preferred]
+        pairs = run.encode(rows, "pairs")
     for method in cfg.method:
         if method == "allo":
             models["ALLO"] = allo(run, policy, pairs, negatives)
@@ -374,14 +372,15 @@ def run_all(run: Run):
     finish(run, models)
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
     def work():
-        run = open_run(parse(sys.argv[1:] if argv is None else argv))
-        if run.cfg.dry_run or not reprint(run):
+        run = open_run(parse(argv))
+        if run.cfg.dry_run:
             show_plan(run)
-            if not run.cfg.dry_run:
-                run_all(run)
+        elif not reprint(run):
+            show_plan(run)
+            run_all(run)
 
     return exit_code(work, stopped="stopped; the same command goes on from here")
 

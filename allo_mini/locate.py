@@ -48,8 +48,7 @@ def scratch(folder, count):
         return torch.from_numpy(np.memmap(file, np.float32, shape=count))
 
 
-def gradient_importance(model, examples, objective, folder, snr=True, groups=1, tokens=4096,
-                        offload=False):
+def gradient_importance(model, examples, objective, folder, snr, groups, tokens, offload):
     """{name: fp32 tensor of the weight's shape}, by as many passes over the examples as groups.
 
     For L_DPO g is -(beta/2)(grad log pi(y+) - grad log pi(y-)): the policy is its own reference.

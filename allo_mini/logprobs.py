@@ -161,7 +161,6 @@ def with_reference(model, examples, tokens):
     return [example._replace(ref=torch.cat(rows)) for example, rows in zip(examples, scores)]
 
 
-def margins(model, pairs, tokens, on_batch=lambda count: None):
+def margins(model, pairs, tokens, on_batch):
     """log pi(y+) - log pi(y-), summed over tokens, of every example (prompt, [y+, y-])."""
-    scores = score(model, pairs, tokens, on_batch)
-    return [float(chosen.sum() - rejected.sum()) for chosen, rejected in scores]
+    return [float(up.sum() - down.sum()) for up, down in score(model, pairs, tokens, on_batch)]

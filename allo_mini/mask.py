@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from allo_mini import UserError
+
 CHUNK = 1 << 24  # values that are looked at in one go: 64 MB of fp32
 INFINITE = 0x7F800000  # the bits of fp32's infinity: above those of every finite value
 
@@ -53,11 +55,12 @@ class Selected:
         kind = torch.int16 if rows.shape[1] < 1 << 15 else torch.int32
         return cls(mask.shape, rows.nonzero()[:, 1].to(kind), rows.sum(1).int())
 
-    def dense(self):
-        """The bool tensor."""
-        mask = torch.zeros(self.shape, dtype=torch.bool)
-        self.scatter(mask, torch.ones(len(self)))
-        return mask
+    def dense(self, values=None):
+        """On the CPU, these values at the selected entries, 0 elsewhere; None: the bool tensor."""
+        values = torch.ones(len(self)).bool() if values is None else values
+        tensor = torch.zeros(self.shape, dtype=values.dtype)
+        self.to("cpu").scatter(tensor, values)
+        return tensor
 
     def to(self, device):
         """The same on another device."""
@@ -154,7 +157,7 @@ def bit_patterns(tensors, device):
         for chunk in values.reshape(-1).split(chunk_of(device)):
             bits = chunk.to(device).float().abs().view(torch.int32)
             if bits.max() >= INFINITE:
-                raise ValueError("importance holds inf or NaN")
+                raise UserError("importance is inf or NaN; use --dtype fp32 or lower --lr-warmup")
             yield bits
 
 
@@ -184,12 +187,12 @@ def select_neurons(importance, fraction, device="cpu"):
     floor(fraction * N) weights are selected, in integer arithmetic (0.07 means 7/100); ties at the
     threshold go to the earlier (tensor, flat index). It may lie in a memory-mapped file: three
     passes go over it, a chunk at a time on `device`. Raises ValueError for a fraction outside
-    (0, 1], inf or NaN.
+    (0, 1], UserError for inf or NaN.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
     total = sum(map(Tensor.numel, importance.values()))
-    count = int(Fraction(str(fraction)) * total)
+    count = int(Fraction(fraction).limit_denominator(10**12) * total)
     threshold, ties = kth_largest(importance.values(), count, device) if count else (INFINITE, 0)
     mask = {}
     for name, values in importance.items():

@@ -37,12 +37,11 @@ class Slot:
 
     def gather(self, p):
         """Autograd's hook: take the selected entries of a dense gradient, and drop it."""
-        if p.grad is None:  # of a matrix, which linear.py has taken
-            return
-        dense = p.grad.view(-1, self.selected.width)
-        for rows, entries, index in self.selected.chunks():
-            self.grad[entries] += take(dense[rows], index).to(self.grad.device)
-        p.grad = None
+        if p.grad is not None:  # linear.py has taken a matrix's
+            dense = p.grad.view(-1, self.selected.width)
+            for rows, entries, index in self.selected.chunks():
+                self.grad[entries] += take(dense[rows], index).to(self.grad.device)
+            p.grad = None
 
 
 class FlatGradient:
@@ -65,14 +64,13 @@ class FlatGradient:
             where = slice(end, end + len(selected))
             end = where.stop
             undo.callback(p.requires_grad_, p.requires_grad)
-            p.requires_grad_(False)
+            p.requires_grad_(len(selected) > 0 and p.is_floating_point())
             p.grad = None
             if len(selected):
                 slot = p.slot = Slot(name, p, selected, where, self.grad[where], None)
                 undo.callback(delattr, p, "slot")
                 self.slots.append(slot)
-                if p.is_floating_point():
-                    p.requires_grad_(True)
+                if p.requires_grad:
                     undo.callback(p.register_post_accumulate_grad_hook(slot.gather).remove)
                 else:
                     slot.handle = torch.zeros(1, requires_grad=True, device=self.device)
@@ -122,8 +120,7 @@ class MaskedAdamW(FlatGradient):
                 self.master[slot.where] = slot.p.int8.values
         self.start = self.master.to("cpu", copy=True)  # to say how far the weights have come
         self.coarse = state_bits == 8
-        kind = torch.uint8 if self.coarse else torch.float32
-        self.exp_avg = torch.zeros_like(self.master, dtype=kind)
+        self.exp_avg = torch.zeros_like(self.master, dtype=torch.uint8 if self.coarse else None)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         if self.coarse:
             self.exp_avg_scale = torch.zeros_like(self.master[::BLOCK])
@@ -189,12 +186,6 @@ class MaskedAdamW(FlatGradient):
     def largest_change(self):
         """max |theta - theta_start| over the selected weights; NaN stays NaN."""
         return float(self.moved().max())
-
-    def dense(self, slot):
-        """A parameter's selected weights in fp32 on the CPU, zeros elsewhere."""
-        dense = torch.zeros(slot.p.shape)
-        slot.selected.to("cpu").scatter(dense, self.master[slot.where])
-        return dense
 
     def begin_at(self, slot, dense):
         """Before the first step: take over a parameter's selected weights from a dense fp32 tensor.

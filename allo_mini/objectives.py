@@ -90,9 +90,8 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
             "logps/rejected": whole[1],
             "useful/fraction": useful.sum(-1) / lengths[1]}
 
-    shown = ["loss", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens/s"]
-    if epsilon < 1:
-        shown.insert(3, "useful/fraction")
+    filtered = ["useful/fraction"] if epsilon < 1 else []
+    shown = "loss", "rewards/margins", "rewards/accuracies", *filtered, "grad_norm", "tokens/s"
     return Objective(loss, first_loss=first_loss, shown=shown)
 
 

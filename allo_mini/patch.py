@@ -56,7 +56,7 @@ def begin_at(optimizer, path):
     """Before the first step: take over the fp32 weights of a file that another stage wrote."""
     patch = path, *load_tensors(path)
     for slot in optimizer.slots:
-        dense = optimizer.dense(slot)
+        dense = slot.selected.dense(optimizer.master[slot.where])
         optimizer.begin_at(slot, put_changes(dense, slot.name, dense.dtype, [patch]))
 
 

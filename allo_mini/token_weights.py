@@ -14,9 +14,9 @@ from allo_mini.data.rows import plain
 from allo_mini.logprobs import score
 from allo_mini.run.files import read_jsonl, reading
 
-REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\n{}\n\n"
-                  "Correct the prediction with as few changes as possible.\n\n"
-                  "Corrected prediction:")
+REWRITE_PROMPT = (
+    "Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\n{}\n\n"
+    "Correct the prediction with as few changes as possible.\n\nCorrected prediction:")
 
 
 def rewrite_prompt(encoder, negative, response):
@@ -27,8 +27,7 @@ def rewrite_prompt(encoder, negative, response):
         text = encoder.tokenizer.render([{"role": "user", "content": text}], True)
     ids = encoder.tokenizer.encode(text, bos=encoder.bos)
     if len(ids) + len(response) > encoder.rewrite_length:
-        return encoder.drop("rewriting prompt longer than three times --max-length, or the "
-                            "model's limit")
+        return encoder.drop("rewriting prompt above three times --max-length or the model's limit")
     return ids
 
 
@@ -43,7 +42,7 @@ def rewrite_examples(encoder, negatives):
     return examples
 
 
-def token_scores(model, encoder, negatives, examples, tokens, on_batch=lambda count: None):
+def token_scores(model, encoder, negatives, examples, tokens, on_batch):
     """Probability of every token of each wrong response (EOS included) under the rewriting model.
 
     `examples` hold the responses' ids as the policy is trained on them; the same are scored here.
@@ -60,7 +59,7 @@ def read_scores(path, negatives, examples):
     known = {}
     for where, row in read_jsonl(path):
         with reading(where):
-            known[str(row["input"]), str(row["output"])] = [float(s) for s in row["reward"]]
+            known[str(row["input"]), str(row["output"])] = list(map(float, row["reward"]))
     scores = []
     for negative, example in zip(negatives, examples):
         row = known.get((str(negative.prompt), str(negative.response)))
@@ -100,8 +99,7 @@ def edit_weights(response, rewrite):
 
 def nearest(response, candidates):
     """Index of the candidate that shares most with the response (the first of equals)."""
-    matcher = SequenceMatcher(None, autojunk=False)
-    matcher.set_seq2(response)
+    matcher = SequenceMatcher(None, [], response, autojunk=False)
     ratios = []
     for candidate in candidates:
         matcher.set_seq1(candidate)

@@ -31,7 +31,8 @@ def test_importance_is_the_gradients_sum_or_its_ratio_to_the_root_of_their_squar
     model = tiny_model(trainable=False)
     each = [by_autograd(tiny_model(), EXAMPLES[at:at + 2]) for at in (0, 2, 4)]
     for snr in (False, True):
-        got = gradient_importance(model, EXAMPLES, dpo_objective(0.3), tmp_path, snr, groups, 30)
+        objective = dpo_objective(0.3)
+        got = gradient_importance(model, EXAMPLES, objective, tmp_path, snr, groups, 30, snr)
         assert got.keys() == each[0].keys()
         for name, importance in got.items():
             g = torch.stack([one[name] for one in each])
@@ -48,5 +49,5 @@ def test_importance_of_an_int8_model_is_that_of_its_dequantised_twin(tmp_path):
     for name, p in ours.named_parameters():
         dense = torch.cat([rows.clone() for _, rows in dense_rows(p, torch.float32)])
         twin.get_parameter(name).copy_(dense)
-    got = gradient_importance(ours, EXAMPLES, dpo_objective(0.3), tmp_path, snr=False, groups=3)
+    got = gradient_importance(ours, EXAMPLES, dpo_objective(0.3), tmp_path, False, 3, 4096, False)
     assert_close(got, by_autograd(twin, EXAMPLES), rtol=1e-3, atol=1e-5)

@@ -70,7 +70,7 @@ def test_neighbouring_floats_are_told_apart():
 
 def test_what_is_no_importance_or_no_fraction_is_refused():
     for bad in (math.nan, math.inf, -math.inf):
-        with pytest.raises(ValueError, match="inf or NaN"):
+        with pytest.raises(UserError, match="inf or NaN"):
             select_neurons(random_importance(0) | {"norm": torch.tensor([1.0, bad])}, 0.05)
     for fraction in (0, -0.1, 1.0001, math.nan):
         with pytest.raises(ValueError, match="fraction"):

@@ -107,7 +107,7 @@ def test_scores_margins_and_references_keep_the_given_order_whatever_the_budget(
         for ours, theirs in zip(with_reference(model, examples, tokens), expected):
             torch.testing.assert_close(ours.ref, torch.cat(theirs), **ROUNDING)
         pairs = [float(chosen.sum() - rejected.sum()) for chosen, rejected in expected[:2]]
-        assert margins(model, examples[:2], tokens) == pytest.approx(pairs, abs=1e-3)
+        assert margins(model, examples[:2], tokens, [].append) == pytest.approx(pairs, abs=1e-3)
     assert sum(counts) == 12
 
 

@@ -41,7 +41,7 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     tokenizer = Tokenizer(write_tokenizer(tmp_path, pad_token="</s>"))
     encoder, model = Encoder(tokenizer, "alpaca", 600), tiny_model(seed=2, trainable=False)
     examples = [encoder.example(n.prompt, [n.response]) for n in NEGATIVES]
-    scores = token_scores(model, encoder, NEGATIVES, examples, 8192)
+    scores = token_scores(model, encoder, NEGATIVES, examples, 8192, [].append)
     for negative, example, row in zip(NEGATIVES, examples, scores, strict=True):
         [ids] = example.responses
         assert len(row) == len(ids) and ids.count(EOS) == 1 and ids[-1] == EOS
@@ -63,4 +63,4 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     assert prompt == rewrite_prompt(encoder, NEGATIVES[1], rewrite)
     tight = Encoder(tokenizer, "alpaca", 50)  # never cut: dropped and counted
     assert rewrite_examples(tight, NEGATIVES) == [] and "2 dropped (rewriting prompt" in tight.report()
-    assert token_scores(model, tight, NEGATIVES, examples, 8192) == [[], []]
+    assert token_scores(model, tight, NEGATIVES, examples, 8192, [].append) == [[], []]
