@@ -352,12 +352,10 @@ def right_samples(run, samples):
 
 def run_all(run):
     """The whole method, the others beside it, then the table."""
-    cfg, policy = run.cfg, run.base
-    models = {"start": policy}
+    cfg = run.cfg
+    policy = sft(run, run.base) if cfg.sft else run.base
+    models = {"SFT" if cfg.sft else "start": policy}
     samples, negatives, pairs = {}, [], []  # sft alone needs none
-    if cfg.sft:
-        policy = sft(run, policy)
-        models = {"SFT": policy}
     if cfg.method != ["sft"]:
         samples = {} if run.pairs else sample(run, policy)
         preferred, negatives = preferences(run, samples)
