@@ -76,7 +76,7 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
             total /= squares.sqrt_().clamp_(min=1e-19)  # 0 where no gradient has come
         flat.close()
         importance |= {slot.name: total[slot.where].view(slot.p.shape) for slot in flat.slots}
-        del flat, g  # before the next group's is made
+        del flat, g, squares  # before the next group's is made
     return importance
 
 
