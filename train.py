@@ -88,6 +88,7 @@ def optimize(run, name, policy, examples, objective, mask=None):
             metrics["loss"] = loss * (len(step) / units)
             for key, values in metrics.items():
                 sums[key] += values.detach().float().sum()  # on the device: nothing waits
+            del logps, ref, real, loss, metrics, values  # before the next ones need the room
         if parallel.WORLD > 1:
             sums = parallel.sum_up(optimizer.grad, sums, run.device)
         totals = torch.stack(list(sums.values())).tolist()

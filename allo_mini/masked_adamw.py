@@ -106,11 +106,11 @@ class MaskedAdamW(FlatGradient):
     offload: master, gradient and moments in host memory.
     """
 
-    def __init__(self, named_parameters, mask=None, lr=1e-6, eps=1e-8, weight_decay=0.0,
-                 state_bits=32, offload=False):
+    def __init__(self, named_parameters, mask=None, lr=1e-6, betas=(0.9, 0.999), eps=1e-8,
+                 weight_decay=0.0, state_bits=32, offload=False):
         super().__init__(named_parameters, mask, offload)
         self.lr = lr
-        self.settings = dict(beta1=0.9, beta2=0.999, eps=eps, weight_decay=weight_decay)
+        self.settings = dict(beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
         self.steps = torch.tensor(0)
         self.master = self.zeros(len(self.grad))
         for slot in self.slots:
