@@ -8,14 +8,13 @@ Every --test file gives a file of that name in --out: a line a row, with the ans
 is right. Of alpaca_eval and arena_hard prompts it holds answers alone, which their own tools judge.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids, load_model
-from allo_mini.data.encoder import Encoder, turns_of
-from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of
+from allo_mini.data.encoder import Encoder
+from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of, turns_of
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, evaluate, respond, summary, summary_row
 from allo_mini.evaluation.graders import JUDGED, RULES, task_name
@@ -141,7 +140,7 @@ def grade(model, settings, jobs):
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
-    source = Path(os.path.abspath(args.patch or args.model))
+    source = Path(args.patch or args.model).absolute()
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers
     for file in args.test:

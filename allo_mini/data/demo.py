@@ -44,19 +44,18 @@ def problem(rng, habit):
     return " ".join(story), "\n".join(work) + f"\nThe answer is {have}", str(have)
 
 
-def problems(count: int, seed: int | str, avoid=(), habit: float = 0.0) -> list[Task]:
-    """`count` different problems, none of them in `avoid`."""
-    rng = random.Random(f"demo {seed}")
-    tasks, seen = [], {task.input for task in avoid}
+def problems(count, seed, avoid=(), habit=0.0):
+    """`count` different problems as Tasks, none of them in `avoid`."""
+    rng, tasks = random.Random(f"demo {seed}"), {}
+    held = {task.input for task in avoid}
     while len(tasks) < count:
-        question, solution, answer = problem(rng, habit)
-        if question not in seen:
-            seen.add(question)
-            tasks.append(Task(len(tasks), question, solution, answer))
-    return tasks
+        question, *rest = problem(rng, habit)
+        if question not in held:
+            tasks.setdefault(question, Task(len(tasks), question, *rest))
+    return list(tasks.values())
 
 
-def splits(cfg) -> tuple:
+def splits(cfg):
     """(tasks, no pairs, val, test) of a run's settings; no question is in two of them."""
     test = problems(cfg.test_limit or 1000, f"{cfg.seed}/test")
     val = problems(300, f"{cfg.seed}/val", test)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from allo_mini import UserError
-from allo_mini.data.rows import HH_TURN, Text, plain
+from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
 from allo_mini.data.tokenizer import Ids, Tokenizer, in_common
 
 # The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
@@ -26,11 +26,6 @@ class Example(NamedTuple):
     weights: list[float] | None = None
     ref: Tensor | None = None
     scores: list[float] | None = None
-
-
-def turns_of(text, role="user"):
-    """A prompt or a response as messages: a string is one."""
-    return text if isinstance(text, list) else [{"role": role, "content": text}]
 
 
 class Encoder:
@@ -53,10 +48,10 @@ class Encoder:
         if self.style == "chat":  # the first special token the template writes after an answer
             talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
             if "marker" not in talk:
-                raise UserError(
-                    f"{tokenizer.folder}: the chat template leaves out what is answered")
+                raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
+            added = tokenizer.inner.get_added_tokens_decoder()
             for id in tokenizer.encode(talk.rpartition("marker")[2], False):
-                if id in tokenizer.special_ids:
+                if id in added and added[id].special:
                     return id
         if tokenizer.eos_id is None:
             raise UserError(f"{tokenizer.folder / 'tokenizer_config.json'}: eos_token is missing")
@@ -86,7 +81,7 @@ class Encoder:
             framed = self.frame(talk)
             whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
             if whole.startswith(framed):
-                return whole[len(framed):]
+                return whole.removeprefix(framed)
         said = framed + text
         if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
             raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
@@ -105,20 +100,20 @@ class Encoder:
             del ids[ids.index(self.closing) + 1:]
         return prompt_ids, answers
 
-    def response_ids(self, prompt: Text, response: Text) -> Ids:
+    def response_ids(self, prompt, response):
         """Ids of a response as they follow the prompt, closing token included."""
         return self.split(prompt, [response])[1][0]
 
-    def prompt_ids(self, prompt: Text) -> Ids:
+    def prompt_ids(self, prompt):
         """Ids to generate from; where they leave no room, the last half of max_length."""
         ids, _ = self.split(prompt, [])
-        if len(ids) < self.max_length:
+        return ids if len(ids) < self.max_length else self.trim(ids, self.max_length // 2)
+
+    def trim(self, ids, room):
+        """The last `room` ids at most (counted), BOS kept in front; there is place beside it."""
+        if len(ids) <= room:
             return ids
         self.notes["with a trimmed prompt"] += 1
-        return self.trim(ids, self.max_length // 2)
-
-    def trim(self, ids: Ids, room: int) -> Ids:
-        """The last `room` ids at most, BOS kept in front; `room` has place for one beside it."""
         bos = in_common(self.tokenizer.prefix, ids)
         return ids[:bos] + ids[bos:][bos - room:]
 
@@ -142,8 +137,6 @@ class Encoder:
         room = self.max_length - max(map(len, answers))
         if room <= len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
-        if len(prompt_ids) > room:
-            self.notes["with a trimmed prompt"] += 1
         return Example(self.trim(prompt_ids, room), answers)
 
     def drop(self, why):

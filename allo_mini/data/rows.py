@@ -62,7 +62,12 @@ def plain(text: Text) -> str:
     return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
 
 
-def text_of(row: dict, key: str, where: str, optional: bool = False) -> str | None:
+def turns_of(text, role="user"):
+    """A prompt or a response as messages: a string is one."""
+    return text if isinstance(text, list) else [{"role": role, "content": text}]
+
+
+def text_of(row, key, where, optional=False):
     """row[key], a string. Raises UserError naming the place and what stands there."""
     value = row.get(key)
     whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
@@ -119,28 +124,23 @@ def read_pairs(path: str) -> list[Pair]:
 def pair_of(row, where):
     """A preference row in any of its forms. Raises UserError."""
     chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
-    prompt = prompt_of(row, chosen, where)
+    prompt = messages_of(row, "prompt", where) if "prompt" in row else None
+    if "prompt" not in row and row.keys() & OTHER_NAMES:
+        raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        # UltraFeedback's: conversations, and their first turn once more
+        prompt = turns_of(prompt) if len(chosen) == 1 else None
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
     verbatim = isinstance(prompt, str)
-    prompt = common_prompt(chosen, rejected, where) if prompt is None else prompt
+    if prompt is None:
+        prompt = common_prompt(chosen, rejected, where)
     if not verbatim and in_common(prompt, chosen, rejected) == len(prompt):
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
-    if row.get("system") and (isinstance(prompt, str) or prompt[0]["role"] != "system"):
+    if row.get("system") and turns_of(prompt)[0]["role"] != "system":
         raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both
     return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, True))
-
-
-def prompt_of(row, chosen, where):
-    """The prompt a preference row names; None: the responses begin with it. Raises UserError."""
-    if "prompt" not in row and row.keys() & OTHER_NAMES:
-        raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
-    prompt = messages_of(row, "prompt", where) if "prompt" in row else None
-    if not isinstance(prompt, str) or isinstance(chosen, str):
-        return prompt
-    # UltraFeedback's: conversations, and their first turn once more
-    return [{"role": "user", "content": prompt}] if len(chosen) == 1 else None
 
 
 def common_prompt(chosen, rejected, where):
@@ -152,10 +152,8 @@ def common_prompt(chosen, rejected, where):
     common = chosen[:in_common(chosen, rejected)]
     if isinstance(chosen, list):
         cut = len(common) - (chosen == rejected)
-    elif HH_TURN in common:
-        cut = common.rindex(HH_TURN) + len(HH_TURN)
     else:
-        cut = common.replace("\n", " ").rfind(" ")
+        cut = re.match(rf"(?s).*{HH_TURN}|.*(?=[ \n])|", common).end()
     if cut < 1:
         raise UserError(f"{where}: no 'prompt', and the responses do not begin with one in common")
     return common[:cut]

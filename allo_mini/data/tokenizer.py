@@ -9,7 +9,6 @@ import functools
 import json
 import re
 from datetime import date
-from pathlib import Path
 
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -22,8 +21,10 @@ Ids = list[int]  # token ids
 
 def in_common(*sequences) -> int:
     """How many items at their beginning all sequences agree in."""
-    differ = (i for i, items in enumerate(zip(*sequences)) if items.count(items[0]) < len(items))
-    return next(differ, min(map(len, sequences)))
+    for i, items in enumerate(zip(*sequences)):
+        if items.count(items[0]) < len(items):
+            return i
+    return min(map(len, sequences))
 
 
 # ---- chat templates --------------------------------------------------------------------------
@@ -47,17 +48,15 @@ def compiled(template):
 # ---- tokenizers ------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A thin shell around tokenizers.Tokenizer that knows its folder's BOS, EOS and template."""
+    """A thin shell around tokenizers.Tokenizer that knows its folder's (a Path) BOS, EOS and template."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder):
         self.folder, path = folder, folder / "tokenizer.json"
         with reading(path):  # a slow tokenizer's folder lacks it, and is not supported
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
-        added = self.inner.get_added_tokens_decoder()
-        self.special_ids = {id for id, token in added.items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
@@ -94,14 +93,14 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> Ids:
         """Token ids of a text; with `bos` after the tokenizer's own BOS, if it has one."""
-        ids = self.inner.encode(text, add_special_tokens=False).ids
-        return self.prefix + ids if bos else ids
+        prefix = self.prefix if bos else []
+        return prefix + self.inner.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Ids) -> str:
+    def decode(self, ids):
         """Text of token ids, special tokens left out."""
         return self.inner.decode(ids, skip_special_tokens=True)
 
-    def split(self, prompt: str, texts: list[str], bos: bool):
+    def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
         Returns (ids of the shared prompt, what follows them for each text): nothing is lost.
@@ -111,7 +110,7 @@ class Tokenizer:
         cut = in_common(alone, *joint)
         return alone[:cut], [ids[cut:] for ids in joint]
 
-    def render(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def render(self, messages, add_generation_prompt):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""
         if not self.template:
             raise UserError(f"{self.folder}: no chat template; use --prompt alpaca or none")
@@ -124,7 +123,7 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the chat template fails: {e!r}") from None
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
+def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
     """A model folder's tokenizer. Raises UserError when it has more ids than the model rows."""
     tokenizer = Tokenizer(folder)
     last = max(tokenizer.vocab.values(), default=0)

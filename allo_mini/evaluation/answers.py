@@ -1,7 +1,6 @@
 """Asking a model: responses, the pairs made of them, greedy answers and how good they are."""
 
-import math
-from itertools import product
+from itertools import compress, product
 from random import Random
 
 import numpy as np
@@ -48,8 +47,7 @@ def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **mor
 
 def read_samples(path):
     """Question -> its samples; says how many were left out. Raises UserError naming the line."""
-    samples = {}
-    unfinished = 0
+    samples, unfinished = {}, 0
     for where, row in read_jsonl(path):
         with reading(where):
             texts = samples.get(row["input"], []) + row["samples"]
@@ -67,26 +65,25 @@ def label(tasks, samples, per_question, seed, encoder):
     (right, wrong) pairs are drawn, every wrong response is a negative. Its rewrite is the task's
     own, else the right sample nearest in token edits, else the reference solution.
     """
-    pairs, negatives = [], []
-    rights = wrongs = 0
+    pairs, negatives, rights, wrongs = [], [], [], []
     tasks = [task for task in tasks if task.input in samples and gold_answer(task)]
     for task in tasks:
         ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.input]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
-        rights += len(right)
-        wrongs += len(wrong)
+        rights += right
+        wrongs += wrong
         for text in wrong:
             rewrite = task.rewrite or task.output
             if right and not task.rewrite:
-                rewrite = right[nearest(ids[text], [ids[other] for other in right])]
+                rewrite = right[nearest(ids[text], map(ids.get, right))]
             if rewrite:
                 negatives.append(Negative(task.input, text, task.output or rewrite, rewrite))
         both = list(product(right, wrong))
         Random(f"{seed}/{task.id}/pairs").shuffle(both)
         pairs += [Pair(task.input, *sides, task.id) for sides in both[:per_question]]
-    say(f"pairs: {len(tasks)} questions, {rights} different correct and {wrongs} wrong responses "
-        f"-> {len(pairs)} pairs, {len(negatives)} negatives")
+    say(f"pairs: {len(tasks)} questions, {len(rights)} different correct and {len(wrongs)} wrong "
+        f"responses -> {len(pairs)} pairs, {len(negatives)} negatives")
     return pairs, negatives
 
 
@@ -103,16 +100,10 @@ def evaluate(model, encoder, rows, settings, eos, name):
         answers = respond(model, encoder, [task.input for task in rows], settings, eos,
                           temperature=0.0, on_done=lambda *_: update())
         return [graded(task, *response) for task, [response] in zip(rows, answers)]
-    items = []
-    examples = []
-    for pair in rows:
-        example = encoder.example(pair.prompt, [pair.chosen, pair.rejected])
-        if example:
-            items.append({"input": pair.prompt})
-            examples.append(example)
-    for item, margin in zip(items, margins(model, examples, settings.micro_tokens, update)):
-        item.update(margin=margin, correct=margin > 0)
-    return items
+    examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]
+    found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)
+    return [{"input": pair.prompt, "margin": margin, "correct": margin > 0}
+            for pair, margin in zip(compress(rows, examples), found)]
 
 
 def graded(task, text, finished):
@@ -129,7 +120,7 @@ def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
     z, size = 1.959964, total + 1.959964 ** 2
     centre = (correct + z * z / 2) / size
-    spread = z * math.sqrt(correct * (total - correct) / total + z * z / 4) / size
+    spread = z * np.sqrt(correct * (total - correct) / total + z * z / 4) / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 
@@ -140,8 +131,9 @@ def summary(items):
     correct = sum(item["correct"] for item in items)
     low, high = wilson(correct, n)
     result = {"n": n, "accuracy": correct / n, "low": low, "high": high}
-    for key in items[0].keys() & {"margin", "official", "reward"}:
-        result[key] = sum(item[key] for item in items) / n
+    for key in ("margin", "official", "reward"):
+        if key in items[0]:
+            result[key] = sum(item[key] for item in items) / n
     if "reward" in result:
         result["reward_accuracy"] = sum(item["reward"] > 0 for item in items) / n
     return result

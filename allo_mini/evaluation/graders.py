@@ -24,26 +24,26 @@ from allo_mini.data.rows import Task
 INSIDE = r"[^{}]*"
 for _ in range(4):  # what may stand between braces: braces again, five deep
     INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
-SAID = (  # "the answer to this is: For $n = 3$, the sum is 42"
-    r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b|[:=])(?:[\s:,}]|\$\s*\n)*"
+# "the answer to this is: For $n = 3$, the sum is 42"
+SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b|[:=])(?:[\s:,}]|\$\s*\n)*"
     r"(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=][^,.\n]*,\s*)?(?=([^\s:,}].*))")
-NO_VALUE = (  # "so the answer is correct" checks the answer before it
-    r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong|confirmed"
-    r"|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater|smaller|larger)\b"
-    r"|[.;!?)](?!\d)")
+# "so the answer is correct" checks the answer before it
+NO_VALUE = (r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong"
+    r"|confirmed|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater"
+    r"|smaller|larger)\b|[.;!?)](?!\d)")
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 # in a text; no time of day, no 4,2
 NUMBER = r"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?" + DIGITS + r"(?:/\d+)?(?![:,]\d)"
-LAYOUT = (
-    (r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)", r"\\boxed{\1}"),  # \boxed5
-    (r"(?<!\\)\\[()\[\]]|\$\$", "$"),
-    (r"(?<![\w)])(?:\*\*|__|`)+|(?:\*\*|__|`)+(?![\w(])", ""),  # bold and code, but not x**2
-    (r"(?<![\w*)}])([*_])([^\s*_][^*_\n]*)\1(?![\w*(])", r"\2"))  # italics, but not 2*3*4
+LAYOUT = {
+    r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)": r"\\boxed{\1}",  # \boxed5
+    r"(?<!\\)\\[()\[\]]|\$\$": "$",
+    r"(?<![\w)])(?:\*\*|__|`)+|(?:\*\*|__|`)+(?![\w(])": "",  # bold and code, but not x**2
+    r"(?<![\w*)}])([*_])([^\s*_][^*_\n]*)\1(?![\w*(])": r"\2"}  # italics, but not 2*3*4
 
 
 def respelled(text, spelling):
-    """A text after replacements: pairs of pattern and replacement, in their order."""
-    for pattern, replacement in spelling:
+    """A text after replacements: {pattern: replacement}, in their order."""
+    for pattern, replacement in spelling.items():
         text = re.sub(pattern, replacement, text)
     return text
 
@@ -65,25 +65,25 @@ def final(text):
 
 # ---- the answer as words ---------------------------------------------------------------------
 
-FILLER = (  # words before an answer that are none of it
-    r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about|approx"
-    r"|approximately|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+(?=\S)")
+# words before an answer that are none of it
+FILLER = (r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about"
+    r"|approx|approximately|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+(?=\S)")
 COMMAND = r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}"
-WORDS = (*LAYOUT, (COMMAND, r"\1"), (r"[\"'“”‘’$]|\\(?=[$%])", ""), (r"\s+", " "), (FILLER, ""),
+WORDS = {
+    **LAYOUT, COMMAND: r"\1", r"[\"'“”‘’$]|\\(?=[$%])": "", r"\s+": " ", FILLER: "",
     # 1,000; 2,3 and 4
-    (r"(?<=\d),(?=\d{3}\b)", ""), (r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])", ", "),
-    (r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$", ""),  # 5.0 is 5
-    (r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)", ""),
-    (r"^true\b", "yes"), (r"^false\b", "no"))
-ENDS = (  # what may follow an answer: a sentence, a reason, a remark
-    r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$"
-    r"|\s+(?:because|since|as|which|where)\b|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for"
-    r"|which|where|who|when|if|the|not|it|this|that|we|they|there|but|thus|hence|therefore|i think"
-    r"|(?:or )?(?:about|approx\w*))\b|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])"
-    r"|\s+[-–—]+\s+(?=[a-z]{3}))")
+    r"(?<=\d),(?=\d{3}\b)": "", r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])": ", ",
+    r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$": "",  # 5.0 is 5
+    r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)": "",
+    r"^true\b": "yes", r"^false\b": "no"}
+# what may follow an answer: a sentence, a reason, a remark
+ENDS = (r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$|\s+(?:because"
+    r"|since|as|which|where)\b|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who"
+    r"|when|if|the|not|it|this|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about"
+    r"|approx\w*))\b|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])|\s+[-–—]+\s+(?=[a-z]{3}))")
 OPTION_ENDS = r"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |" + ENDS + ")"
-LETTER_ENDS = (  # what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
-    r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
+# what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
+LETTER_ENDS = (r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
     r"|(?= [-–(]| (?:because|since|as|is)\b))")
 OPTIONS = "\nOptions:\n"  # stands between a question and its options, one a line
 
@@ -96,43 +96,43 @@ def bare(answer):
 def begins(answer, words, ends):
     """Whether an answer is these words, alone or labelled with a letter, up to where it ends."""
     label, word, rest = answer.partition(words or "\n")
-    return bool(word and re.fullmatch(r"(?:[(\[]?[a-j][)\].:]+ )?", label) and re.match(ends, rest))
+    return word and re.fullmatch(r"(?:[(\[]?[a-j][)\].:]+ )?", label) and re.match(ends, rest)
 
 
 # ---- the answer as mathematics ---------------------------------------------------------------
 
-FORMULAS = ((r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$", ""), (FILLER, ""),
-    (r"[−–]", "-"), (r"\\\\", ";"),  # the rows of a matrix
-    (r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])", ""),  # 2*x is 2x
-    (r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
-     r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
-     r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])", ""),  # 1,000 but (1,000)
-    (r"\\ |~", " "),
+FORMULAS = {
+    r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "", FILLER: "", r"[−–]": "-",
+    # the rows of a matrix; 2*x is 2x
+    r"\\\\": ";", r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])": "",
+    r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
+    r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
+    r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "", r"\\ |~": " ",  # (1,000)
     # a unit at the end; other \text{} is kept without its command
-    (r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$", ""),
-    (COMMAND, r"\1"), (r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)",
-     r"\\sqrt{\1\2\3}"), (r"π|(?<![\\A-Za-z])pi\b", r"\\pi "),
-    (r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"),
-     r"\1 (\2\3)/(\4\5)"),
+    r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$": "",
+    COMMAND: r"\1",
+    r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)": r"\\sqrt{\1\2\3}",
+    r"π|(?<![\\A-Za-z])pi\b": r"\\pi ",
+    r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"):
+        r"\1 (\2\3)/(\4\5)",
     # brackets around all of it, or around one term above or below a stroke
-    (r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
-     r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)", r"\1\2\3\4"),
-    (r"([_^])\s*\{(-?\w+)\}", r"\1\2"), (r"<=|≤|\\leq\b", r"\\le "), (r">=|≥|\\geq\b", r"\\ge "),
-    (r"∞", r"\\infty "), (r"±", r"\\pm "), (r"\\(?:cdot|times)\b|[×·]", "*"),
-    (r",?\s+(?:and|or)\s+", ","),
-    (r"(?:(?<=\})|(?<=\\pi))\s+[A-Za-z]{2}[A-Za-z ]*(?:\^\d)?$", ""),  # a unit behind 2\sqrt{3}
+    r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
+    r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)": r"\1\2\3\4",
+    r"([_^])\s*\{(-?\w+)\}": r"\1\2", r"<=|≤|\\leq\b": r"\\le ", r">=|≥|\\geq\b": r"\\ge ",
+    r"∞": r"\\infty ", r"±": r"\\pm ", r"\\(?:cdot|times)\b|[×·]": "*", r",?\s+(?:and|or)\s+": ",",
+    r"(?:(?<=\})|(?<=\\pi))\s+[A-Za-z]{2}[A-Za-z ]*(?:\^\d)?$": "",  # a unit behind 2\sqrt{3}
     # names: all of x = 2, x = -3 (first each but the last, then that), none of x = 2, y = -3
-    (r"([a-z]{1,2})\s*=\s*(?=[^=]*[,;]\s*\1\s*=)", ""),
-    (r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)", r"\1"))
-VALUE = (  # -2, 1 1/2, 3/4; 5 apples, but not 3 pi
-    r"(-?) ?(?:(\d+) (?=\d+ ?/))?(" + DIGITS + r")(?: ?[/⁄] ?(0*[1-9]\d*))?"
+    r"([a-z]{1,2})\s*=\s*(?=[^=]*[,;]\s*\1\s*=)": "",
+    r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)": r"\1"}
+# -2, 1 1/2, 3/4; 5 apples, but not 3 pi
+VALUE = (r"(-?) ?(?:(\d+) (?=\d+ ?/))?(" + DIGITS + r")(?: ?[/⁄] ?(0*[1-9]\d*))?"
     r"(?: (?!(?:pi|sqrt|or|and)\b)(?:m|[a-z]{2}[a-z .]*)(?:\^\d)?)?")
 PROSE = r"(?i)^[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
 FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
 # a gold answer with one of these is no mere words
 FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
-LONE = (  # the first number among words: not in a calculation, a list or after "not"
-    r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\bnot\b"
+# the first number among words: not in a calculation, a list or after "not"
+LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\bnot\b"
     r"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?(" + NUMBER + ")")
 
 
@@ -157,21 +157,16 @@ def pieces(text):
 
     A list without brackets is sorted, for its order says nothing.
     """
-    cut = re.split(r"\s*([()\[\],;&])\s*", plain_math(text))
-    cut = list(map(value, filter(None, cut)))
-    return cut if {"(", "["} & set(cut) else sorted(set(cut), key=str)
-
-
-def same_piece(first, second):
-    """The same number (whole ones exactly, others to 1e-4 of their size), or spelt the same."""
-    return first == second or (str not in (type(first), type(second))
-                               and abs(first - second) <= min(0.5, 1e-4 * abs(first)))
+    cut = [value(piece) for piece in re.split(r"\s*([()\[\],;&])\s*", plain_math(text)) if piece]
+    return cut if "(" in cut or "[" in cut else sorted(set(cut), key=str)
 
 
 def same_math(first, second):
-    """The same piece by piece."""
+    """Piece by piece spelt the same, or the same number: whole ones exactly, others to 1e-4."""
     ours, theirs = pieces(first), pieces(second)
-    return len(ours) == len(theirs) and all(map(same_piece, ours, theirs))
+    return len(ours) == len(theirs) and all(
+        a == b or type(a) is type(b) is float and abs(a - b) <= min(0.5, 1e-4 * abs(a))
+        for a, b in zip(ours, theirs))
 
 
 def says(given, gold):
@@ -194,8 +189,8 @@ def same(given, gold, question):
         return wanted == max(named, key=len, default="")
     letter = re.fullmatch(r"\W?([a-z])\W?", wanted)
     if letter:
-        return bool(re.match(r"[(\[{]?" + letter[1] + LETTER_ENDS, answer))
-    return begins(answer, wanted, ENDS) or bool(re.search(FORMAL, gold)) and says(given, gold)
+        return re.match(r"[(\[{]?" + letter[1] + LETTER_ENDS, answer)
+    return begins(answer, wanted, ENDS) or re.search(FORMAL, gold) and says(given, gold)
 
 
 def same_result(given, gold, question):
@@ -203,8 +198,8 @@ def same_result(given, gold, question):
     return same(given, gold, question) or OPTIONS not in question and says(given, gold)
 
 
-def official_correct(text: str, task: Task) -> bool:
-    """The QA grader of RLMEC's evaluation (github.com/Timothy023/RLMEC), which ALLO uses.
+def official_correct(text, task):
+    """`is_correct` by the QA grader of RLMEC's evaluation (github.com/Timothy023/RLMEC), which ALLO uses.
 
     It lowercases the prediction but not the gold answer, so that a gold answer with a capital
     (18 % of QASC) can never be given.
@@ -246,4 +241,4 @@ def is_correct(text: str, task: Task) -> bool:
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
     extract, compare = RULES.get(task_name(task.source), (final, same))
     given, gold = extract(text), gold_answer(task)
-    return None not in (given, gold) and compare(given, gold, task.input)
+    return None not in (given, gold) and bool(compare(given, gold, task.input))

@@ -66,8 +66,8 @@ def density(mask):
     return cells
 
 
-def write_report(folder: Path):
-    """Make report.html of a run folder. Raises UserError for a file that is broken or missing."""
+def write_report(folder):
+    """Make report.html of a run folder, return its path. Raises UserError for a file that is broken or missing."""
     def rows(name):
         path = folder / name
         return [row for _, row in read_jsonl(path)] if path.exists() else []
