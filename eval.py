@@ -86,7 +86,7 @@ def compare(target, theirs):
         raise UserError(f"{target}: has no question in common with the file --against it")
     difference, low, high, p = bootstrap([ours[key] for key in both], [theirs[key] for key in both])
     return [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}",
-            str(len(both))]
+            f"{len(both)}"]
 
 
 # ---- work ------------------------------------------------------------------------------------

@@ -10,9 +10,8 @@ from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
 from allo_mini.data.tokenizer import Ids, Tokenizer, in_common
 
 # The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
+ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 
 
 class Example(NamedTuple):
@@ -76,7 +75,7 @@ class Encoder:
         """
         text = plain(response)
         if self.style != "chat":
-            return " " + text if self.style == "alpaca" else text
+            return f" {text}" if self.style == "alpaca" else text
         for talk in (turns_of(prompt), turns_of("x")):
             framed = self.frame(talk)
             whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)

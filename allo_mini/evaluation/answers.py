@@ -51,7 +51,7 @@ def read_samples(path):
     for where, row in read_jsonl(path):
         with reading(where):
             texts = samples.get(row["input"], []) + row["samples"]
-            samples[row["input"]] = [text for text in texts if text.strip()]
+            samples[row["input"]] = list(filter(str.strip, texts))
             unfinished += row.get("unfinished", 0)
     if unfinished:
         say(f"samples: {unfinished} that hit the length limit are left out")
@@ -145,10 +145,9 @@ def summary_row(name, result):
         return form.format(result[key]).replace("%", " %") if key in result else "-"
 
     accuracy, pairs = cell("accuracy"), "margin" in result
-    interval = f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]"
     return [name, cell("reward_accuracy"), cell("reward", "{:.3f}"), "-" if pairs else accuracy,
-            accuracy if pairs else "-", interval, str(result["n"]), cell("official"),
-            cell("margin", "{:.2f}")]
+            accuracy if pairs else "-", f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
+            f"{result['n']}", cell("official"), cell("margin", "{:.2f}")]
 
 
 def bootstrap(ours, theirs):

@@ -33,7 +33,7 @@ NO_VALUE = (r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?co
     r"|smaller|larger)\b|[.;!?)](?!\d)")
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 # in a text; no time of day, no 4,2
-NUMBER = r"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?" + DIGITS + r"(?:/\d+)?(?![:,]\d)"
+NUMBER = rf"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?{DIGITS}(?:/\d+)?(?![:,]\d)"
 LAYOUT = {
     r"\\(?:boxed|fbox)\s*([^\s{}$](?:[^\s{}$,]|\{" + INSIDE + r"\})*)": r"\\boxed{\1}",  # \boxed5
     r"(?<!\\)\\[()\[\]]|\$\$": "$",
@@ -69,8 +69,7 @@ def final(text):
 FILLER = (r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|now|exactly|about"
     r"|approx|approximately|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+(?=\S)")
 COMMAND = r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}"
-WORDS = {
-    **LAYOUT, COMMAND: r"\1", r"[\"'“”‘’$]|\\(?=[$%])": "", r"\s+": " ", FILLER: "",
+WORDS = {**LAYOUT, COMMAND: r"\1", r"[\"'“”‘’$]|\\(?=[$%])": "", r"\s+": " ", FILLER: "",
     # 1,000; 2,3 and 4
     r"(?<=\d),(?=\d{3}\b)": "", r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])": ", ",
     r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$": "",  # 5.0 is 5
@@ -81,7 +80,7 @@ ENDS = (r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)
     r"|since|as|which|where)\b|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who"
     r"|when|if|the|not|it|this|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about"
     r"|approx\w*))\b|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])|\s+[-–—]+\s+(?=[a-z]{3}))")
-OPTION_ENDS = r"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |" + ENDS + ")"
+OPTION_ENDS = rf"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |{ENDS})"
 # what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
 LETTER_ENDS = (r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
     r"|(?= [-–(]| (?:because|since|as|is)\b))")
@@ -101,13 +100,13 @@ def begins(answer, words, ends):
 
 # ---- the answer as mathematics ---------------------------------------------------------------
 
-FORMULAS = {
-    r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "", FILLER: "", r"[−–]": "-",
+FORMULAS = {r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "", FILLER: "", r"[−–]": "-",
     # the rows of a matrix; 2*x is 2x
     r"\\\\": ";", r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])": "",
+    # commas of 1,000 but not of (1,000)
     r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
     r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
-    r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "", r"\\ |~": " ",  # (1,000)
+    r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "", r"\\ |~": " ",
     # a unit at the end; other \text{} is kept without its command
     r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$": "",
     COMMAND: r"\1",
@@ -125,7 +124,7 @@ FORMULAS = {
     r"([a-z]{1,2})\s*=\s*(?=[^=]*[,;]\s*\1\s*=)": "",
     r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)": r"\1"}
 # -2, 1 1/2, 3/4; 5 apples, but not 3 pi
-VALUE = (r"(-?) ?(?:(\d+) (?=\d+ ?/))?(" + DIGITS + r")(?: ?[/⁄] ?(0*[1-9]\d*))?"
+VALUE = (rf"(-?) ?(?:(\d+) (?=\d+ ?/))?({DIGITS})(?: ?[/⁄] ?(0*[1-9]\d*))?"
     r"(?: (?!(?:pi|sqrt|or|and)\b)(?:m|[a-z]{2}[a-z .]*)(?:\^\d)?)?")
 PROSE = r"(?i)^[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
 FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
@@ -133,7 +132,7 @@ FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
 FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
 # the first number among words: not in a calculation, a list or after "not"
 LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\bnot\b"
-    r"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?(" + NUMBER + ")")
+    rf"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?({NUMBER})")
 
 
 def plain_math(text):

@@ -67,7 +67,10 @@ def density(mask):
 
 
 def write_report(folder):
-    """Make report.html of a run folder, return its path. Raises UserError for a file that is broken or missing."""
+    """Make report.html of a run folder, and return its path.
+
+    Raises UserError for a file that is broken or missing.
+    """
     def rows(name):
         path = folder / name
         return [row for _, row in read_jsonl(path)] if path.exists() else []
