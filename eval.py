@@ -8,6 +8,7 @@ Every --test file gives a file of that name in --out: a line a row, with the ans
 is right. Of alpaca_eval and arena_hard prompts it holds answers alone, which their own tools judge.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def grade(model, settings, jobs):
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
-    source = Path(args.patch or args.model).absolute()
+    source = Path(os.path.abspath(args.patch or args.model))
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers
     for file in args.test:
