@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from allo_mini import UserError
-from allo_mini.checkpoint import eos_ids, load_model
+from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of, turns_of
 from allo_mini.data.tokenizer import load_tokenizer
@@ -93,19 +93,18 @@ def compare(target, theirs):
 # ---- work ------------------------------------------------------------------------------------
 
 def encoder_for(model, settings, rows):
-    """(encoder, ids that end a response); without graded rows prompts are as in a chat."""
+    """The encoder; without graded rows prompts are as in a chat."""
     tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
     length = model.config.length(settings.max_length, f"{model.folder}/config.json")
     style = settings.prompt
     if style == "auto" and not rows:
         style = "chat" if tokenizer.template else "alpaca"
-    encoder = Encoder(tokenizer, style_of(style, rows), length)
-    return encoder, {*eos_ids(model, tokenizer), encoder.closing}
+    return Encoder(tokenizer, style_of(style, rows), length)
 
 
 def talk(model, settings):
     """A conversation in the terminal; every answer is greedy and follows all that was said."""
-    encoder, eos = encoder_for(model, settings, [])
+    encoder = encoder_for(model, settings, [])
     messages = []
     sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     say("an empty line begins anew, Ctrl-D ends")
@@ -114,7 +113,7 @@ def talk(model, settings):
             messages.clear()
             continue
         messages += turns_of(text)
-        [[(text, ended)]] = respond(model, encoder, [messages], settings, eos, temperature=0.0)
+        [[(text, ended)]] = respond(model, encoder, [messages], settings, temperature=0.0)
         messages += turns_of(text, "assistant")
         say(text if ended else f"{text} ... (cut: --max-new-tokens, --max-length)")
         say(encoder.report())  # when the talk has outgrown --max-length
@@ -125,8 +124,8 @@ def grade(model, settings, jobs):
     lines = []
     for target, (task, rows, theirs) in jobs.items():
         rows = rows[:settings.limit or None]
-        encoder, eos = encoder_for(model, settings, [] if task in JUDGED else rows)
-        items = evaluate(model, encoder, rows, settings, eos, target.stem)
+        encoder = encoder_for(model, settings, [] if task in JUDGED else rows)
+        items = evaluate(model, encoder, rows, settings, target.stem)
         if not items:
             raise UserError(f"{target.stem}: no row can be used; {encoder.report()}")
         say(f"{target.stem}: {len(items)} rows, {encoder.report() or 'none dropped'}; prompts: "

@@ -68,7 +68,7 @@ def optimize(run, name, policy, examples, objective, mask=None):
                             state_bits=cfg.state_bits, offload=cfg.offload)
     for path in policy.changes:
         begin_at(optimizer, path)
-    shares = [parallel.share(step) for step in steps]  # this rank's; without torchrun all
+    shares = [step[parallel.RANK::parallel.WORLD] for step in steps]  # without torchrun all
     if objective.first_loss:
         shares = [with_reference(model, share, cfg.micro_tokens)
                   for share in progress(shares, label=f"{name}: reference", unit="step")]
@@ -131,9 +131,7 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
-    if whole:
-        return Policy(path)
-    return Policy(policy.folder, (*policy.changes, path))
+    return Policy(path) if whole else Policy(policy.folder, (*policy.changes, path))
 
 
 def fine_tuned(run, name, policy, examples, artefact=""):
@@ -167,9 +165,8 @@ def sample(run, policy):
         bar.update(done * cfg.n)
         for at in range(done, len(asked), GROUP):
             tasks = asked[at:at + GROUP]
-            texts = respond(model, run.encoder, [task.input for task in tasks], cfg,
-                            run.eos(model), cfg.n, rows=[task.id for task in tasks],
-                            on_done=lambda *_: bar.update())
+            texts = respond(model, run.encoder, [task.input for task in tasks], cfg, cfg.n,
+                            rows=[task.id for task in tasks], on_done=lambda *_: bar.update())
             append_rows(growing, map(sample_row, tasks, texts))
         growing.rename(target)
         run.report_dropped("questions", len(asked))

@@ -68,7 +68,7 @@ def read_tensor(path, name):
 
 
 def meta_model(folder):
-    """The folder's model without weights, {name: its file}. Raises UserError where they differ."""
+    """The folder's model without weights; `files` has each one's file. Raises UserError."""
     path = folder / "config.json"
     with reading(path), torch.device("meta"):
         config = parse_config(read_json(path), str(path))
@@ -80,7 +80,7 @@ def meta_model(folder):
             raise UserError(f"{folder}: weight {name} is missing, or does not belong to a "
                             f"{config.family} model")
     model.folder, model.files = folder, files
-    return model.requires_grad_(False), files
+    return model.requires_grad_(False)
 
 
 def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=None, changes=()):
@@ -92,13 +92,13 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
     Raises UserError for anything missing, truncated, misshapen or unsupported.
     """
     dtype = DTYPES.get(dtype, dtype)
-    model, files = meta_model(find_folder(str(path_or_id)))
+    model = meta_model(find_folder(str(path_or_id)))
     model.changes = [read_patch(path, model.state_dict()) for path in changes]
     state = {}
     for name, p in model.named_parameters():
-        tensor = read_tensor(files[name], name)
+        tensor = read_tensor(model.files[name], name)
         if tensor.shape != p.shape or not tensor.is_floating_point():
-            raise UserError(f"{files[name]}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+            raise UserError(f"{model.files[name]}: {name} is {tensor.dtype} {list(tensor.shape)}, "
                             f"config.json asks for floating point {list(p.shape)}")
         tensor = put_changes(tensor, name, dtype, model.changes)
         if int8 and is_quantized(name, tensor.shape):
@@ -109,11 +109,12 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
     return model
 
 
-def eos_ids(model, tokenizer):
-    """Ids that end a response: config.json's, generation_config.json's and the tokenizer's."""
+def eos_ids(model, encoder):
+    """Ids that end a response: config.json's, generation_config.json's, the tokenizer's, and what
+    ends one in the encoder's prompt style."""
     path = model.folder / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
-    ids = [tokenizer.eos_id]
+    ids = [encoder.tokenizer.eos_id, encoder.closing]
     for config in (model.config.raw, generation):
         value = config.get("eos_token_id")
         ids += value if isinstance(value, list) else [value]

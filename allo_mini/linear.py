@@ -53,12 +53,6 @@ def dense_rows(weight, dtype):
         yield rows, dense
 
 
-def add(slot, dense_of):
-    """Add the selected entries of a gradient; dense_of(rows) makes some rows of all its entries."""
-    for rows, entries, index in slot.selected.chunks():
-        slot.grad[entries] += take(dense_of(rows), index).to(slot.grad.device)
-
-
 class MaskedLinear(torch.autograd.Function):
     """y = x W^T: x [N,I], W [O,I] -> [N,O]. `handle`: an int8 W's in autograd's graph."""
 
@@ -73,7 +67,7 @@ class MaskedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, = ctx.saved_tensors
         if x is not None:
-            add(ctx.weight.slot, lambda rows: dy[:, rows].T @ x)
+            ctx.weight.slot.add(lambda rows: dy[:, rows].T @ x)
         dx = None
         for rows, dense in dense_rows(ctx.weight, dy.dtype):
             product = dy[:, rows] @ dense
@@ -110,7 +104,7 @@ class MaskedEmbedding(torch.autograd.Function):
             place = (ids - rows.start + 1).clamp(0, count + 1)  # a row for all before, one behind
             return dy.new_zeros(count + 2, dy.shape[1]).index_add_(0, place, dy)[1:-1]
 
-        add(ctx.weight.slot, dense)
+        ctx.weight.slot.add(dense)
         return None, None
 
 

@@ -4,10 +4,9 @@ This is the only way the project scores text: reference and policy, training and
 through the same code, so that the ratio of a model to itself is exactly 1.
 """
 
-from dataclasses import dataclass
+from collections import namedtuple
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -18,15 +17,13 @@ from allo_mini.mask import chunk_of
 HEAD_BYTES = 1 << 28  # of fp32 logits that exist at a time
 
 
-@dataclass
-class Batch:
-    """A packed micro-batch: a stream of N tokens, S of them scored (those of R responses)."""
-    input_ids: Tensor   # [N]
-    positions: Tensor   # [N]
-    predictors: Tensor  # [S] where in the stream stands what predicts each scored token
-    targets: Tensor     # [S]
-    lengths: list       # [R] tokens of each response; they sum to S
-    trees: list         # of each example: tokens of the prompt, (tokens of each response)
+# A packed micro-batch: a stream of N tokens, S of them scored (those of R responses)
+#   input_ids, positions [N]
+#   predictors  [S] where in the stream stands what predicts each scored token
+#   targets     [S]
+#   lengths     [R] tokens of each response; they sum to S
+#   trees       of each example: tokens of the prompt, (tokens of each response)
+Batch = namedtuple("Batch", "input_ids positions predictors targets lengths trees")
 
 
 def pack(examples, device="cpu"):

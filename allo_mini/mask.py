@@ -10,7 +10,6 @@ patches.
 """
 
 from fractions import Fraction
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class Selected:
         self.width = (self.shape or [1])[-1]
         if counts is None:
             counts = torch.full([self.shape[:-1].numel()], self.width)
-        self.counts = counts
+        self.counts, self.kept = counts, None
         self.ends = counts.cpu().cumsum(0)  # how many stand in a row and before it
 
     @classmethod
@@ -77,12 +76,9 @@ class Selected:
         Positions are None where all are selected. A CPU, where memory is plentiful, keeps them in 8
         bytes each; a GPU makes them anew.
         """
-        return self.held if self.counts.device.type == "cpu" else self.decode()
-
-    @cached_property
-    def held(self):
-        """The chunks on a CPU."""
-        return list(self.decode())
+        if self.kept is None and self.counts.device.type == "cpu":
+            self.kept = list(self.decode())
+        return self.kept or self.decode()
 
     def decode(self):
         """Yield the chunks."""

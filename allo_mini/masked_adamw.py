@@ -35,12 +35,16 @@ class Slot:
     grad: Tensor  # the flat gradient's slice
     handle: Tensor | None  # stands in for an int8 parameter in autograd's graph
 
+    def add(self, dense_of):
+        """Add a gradient's selected entries; dense_of(rows) makes some rows of all its entries."""
+        for rows, entries, index in self.selected.chunks():
+            self.grad[entries] += take(dense_of(rows), index).to(self.grad.device)
+
     def gather(self, p):
         """Autograd's hook: take the selected entries of a dense gradient, and drop it."""
         if p.grad is not None:  # linear.py has taken a matrix's
             dense = p.grad.view(-1, self.selected.width)
-            for rows, entries, index in self.selected.chunks():
-                self.grad[entries] += take(dense[rows], index).to(self.grad.device)
+            self.add(lambda rows: dense[rows])
             p.grad = None
 
 
@@ -182,10 +186,6 @@ class MaskedAdamW(FlatGradient):
         """The same as tensors of the parameters' shapes; needs mask = None."""
         moved = self.moved()
         return {slot.name: moved[slot.where].view(slot.p.shape) for slot in self.slots}
-
-    def largest_change(self):
-        """max |theta - theta_start| over the selected weights; NaN stays NaN."""
-        return float(self.moved().max())
 
     def begin_at(self, slot, dense):
         """Before the first step: take over a parameter's selected weights from a dense fp32 tensor.

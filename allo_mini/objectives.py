@@ -82,12 +82,9 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
         ratios = (logps - ref).sum(-1).T if first_loss else whole / lengths
         up, down = beta * ratios
         return loss_of((*now, *before), lengths).sum(), {
-            "rewards/chosen": up,
-            "rewards/rejected": down,
-            "rewards/margins": up - down,
-            "rewards/accuracies": up > down,
-            "logps/chosen": whole[0],
-            "logps/rejected": whole[1],
+            "rewards/chosen": up, "rewards/rejected": down,
+            "rewards/margins": up - down, "rewards/accuracies": up > down,
+            "logps/chosen": whole[0], "logps/rejected": whole[1],
             "useful/fraction": useful.sum(-1) / lengths[1]}
 
     filtered = ["useful/fraction"] if epsilon < 1 else []

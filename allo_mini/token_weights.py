@@ -80,9 +80,7 @@ def weights_from_scores(scores, mode, threshold):
     """
     if mode == "threshold":
         return [float(s < threshold) for s in scores]
-    if mode == "soft":
-        return [1 - s for s in scores]
-    return scores
+    return [1 - s for s in scores] if mode == "soft" else scores
 
 
 def edit_weights(response, rewrite):

@@ -1,9 +1,6 @@
 """Prompts and responses -> token ids, in one of three prompt styles."""
 
-from collections import Counter
-from typing import NamedTuple
-
-from torch import Tensor
+from collections import Counter, namedtuple
 
 from allo_mini import UserError
 from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
@@ -14,17 +11,10 @@ ALPACA = ("Below is an instruction that describes a task. Write a response that 
     "completes the request.\n\n### Instruction:\n{}\n\n### Response: Let's think step by step.")
 
 
-class Example(NamedTuple):
-    """A prompt with its responses as token ids: one response to score, or [chosen, rejected].
-
-    `weights`, when given, has one token weight for each token of the (single) response, `scores`
-    what they came from; `ref` the reference's log-probs of all response tokens, in one row.
-    """
-    prompt: Ids
-    responses: list[Ids]
-    weights: list[float] | None = None
-    ref: Tensor | None = None
-    scores: list[float] | None = None
+# A prompt with its responses as token ids: one response to score, or [chosen, rejected].
+# weights, when given, has one token weight for each token of the (single) response, scores what
+# they came from; ref: the reference's log-probs of all response tokens, a tensor [s].
+Example = namedtuple("Example", "prompt responses weights ref scores", defaults=[None] * 3)
 
 
 class Encoder:

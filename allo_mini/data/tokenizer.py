@@ -93,8 +93,8 @@ class Tokenizer:
 
     def encode(self, text: str, bos: bool = True) -> Ids:
         """Token ids of a text; with `bos` after the tokenizer's own BOS, if it has one."""
-        prefix = self.prefix if bos else []
-        return prefix + self.inner.encode(text, add_special_tokens=False).ids
+        ids = self.inner.encode(text, add_special_tokens=False).ids
+        return self.prefix + ids if bos else ids
 
     def decode(self, ids):
         """Text of token ids, special tokens left out."""

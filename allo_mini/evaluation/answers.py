@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 
 from allo_mini import UserError
+from allo_mini.checkpoint import eos_ids
 from allo_mini.data.rows import Negative, Pair, Task
 from allo_mini.evaluation.graders import QA, gold_answer, is_correct, official_correct, task_name
 from allo_mini.generate import sample
@@ -18,13 +19,13 @@ COLUMNS = ("reward accuracy", "reward margin", "accuracy", "raw accuracy", "95 %
            "official", "raw margin")  # of the result table
 
 
-def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, **more):
+def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     """n responses a prompt -> [prompt][k] -> (text, whether it ended by itself).
 
     settings: a Config, or anything with its sampling fields. temperature: 0 is greedy, None the
     settings'. more: `rows`, the numbers that seed each prompt, and `on_done` (generate.sample).
     """
-    decode = encoder.tokenizer.decode
+    eos, decode = eos_ids(model, encoder), encoder.tokenizer.decode
 
     def stopped(tokens):
         return any(stop in decode(tokens[-32:]) for stop in settings.stop)
@@ -89,7 +90,7 @@ def label(tasks, samples, per_question, seed, encoder):
 
 # ---- evaluation ------------------------------------------------------------------------------
 
-def evaluate(model, encoder, rows, settings, eos, name):
+def evaluate(model, encoder, rows, settings, name):
     """Greedy answers to Tasks, or log-prob margins of Pairs -> one dict a row, with "correct".
 
     "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
@@ -97,7 +98,7 @@ def evaluate(model, encoder, rows, settings, eos, name):
     """
     update = progress(None, len(rows), name).update
     if isinstance(rows[0], Task):
-        answers = respond(model, encoder, [task.input for task in rows], settings, eos,
+        answers = respond(model, encoder, [task.input for task in rows], settings,
                           temperature=0.0, on_done=lambda *_: update())
         return [graded(task, *response) for task, [response] in zip(rows, answers)]
     examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]

@@ -5,7 +5,8 @@ Later wins: defaults, then the demo's settings or a card's (CARDS), then --confi
 
 import argparse
 import difflib
-from dataclasses import dataclass, field, fields, replace
+from collections import namedtuple
+from dataclasses import dataclass, field, fields
 
 from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
@@ -13,16 +14,9 @@ from allo_mini.run.files import read_json, reading
 METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
 
 
-@dataclass
-class Schedule:
-    """How a stage trains. lr: peak learning rate of a 7B model; batch: rows of a step at most;
-    epochs: passes over the rows; warmup: share of the steps in which the rate rises."""
-    lr: float
-    batch: int
-    epochs: float
-    warmup: float
-
-
+# How a stage trains. lr: peak learning rate of a 7B model; batch: rows of a step at most;
+# epochs: passes over the rows; warmup: share of the steps in which the rate rises.
+Schedule = namedtuple("Schedule", "lr batch epochs warmup")
 SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others are ours
     "sft": Schedule(1e-5, 16, 3, 0.1), "rewrite": Schedule(1e-5, 16, 1, 0.1),
     "warmup": Schedule(1e-6, 32, 1, 0.1), "dpo": Schedule(1e-6, 32, 1, 0.1),
@@ -139,11 +133,11 @@ def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
     times. batch: the table's, but small enough for 50 steps an epoch, and not below 8. (ours)
     """
     shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget
-    plan = replace(SCHEDULES[shared], **cfg.schedules.get(shared, {}))
+    plan = SCHEDULES[shared]._replace(**cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
     lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
     batch = cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1)
-    return replace(plan, lr=lr, batch=batch)
+    return plan._replace(lr=lr, batch=batch)
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -224,7 +218,7 @@ def check(values: dict, file=""):
             raise UserError(f"{place} is {value!r}, expected {wanted}")
     for stage, changes in values.get("schedules", {}).items():
         with reading(f"{file}: schedules of {stage}"):
-            replace(SCHEDULES[stage], **changes)
+            SCHEDULES[stage]._replace(**changes)
 
 
 def from_file(path: str) -> dict:

@@ -7,10 +7,10 @@ replaces a stage: put it into the folder under its name (ARTEFACTS) before the r
 import hashlib
 import math
 import time
+from collections import namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from itertools import starmap
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -31,16 +31,13 @@ from allo_mini.run.files import load_tensors, lock, read_json, reading, save_ten
 from allo_mini.run.inputs import read_rows, style_of, unused_template
 from allo_mini.run.log import Log, say
 
-ARTEFACTS = ("samples.jsonl", "movement.safetensors", "mask.safetensors", "mask-forget.safetensors",
-             "token_weights.jsonl", "forget.safetensors", "rewriter", "improve", "more-sft",
-             *METHODS)
+ARTEFACTS = (*METHODS, "samples.jsonl", "movement.safetensors", "mask.safetensors", "more-sft",
+    "mask-forget.safetensors", "token_weights.jsonl", "forget.safetensors", "rewriter", "improve")
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
 
-class Policy(NamedTuple):
-    """A model on disk: a Hugging Face folder, and patches to put on top of it, in order."""
-    folder: Path
-    changes: tuple[Path, ...] = ()
+# A model on disk: a Hugging Face folder (a Path), and patches to put on top of it, in order
+Policy = namedtuple("Policy", "folder changes", defaults=[()])
 
 
 @dataclass
@@ -117,8 +114,7 @@ class Run:
 
     def validate(self, name, model, done, total):
         """Every --eval-every steps: {"eval/score": share of the validation rows that are right}."""
-        due = done % self.cfg.eval_every == 0 or done == total
-        if not due or name in ("warmup", "rewrite"):
+        if (done % self.cfg.eval_every and done < total) or name in ("warmup", "rewrite"):
             return {}
         items = self.evaluate(model, self.val, "validate")
         score = sum(item["correct"] for item in items) / len(items)
@@ -127,7 +123,7 @@ class Run:
 
     def report_change(self, name, optimizer, skipped):
         """Say how far the weights moved. Raises UserError when they are no numbers any more."""
-        change = optimizer.largest_change()
+        change = float(optimizer.moved().max())
         if not math.isfinite(change):
             raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
         warning = "" if change else "   <-- WARNING: no weight moved; raise the learning rate"
@@ -149,13 +145,9 @@ class Run:
         if report:
             say(f"{name}: {usable} can be used; {report}")
 
-    def eos(self, model) -> set:
-        """Ids that end a response of this model in this prompt style."""
-        return {*eos_ids(model, self.encoder.tokenizer), self.encoder.closing}
-
     def evaluate(self, model, rows, label):
         """Greedy answers to tasks, margins of pairs; one dict a row."""
-        items = evaluate(model, self.encoder, rows, self.cfg, self.eos(model), label)
+        items = evaluate(model, self.encoder, rows, self.cfg, label)
         self.report_dropped(f"{label} rows", len(items))
         return items
 
@@ -236,7 +228,7 @@ def claim_folder(run, record):
 
 def open_model(name, cfg) -> tuple:
     """(model without weights, tokenizer, tokens of a row at most) of a folder or a hub id."""
-    model, _ = meta_model(find_folder(name, download=not cfg.dry_run))
+    model = meta_model(find_folder(name, download=not cfg.dry_run))
     tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
     return model, tokenizer, model.config.length(cfg.max_length, f"{model.folder}/config.json")
 
@@ -248,10 +240,10 @@ def open_run(cfg: Config) -> Run:
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model, tokenizer, length = open_model(cfg.model or demo.FOLDER, cfg)
-    eos_ids(model, tokenizer)
     rows = read_rows(cfg)
     encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
     encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
+    eos_ids(model, encoder)  # reads generation_config.json
     hint = unused_template(encoder, cfg.prompt)
     data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")

@@ -28,11 +28,6 @@ def join(device: str) -> str:
     return device
 
 
-def share(items):
-    """This rank's items."""
-    return items[RANK::WORLD]
-
-
 def sum_up(grad, sums: dict, device) -> dict:
     """Add up the ranks' gradients, in place, and their sums; a rank without examples has none."""
     for part in grad.split(PART):
