@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from allo_mini.checkpoint import load_model, save_model
+from allo_mini.linear import dense_rows
 from allo_mini.model import CausalLM, parse_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -17,6 +18,9 @@ RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 
        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
        "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": EOS}
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -68,6 +72,11 @@ def state_of(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def whole(p, dtype=torch.float32) -> torch.Tensor:
+    """A weight, dequantised where it is int8."""
+    return torch.cat([rows.clone() for _, rows in dense_rows(p, dtype)])
+
+
 def random_mask(model, share: float = 0.3) -> dict[str, torch.Tensor]:
     """A bool tensor for every parameter."""
     generator = torch.Generator().manual_seed(0)
@@ -80,14 +89,30 @@ def low(x: float) -> float:
     return math.log(1 + math.exp(-x))
 
 
+def error_of(capsys) -> str:
+    """What a command that was refused has printed: one line."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.find("\n") == len(error) - 1, error
+    return error
+
+
 def assert_close(a: dict, b: dict, **tolerance) -> None:
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], **tolerance, msg=lambda m: f"{name}: {m}")
 
 
+def save_tokenizer(tokenizer, folder: Path, **settings) -> Path:
+    """The folder of a tokenizer; `settings`: tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_tokenizer(folder: Path, **settings) -> Path:
-    """A character tokenizer with <unk>, <s> = 1 and </s> = 2; `settings`: tokenizer_config.json."""
+    """A character tokenizer with <unk>, <s> = 1 and </s> = 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     characters = ["Ġ", "Ċ", *map(chr, range(33, 127))]
     vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *characters])}
@@ -95,11 +120,7 @@ def write_tokenizer(folder: Path, **settings) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
+    return save_tokenizer(tokenizer, folder, **settings)
 
 
 def write_folder(folder: Path, **settings) -> Path:

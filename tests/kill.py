@@ -31,6 +31,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def press() -> None:
+    """Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 class Watched:
     """Standard output that acts when what matches a pattern is about to be written."""
 

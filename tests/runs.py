@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import train
 from allo_mini.data.demo import FOLDER, problems
 from allo_mini.run.files import load_tensors
+from allo_mini.run.log import Log
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ("{% for m in messages %}{{ m['content'] }}"
@@ -93,22 +94,9 @@ def demo_command(place: Path, out: Path | None = None) -> list[str]:
 
 # ---- what a run has left -----------------------------------------------------------------------
 
-def logged(folder: Path) -> list[dict]:
-    """metrics.jsonl; steps that were done again after a kill stand there twice, the last counts."""
-    rows = {}
-    for row in rows_of(folder / "metrics.jsonl"):
-        key = row["stage"], row.get("step")
-        rows[key] = rows.get(key, {}) | row
-    return list(rows.values())
-
-
 def steps_of(folder: Path, stage: str = "") -> list[dict]:
     """The logged training steps, of one stage or all."""
-    return [row for row in logged(folder) if "step" in row and stage in ("", row["stage"])]
-
-
-def losses_of(folder: Path) -> list[tuple]:
-    return [(row["stage"], row["step"], row["loss"], row["grad_norm"]) for row in steps_of(folder)]
+    return [row for row in Log.read(folder) if "step" in row and stage in ("", row["stage"])]
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +120,7 @@ def results_of(folder: Path) -> dict:
             left[name] = notes, {key: (t.dtype, t.shape, t.flatten().view(torch.uint8).numpy()
                                        .tobytes()) for key, t in tensors.items()}
         if name == "metrics.jsonl":
-            rows = [{k: v for k, v in row.items() if k not in TIMES} for row in logged(folder)]
+            rows = [{k: v for k, v in row.items() if k not in TIMES} for row in Log.read(folder)]
             left[name] = [row for row in rows if len(row) > 1]  # more than the stage's name
         if name == "results.json":
             text = path.read_text().replace(str(folder), "")

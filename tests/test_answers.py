@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from helpers import tiny_model, write_tokenizer
 
-from allo_mini import UserError
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Task
 from allo_mini.data.tokenizer import Tokenizer
@@ -30,19 +29,13 @@ def encoder(tmp_path_factory):
 
 # ---- rows of no known task --------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("6 * 7 = 42\nThe answer is 42", "42", True), ("so the answer is Paris", "paris", True),
-    ("The answer is 2,125", "2125", True), ("The answer is 1,234,567.", "1234567", True),
-    ("The answer is 43.0", "43", True), ("The answer is $18", "18", True),
-    ("The answer is 18", "$18.00", True), ("The answer is: 42\nThat was easy.", "42", True),
-    ("The answer is 7. No:\nThe answer is 42", "42", True),
-    ("The answer is 42\nOr the answer is 7.", "42", False),  # the last one counts
-    ("42", "42", True), ("The answer is", "42", False), ("", "42", False),
-    ("The answer is 43.5", "43", False), ("The answer is -42", "42", False),
-    ("The answer is 4,2", "42", False), ("The answer is 0.42", "42", False)])
-def test_answers_are_graded_by_value_not_by_form(text, answer, right):
-    assert is_correct(text, Task(0, "q", None, answer)) is right
-    assert is_correct(text, Task(0, "q", f"Because.\nThe answer is {answer}", None)) is right
+@pytest.mark.parametrize("text, answer", [
+    ("2,125", "2125"), ("1,234,567.", "1234567"), ("43.0", "43"), ("18", "$18.00"), ("Paris", "paris")])
+def test_answers_are_graded_by_value_not_by_form(text, answer):
+    """Those of a row's answer, or of its solution; test_graders.py has many more."""
+    for task in (Task(0, "q", None, answer), Task(0, "q", f"So.\nThe answer is {answer}", None)):
+        assert is_correct(f"The answer is {text}", task)
+        assert not is_correct(f"The answer is 1{text}", task) and not is_correct("", task)
 
 
 def test_the_answer_field_goes_before_the_solution():
@@ -61,11 +54,6 @@ def test_samples_of_a_question_are_read_from_all_its_lines(tmp_path, capsys):
                     '{"input": "b", "samples": []}\n{"input": "a", "samples": ["z ", ""]}\n')
     assert read_samples(path) == {"a": ["x", "y", "z "], "b": []}
     assert "2 that hit the length limit are left out" in capsys.readouterr().out
-    for broken in ('{"input": "a"}', '{"input": "a", "samples": "x"}',
-                   '{"input": ["a"], "samples": []}', '{"input": "a", "samples": ["x", 5]}'):
-        path.write_text('{"input": "a", "samples": ["x"]}\n' + broken)
-        with pytest.raises(UserError, match="samples.jsonl:2: "):
-            read_samples(path)
 
 
 def test_all_pairs_of_different_responses(encoder):
@@ -116,14 +104,16 @@ def test_pairs_depend_on_the_seed_and_on_no_other_row(encoder):
 
 
 def test_stop_strings_end_a_response_and_are_cut_off(encoder):
-    model, settings = tiny_model(), SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0,
-                                                    temperature=1.0, sample_batch=4)
-    [[(whole, ended)], _] = respond(model, encoder, ["a", "b"], settings, {2}, temperature=0.0)
+    model = tiny_model(eos_token_id=2)
+    model.folder = encoder.tokenizer.folder
+    settings = SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0, temperature=1.0,
+                               sample_batch=4)
+    [[(whole, ended)], _] = respond(model, encoder, ["a", "b"], settings, temperature=0.0)
     settings.stop = [whole[7:9]]
-    [[(text, ended)], _] = respond(model, encoder, ["a", "b"], settings, {2}, temperature=0.0)
+    [[(text, ended)], _] = respond(model, encoder, ["a", "b"], settings, temperature=0.0)
     assert ended and text == whole.split(whole[7:9])[0].strip()
-    drawn = respond(model, encoder, ["a"], settings, {2}, n=3, rows=[5])
-    assert drawn == respond(model, encoder, ["b", "a"], settings, {2}, n=3, rows=[0, 5])[1:]
+    drawn = respond(model, encoder, ["a"], settings, n=3, rows=[5])
+    assert drawn == respond(model, encoder, ["b", "a"], settings, n=3, rows=[0, 5])[1:]
 
 
 # ---- intervals ----------------------------------------------------------------------------------

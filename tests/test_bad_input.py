@@ -1,6 +1,7 @@
 """Every mistake of the user's: exit code 2, one line `error: ...` naming the place."""
 
 import json
+import math
 import re
 import shutil
 from fnmatch import fnmatch
@@ -8,9 +9,9 @@ from fnmatch import fnmatch
 import huggingface_hub
 import pytest
 import torch
-from helpers import RAW, tiny_model, write_tokenizer
+from helpers import LLAMA3, RAW, error_of, tiny_model, write_tokenizer
 from runs import FOLDER, ROOT, lines, pair, run, task
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, save
 
 import eval as evaluation
 import train
@@ -19,7 +20,7 @@ from allo_mini.checkpoint import find_folder
 from allo_mini.mask import Selected, to_tensors
 
 T, P = "train --model model --train t.jsonl", "train --model model --pairs p.jsonl"
-E = "eval --model model --test t.jsonl"
+E, Q, J = (f"eval --model model --test {name}.jsonl" for name in ("t", "q", "arena_hard"))
 GOOD = {"t.jsonl": lines(*(task(f"2 + {i}?") for i in range(4))),
         "test.jsonl": lines(task("5 + 5?", "10")),
         "p.jsonl": lines(*(pair(f"Is {i}?") for i in range(12)))}
@@ -45,15 +46,14 @@ def refused(command, says: str, place, capsys) -> None:
     """Run a command, which must fail as promised, its line naming `says`; what was there stays."""
     before = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
     name, *words = command.split()
-    code = {"train": train, "eval": evaluation}[name].main(words)
-    errors = capsys.readouterr().err
-    assert code == 2 and errors[:7] == "error: " and errors.find("\n") == len(errors) - 1, errors
-    assert says in errors, errors
+    assert {"train": train, "eval": evaluation}[name].main(words) == 2
+    assert says in error_of(capsys)
     assert before == {p: p.read_bytes() for p in before}
 
 
 # ---- rows: what the file holds, what the line says -----------------------------------------------
 
+USER = [{"role": "user", "content": "b"}]
 ROWS = {
     "broken JSON": (lines(task("a")) + '{"input": "b", \n', "t.jsonl:2"),
     "not UTF-8": (b'{"input": "caf\xe9", "output": "x"}\n', "t.jsonl"), "empty": ("", "t.jsonl"),
@@ -66,18 +66,18 @@ ROWS = {
     "no output": (lines({"input": "a", "answer": "x"}), "output"),
     "an empty question": (lines(task("  ")), "t.jsonl:1"),
     "preferences": (GOOD["p.jsonl"], "t.jsonl:1"),
-    "no answer anywhere": (lines({"input": "a", "output": "four"}), "The answer is X"),
-}
+    "no answer anywhere": (lines({"input": "a", "output": "four"}), "The answer is X")}
 PAIRS = {
     "task rows": (GOOD["t.jsonl"], "p.jsonl:1"),
     "no rejected": (lines({"prompt": "a", "chosen": "b"}), "p.jsonl:1"),
-    "a list and a string": (lines(pair("a", [{"role": "user", "content": "b"}])), "p.jsonl:1"),
+    "a list and a string": (lines(pair("a", USER)), "p.jsonl:1"),
     "a message without content": (lines(pair([{"role": "user"}], "b", "c")), "p.jsonl:1"),
     "nothing in common": (lines({"chosen": "yes", "rejected": "no"}), "p.jsonl:1"),
     "identical pairs": (lines(*(pair(str(i), "x", "x") for i in range(12))), "identical"),
     "too long rows": (lines(*(pair(str(i), "x" * 1300) for i in range(12))), "longer"),
-    "a single pair": (lines(pair("a")), "p.jsonl"),
-}
+    "a system prompt": (lines(pair("a") | {"system": "Hm."}), "p.jsonl:1: 'system' is not read"),
+    "one beside messages": (lines(pair(USER, USER, USER) | {"system": "Hm."}), "p.jsonl:1: 'sys"),
+    "a single pair": (lines(pair("a")), "p.jsonl")}
 
 
 @pytest.mark.parametrize("name", [*ROWS, *PAIRS])
@@ -127,12 +127,16 @@ FLAGS = [
     ("eval --model model", {}, "--test"), (E + " --lmit 5", {}, "--limit"),
     (E + " --limit -1", {}, "--limit"), (E + " --max-length 5000", {}, "--max-length"),
     (E + " --patch nowhere", {}, "nowhere"), (E + " --patch t.jsonl", {}, "t.jsonl"),
-    (E + " --task nothing", {}, "--task"), (E + " --out run", {"run": "a file"}, "run"),
+    (E + " --task gms8k", {}, "'gms8k' (choose from 'ecqa'"), (E + " --chat", {}, "--chat"),
+    (E + " --against nowhere", {}, "nowhere/t.jsonl"),
+    (E + " --against bad", {"bad/t.jsonl": lines({"input": "a"})}, "which should hold answers"),
+    (E + " --task alpaca_eval", {}, "t.jsonl:1: missing key 'instruction'"),
+    (J, {"arena_hard.jsonl": lines({"uid": "x"})}, "arena_hard.jsonl:1: missing key 'prompt'"),
+    (Q, {"q.jsonl": lines({"input": "a"})}, "q.jsonl:1: a --test row needs 'answer'"),
+    (Q, {"q.jsonl": ""}, "q.jsonl"), (E + " --out run", {"run": "a file"}, "run"),
     (E + " --out run", {"run/t.jsonl": '{"a": 1}\n'}, "run/t.jsonl"),
     (E + " a/t.jsonl --out run", {"a/t.jsonl": GOOD["t.jsonl"]}, "--test"),
-    ("eval --model model --test q.jsonl", {"q.jsonl": ""}, "q.jsonl"),
-    ("eval --model nowhere --test t.jsonl", {}, "nowhere"),
-]
+    ("eval --model nowhere --test t.jsonl", {}, "nowhere")]
 
 
 @pytest.mark.parametrize("command, files, says", FLAGS, ids=[case[0][-60:] for case in FLAGS])
@@ -141,66 +145,63 @@ def test_flags_and_files(command, files, says, place, capsys):
     refused(command, says, place, capsys)
 
 
-# ---- model folders: what is done to the folder, what the line says -----------------------------
-
-def text(name, content):
-    return lambda folder: write(folder, {name: content})
-
-
-def weights(change):
-    def do(folder):
-        state = load_file(folder / "model.safetensors")
-        change(state)
-        save_file(state, folder / "model.safetensors")
-    return do
-
-
-def cut(name):
-    def do(folder):
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:len(data) // 2])
-    return do
-
-
-def gone(name):
-    return lambda folder: (folder / name).unlink()
-
+# ---- model folders ------------------------------------------------------------------------------
 
 NORM = "model.norm.weight"
-CONFIGS = [("architectures", ["GPT2LMHeadModel"]), ("architectures", []), ("vocab_size", -1),
-           ("vocab_size", 119), ("hidden_size", "16"), ("intermediate_size", None),
-           ("num_hidden_layers", 10**9), ("num_key_value_heads", 3), ("head_dim", 7),
-           ("hidden_act", "gelu"), ("rope_theta", "x"), ("rope_scaling", {"rope_type": "yarn"}),
-           ("rope_scaling", {"rope_type": ["linear"]}), ("rope_scaling", 4),
-           ("max_position_embeddings", 0), ("eos_token_id", "x"), ("eos_token_id", [[2]])]
-MODELS = {
-    **{f"{key} {str(value)[:20]}": (text("config.json", json.dumps({**RAW, key: value})), "model")
-       for key, value in CONFIGS},
-    **{f"no {name}": (gone(name), name)
-       for name in ("config.json", "tokenizer.json", "model.safetensors")},
-    **{f"half of {name}": (cut(name), name)
-       for name in ("config.json", "tokenizer.json", "model.safetensors")},
-    "another shape": (weights(lambda state: state.update({NORM: torch.ones(15)})), NORM),
-    "integers": (weights(lambda state: state.update({NORM: torch.ones(16).int()})), NORM),
-    "a tensor too few": (weights(lambda state: state.pop(NORM)), NORM),
-    "a tensor too many": (weights(lambda state: state.update(extra=torch.ones(1))), "extra"),
-    "broken settings": (text("tokenizer_config.json", "{"), "tokenizer_config.json"),
-    "unknown eos": (text("tokenizer_config.json", '{"eos_token": "<end>"}'), "eos_token"),
-    "no eos": (text("tokenizer_config.json", "{}"), "eos_token"),
-    "odd generation": (text("generation_config.json", '{"eos_token_id": {}}'), "eos_token_id"),
-    "no template in UTF-8": (text("chat_template.jinja", b"\xff"), "chat_template.jinja"),
-}
+VALUES = {  # a key of config.json -> values that the line names it for
+    "architectures": [["GPT2LMHeadModel"], None, []], "hidden_size": [-16, "16"],
+    "vocab_size": [True, "120", None, 0, 120.0, []], "intermediate_size": [None],
+    "num_hidden_layers": [10 ** 12], "num_attention_heads": [0], "head_dim": ["4"],
+    "rms_norm_eps": ["1e-6", True, math.nan], "hidden_act": ["gelu", 3],
+    "tie_word_embeddings": ["false"], "attention_bias": ["no"], "max_position_embeddings": [0],
+    "rope_theta": ["1e4", 0, True, math.inf, 10 ** 400], "sliding_window": ["4096", -1]}
+CONFIGS = [  # a key, a value, what the line says
+    *((key, value, f"config.json: {key} is ") for key in VALUES for value in VALUES[key]),
+    *(("architectures", value, "config.json: ") for value in ("Llama", 2, [["LlamaForCausalLM"]])),
+    ("vocab_size", 119, "[119, 16]"), ("num_key_value_heads", 3, "[12, 16]"),
+    ("head_dim", 7, "[28, 16]"), ("rope_parameters", [1], "config.json: "),
+    ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "'longrope'"),
+    *(("rope_scaling", value, "config.json: ") for value in (4, "linear", {"type": ["linear"]})),
+    ("rope_scaling", {"type": "yarn", "factor": 2.0}, "'yarn'"),
+    *(("rope_scaling", {"type": "linear", "factor": value}, "factor is") for value in (None, "2")),
+    ("rope_scaling", LLAMA3 | {"low_freq_factor": None}, "low_freq_factor"),
+    ("rope_scaling", LLAMA3 | {"original_max_position_embeddings": "8"}, "original_max_position"),
+    *(("eos_token_id", value, "eos_token_id") for value in ("x", [[2]]))]
+W = "model.safetensors"
+MODELS = {  # a file of the model's folder; its new content, or how it is made of the old; the line
+    **{f"{key} {str(value)[:30]}": ("config.json", json.dumps({**RAW, key: value}), says)
+       for key, value, says in CONFIGS},
+    **{f"no {name}": (name, None, name) for name in ("config.json", "tokenizer.json", W)},
+    **{f"{size} bytes of {name}": (name, lambda data, size=size: data[:size], name)
+       for name, size in [("config.json", 200), ("tokenizer.json", 1000), (W, -1), (W, 20_000),
+                          (W, 500), (W, 8), (W, 0)]},
+    "another shape": (W, lambda data: save(load(data) | {NORM: torch.ones(15)}), f"{NORM} is"),
+    "integers": (W, lambda data: save(load(data) | {NORM: torch.ones(16).int()}), f"{NORM} is"),
+    "a tensor too few": (
+        W, lambda data: save({n: t for n, t in load(data).items() if n != NORM}), f"{NORM} is mis"),
+    "a tensor too many": (W, lambda data: save(load(data) | {"extra": torch.ones(1)}), "extra is"),
+    "broken settings": ("tokenizer_config.json", "{", "tokenizer_config.json"),
+    "unknown eos": ("tokenizer_config.json", '{"eos_token": "<end>"}', "eos_token"),
+    "no eos": ("tokenizer_config.json", "{}", "eos_token"),
+    "odd generation": ("generation_config.json", '{"eos_token_id": {}}', "eos_token_id"),
+    "no template in UTF-8": ("chat_template.jinja", b"\xff", "chat_template.jinja")}
 
 
 @pytest.mark.parametrize("program", [T + " --method sft", E], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_folders(name, program, place, capsys):
-    MODELS[name][0](place / "model")
-    refused(program, MODELS[name][1], place, capsys)
+    file, content, says = MODELS[name]
+    path = place / "model" / file
+    if content is None:
+        path.unlink()
+    else:
+        write(path.parent, {file: content(path.read_bytes()) if callable(content) else content})
+    refused(program, says, place, capsys)
 
 
 TEMPLATES = [None, "{% for %}", "{{ raise_exception('only\\nin pairs') }}", "{{ nothing.at.all }}",
-             "{{ messages.append(1) }}", "{{ ''.__class__.__base__.__subclasses__() }}",
+             "{{ messages.append(1) }}", "{{ messages[0].update(role='x') }}",
+             "{{ raise_exception.__globals__.os }}", "{{ ''.__class__.__base__.__subclasses__() }}",
              "{% import 'os' as os %}{{ os }}", "{% include '/etc/passwd' %}",
              "{{ cycler.__init__.__globals__.os }}", "{{ range(10**7) | list }}"]
 
@@ -230,6 +231,7 @@ SAMPLED = {"input": "2 + 1?", "samples": ["a", "b"]}
 LAID = {
     "samples.jsonl": ["", "[1]\n", lines({"input": "2 + 1?"}), lines({"samples": ["a"]}),
                       lines(SAMPLED | {"input": 1}), lines(SAMPLED | {"samples": [5]}),
+                      lines(SAMPLED | {"input": ["a"]}), lines(SAMPLED | {"samples": "x"}),
                       lines(SAMPLED), lines(SAMPLED | {"input": "else"}),
                       lines(SAMPLED | {"unfinished": "x"})],
     "token_weights.jsonl": ["", "{", lines(SCORED), lines(SCORED | {"reward": [0.5, "x"]}),

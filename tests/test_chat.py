@@ -4,9 +4,10 @@ import json
 
 import pytest
 from helpers import write_folder
-from test_data import ASK, DATA, HH, NO, SO, assistant, user, with_data, write
+from test_data import ASK, DATA, HH, NO, SO, SYSTEM, assistant, user, with_data, write
 from test_data import bpe, make  # noqa: F401 (fixtures)
 
+import train
 from allo_mini import UserError
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import read_pairs
@@ -44,7 +45,6 @@ FAMILIES = {  # template, settings, how ASK and SYSTEM + ASK are asked, the shap
                     "<s>[INST] hi[/INST] hello</s>[INST] Be brief.\n\nhow?[/INST]", " {}</s>"),
     "no end of turn": ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", S_TOKENS,
                        "hi\nhello\nhow?\n", None, "{}\n</s>")}
-SYSTEM = [{"role": "system", "content": "Be brief."}]
 CASES = [(family, i) for family in FAMILIES for i in (0, 1) if FAMILIES[family][2 + i]]
 
 
@@ -152,32 +152,18 @@ def test_what_published_templates_ask_for(make):
         '26 Jul 2024|"é<"generation\n|{\n "b": 1,\n "\\u00e9": 2\n}')
 
 
-@pytest.mark.parametrize("template", [
-    "{{ messages.append(1) }}", "{{ messages[0].update(role='x') }}", "{% for %}", "{{ x.y }}",
-    "{{ messages.__class__.__mro__[1] }}", "{{ cycler.__init__.__globals__.os }}",
-    "{{ raise_exception('roles must alternate') }}", "{{ raise_exception.__globals__.os }}",
-    "{% include '/etc/passwd' %}"])
-def test_a_template_reaches_and_changes_nothing(make, template):
-    with pytest.raises(UserError, match="the chat template fails: ."):
-        make(chat_template=template).render(ASK, True)
-
-
-@pytest.mark.parametrize("row, style", [
-    ({"prompt": "Hi {}", "chosen": "so", "rejected": "no"}, "none"),
-    ({"chosen": [user("Hi {}"), *SO], "rejected": [user("Hi {}"), *NO]}, "chat")])
-def test_preference_rows_train_as_they_are(tmp_path, row, style, capsys):
-    import train
+def test_conversations_train_as_they_are(tmp_path, capsys):
     template = ("{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}"
                 "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
     model = write_folder(tmp_path / "model", chat_template=template)
-    rows = [json.loads(json.dumps(row).replace("{}", str(i))) for i in range(12)]
+    rows = [{"chosen": [user(f"Hi {i}"), *SO], "rejected": [user(f"Hi {i}"), *NO]}
+            for i in range(12)]
     pairs = write(tmp_path / "p.jsonl", *rows)
     assert train.main(["--model", str(model), "--pairs", pairs, "--max-steps", "1", "--locate",
                        "gradient", "--token-weights", "edit", "--out", str(tmp_path / "run")]) == 0
-    said = capsys.readouterr().out
-    assert "dropped" not in said and ("--prompt chat uses it" in said) == (style == "none")
+    assert "dropped" not in capsys.readouterr().out
     settings = json.loads((tmp_path / "run/config.json").read_text())["config"]
-    assert settings["prompt"] == style  # in which eval.py will ask
+    assert settings["prompt"] == "chat"  # in which eval.py will ask
     assert (tmp_path / "run/improve/model.safetensors").exists()
 
 

@@ -15,7 +15,8 @@ from allo_mini.data.encoder import ALPACA, Encoder
 from allo_mini.data.rows import Pair, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.data.tokenizer import Tokenizer
 from allo_mini.run.config import parse
-from allo_mini.run.inputs import need_answers, read_rows, style_of
+from allo_mini.run.inputs import read_rows, style_of
+from helpers import save_tokenizer, write_tokenizer
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>",
            "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>"]
@@ -43,10 +44,7 @@ def make(bpe, tmp_path):
         inner = HFTokenizer.from_str(bpe)
         if bos:
             inner.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 0)])
-        inner.save(str(tmp_path / "tokenizer.json"))
-        settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        return Tokenizer(tmp_path)
+        return Tokenizer(save_tokenizer(inner, tmp_path, **settings))
     return tokenizer
 
 
@@ -98,6 +96,7 @@ def test_downloaded_rows_of_gsm8k_and_math(tmp_path):
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
 ASK = [user("hi"), assistant("hello"), user("how?")]
 SO, NO = [assistant("so")], [assistant("no")]
+SYSTEM = [{"role": "system", "content": "Be brief."}]
 FORMS = {  # prompt (None: not given), chosen, rejected; what is read
     "strings": ("how?", "so", "no", ("how?", "so", "no")),
     "messages": (ASK, SO, NO, (ASK, SO, NO)),
@@ -109,12 +108,15 @@ FORMS = {  # prompt (None: not given), chosen, rejected; what is read
                           ("The sky is", " blue", " black")),
     "Anthropic HH": (None, HH + " Say so", HH + " Say no", (HH, " Say so", " Say no")),
     "Anthropic HH, one empty": (None, HH + " so", HH, (HH, " so", "")),
-    "identical messages": (None, ASK + SO, ASK + SO, (ASK, SO, SO))}
+    "identical messages": (None, ASK + SO, ASK + SO, (ASK, SO, SO)),
+    "a system message": (SYSTEM + ASK, SO, NO, (SYSTEM + ASK, SO, NO))}
 
 
 @pytest.mark.parametrize("prompt, chosen, rejected, expected", FORMS.values(), ids=FORMS)
 def test_preference_forms(prompt, chosen, rejected, expected, tmp_path):
     row = {"chosen": chosen, "rejected": rejected, "score_chosen": 9}
+    if prompt and prompt[0] in SYSTEM:
+        row["system"] = "Be brief."  # said again
     path = write(tmp_path / "p.jsonl", row if prompt is None else row | {"prompt": prompt})
     assert is_pairs(path)
     [pair] = read_pairs(path)
@@ -123,18 +125,30 @@ def test_preference_forms(prompt, chosen, rejected, expected, tmp_path):
 
 # ---- encoding --------------------------------------------------------------------------------
 
-def test_prompt_and_response_are_encoded_jointly(make):
-    """Random cuts of random text, inside words too: all ids are those of the whole."""
-    tokenizer, rng, moved = make(bos=True), random.Random(0), 0
-    encoder = Encoder(tokenizer, "none", 400)
-    words = "the cat sat on mat answer is 4 a b ab step by sum 12 é 😀".split()
-    for _ in range(200):
-        text = " ".join(rng.choices(words, k=12))
-        at = rng.randint(1, len(text) - 4)
-        example = encoder.example(text[:at], [text[at:]])
-        assert example.prompt + example.responses[0] == tokenizer.encode(text) + [tokenizer.eos_id]
-        moved += example.prompt != tokenizer.encode(text[:at])
-    assert moved > 20  # the boundary often lies inside a token
+ALPHABET = [*"aab  \n\t.,19=+é😀ß\u0301\u200d中\x00\u2028", "the ", "answer", "</s>", "<s>"]
+TOKENIZERS = {  # a folder, `make` -> one of each kind
+    "characters": lambda folder, _: Tokenizer(write_tokenizer(folder, add_bos_token=True)),
+    "the demo's": lambda *_: Tokenizer(demo.FOLDER),
+    "merges over spaces": lambda _, make: make(bos=True)}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_prompt_and_response_are_encoded_jointly(make, tmp_path, name):
+    """Random text: all ids are those of the whole, and what responses share is cut late."""
+    tokenizer, rng, moved = TOKENIZERS[name](tmp_path, make), random.Random(0), 0
+    for case in range(400):
+        prompt, *texts = ("".join(rng.choices(ALPHABET, k=rng.randrange(13)))
+                          for _ in range(rng.randrange(2, 5)))
+        bos = case % 2 == 0
+        shared, rests = tokenizer.split(prompt, texts, bos)
+        alone = tokenizer.encode(prompt, bos)
+        for text, rest in zip(texts, rests, strict=True):
+            assert shared + rest == tokenizer.encode(prompt + text, bos)
+        assert alone[:len(shared)] == shared
+        firsts = {tuple(rest[:1]) for rest in [*rests, alone[len(shared):]]}
+        assert len(firsts) > 1 or () in firsts, (prompt, texts)  # no further token is shared by all
+        moved += alone != shared
+    assert moved > 9 or name == "characters"  # the boundary often lies inside a token
 
 
 @pytest.mark.parametrize("response", ["the cat", "the cat</s>", "x</s></s>", "x</s> and"])
@@ -175,9 +189,8 @@ def test_a_response_is_encoded_as_it_follows_the_prompt(tmp_path):
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     inner.normalizer = normalizers.Sequence(spaces)
     inner.add_special_tokens(pieces[:3])
-    inner.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    ids = Encoder(Tokenizer(tmp_path), "none", 100).response_ids("a:", "b a")
+    tokenizer = Tokenizer(save_tokenizer(inner, tmp_path))
+    ids = Encoder(tokenizer, "none", 100).response_ids("a:", "b a")
     assert [pieces[i] for i in ids] == ["b", "▁a", "</s>"]
 
 
@@ -252,23 +265,9 @@ def test_order_depends_on_the_seed_alone(place):
     assert first[:7] == [task.input for task in rows_of("--train t.jsonl --limit 7")[0]]
 
 
-def test_rows_of_the_other_kind_without_answers_or_with_more_are_refused(place, capsys):
+def test_rows_without_an_answer_are_counted_where_answers_are_graded(place, capsys):
     write(place / "open.jsonl", {"input": "a", "output": "four"})
-    row = {"system": "Be brief.", "prompt": "a", "chosen": "b", "rejected": "c"}
-    told = [{"role": "system", "content": "Be brief."}, *ASK]
-    write(place / "lost.jsonl", row)
-    write(place / "beside.jsonl", row | {"prompt": ASK, "chosen": SO, "rejected": NO})
-    write(place / "told.jsonl", row | {"prompt": told, "chosen": SO, "rejected": NO})
-    for command, says in {"--train t.jsonl --test p.jsonl": "p.jsonl: preference rows",
-                          "--pairs p.jsonl --test p.jsonl t.jsonl": "rows need a --pairs run",
-                          "--train t.jsonl --test open.jsonl": "l:1: a --test row needs 'answer'",
-                          "--train open.jsonl": "open.jsonl: no row has 'answer'",
-                          "--pairs lost.jsonl": "lost.jsonl:1: 'system' is not read",
-                          "--pairs beside.jsonl": "beside.jsonl:1: 'system' is not read",
-                          "--pairs t.jsonl": "t.jsonl:1: missing key 'chosen'"}.items():
-        with pytest.raises(UserError, match=says):
-            rows_of(command)
-    assert rows_of("--train open.jsonl --method sft")[0] and read_pairs("told.jsonl")
+    assert rows_of("--train open.jsonl --method sft")[0]
     assert "to grade by" not in capsys.readouterr().out
     assert len(rows_of("--train t.jsonl open.jsonl")[0]) == 21
     assert "1 training rows have no answer to grade by; they make" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""eval.py: tables, per-item files, another model to compare with, chat, refusals."""
+"""eval.py: tables, per-item files, another model to compare with, chat."""
 
 import io
 import json
@@ -37,15 +37,15 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(model, *words, code=0):
+def run(model, *words):
     sizes = ["--max-new-tokens", "4", "--max-length", "300", "--sample-batch", "2"]
-    assert evaluation.main(["--model", str(model), *sizes, *words]) == code
+    assert evaluation.main(["--model", str(model), *sizes, *words]) == 0
 
 
 def answering(monkeypatch, answer):
     """Let every question be answered by answer(question); returns the prompts that were asked."""
     asked = []
-    def respond(model, encoder, prompts, settings, eos, n=1, temperature=None, on_done=None):
+    def respond(model, encoder, prompts, settings, n=1, temperature=None, on_done=None):
         assert temperature == 0.0
         asked.extend(json.loads(json.dumps(prompts)))
         return [[(answer(prompt), True)] for prompt in prompts]
@@ -137,24 +137,3 @@ def test_chat_remembers_until_an_empty_line(model, place, capsys, monkeypatch):
     said = [[message["content"] for message in messages] for messages in asked]
     assert said == [["one"], ["one", "reply 1", "two"], ["three"]]
     assert [message["role"] for message in asked[1]] == ["user", "assistant", "user"]
-
-
-@pytest.mark.parametrize("words, says", [
-    ("--test rows.jsonl --chat", "--chat"), ("", "--test"),
-    ("--test rows.jsonl --task gms8k", "'gms8k' (choose from 'ecqa'"),
-    ("--test rows.jsonl --against nowhere", "nowhere/rows.jsonl"),
-    ("--test rows.jsonl --against bad", "which should hold answers"),
-    ("--test no_key/arena_hard.jsonl", "no_key/arena_hard.jsonl:1: missing key 'prompt'"),
-    ("--test rows.jsonl --task alpaca_eval", "rows.jsonl:1: missing key 'instruction'"),
-    ("--test bad/rows.jsonl", "bad/rows.jsonl:1: a --test row needs 'answer'"),
-    ("--test rows.jsonl --out bad", "bad/rows.jsonl, which should hold answers"),
-    ("--test rows.jsonl bad/../rows.jsonl", "two --test files"),
-    ("--test rows.jsonl --limit -1", "--limit is -1"), ("--promt chat --chat", "did you mean")])
-def test_refused_in_one_line_and_nothing_is_touched(model, place, capsys, words, says):
-    write("bad/rows.jsonl", [{"input": "Row 0?"}])
-    write("no_key/arena_hard.jsonl", [{"uid": "x"}])
-    before = {path: path.read_bytes() for path in place.rglob("*.jsonl")}
-    run(model, *words.split(), code=2)
-    errors = capsys.readouterr().err
-    assert says in errors and errors.startswith("error: ") and errors.count("\n") == 1
-    assert before == {path: path.read_bytes() for path in place.rglob("*.jsonl")}

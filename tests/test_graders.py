@@ -183,20 +183,6 @@ ROWS = {"ecqa": ECQA, "qasc": QASC, "openbookqa": OPENBOOKQA, "strategyqa": STRA
         "mawps": MAWPS, "tabmwp": TABMWP}
 
 
-def test_twelve_rows_for_every_task_with_a_grader():
-    assert ROWS.keys() == RULES.keys() and all(len(rows) == 12 for rows in ROWS.values())
-    assert all(right and wrong for rows in ROWS.values() for _, _, right, wrong in rows)
-
-
-@pytest.mark.parametrize("name, row", [(name, row) for name, rows in ROWS.items() for row in rows],
-                         ids=[f"{name}-{i}" for name, rows in ROWS.items() for i in range(12)])
-def test_written_variants(name, row):
-    question, gold, right, wrong = row
-    task = Task(0, question, None, gold, source=f"data/{name}_test.jsonl")
-    assert [text for text in right if not is_correct(text, task)] == []
-    assert [text for text in wrong if is_correct(text, task)] == []
-
-
 CITIES = "Which city?\nOptions:\nRome\nParis\nSt. Louis\nNew York\nYork"
 FORMS = {  # how chat models write answers: task ("": none of the ten), gold, right and wrong ones
     "emphasis": ("", "42", [
@@ -314,13 +300,18 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
     "mixed": ("mawps", "11.5", [A + "11 1/2.", A + "11.5. Check: 5 + 6.5 = 11.5."], [A + "11", A + "11.2"])}
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_forms_that_chat_models_write(name):
-    task, gold, right, wrong = FORMS[name]
-    question = CITIES if task in QA[:3] else "How much?"
-    row = Task(0, question, None, gold, source=task)
-    assert [text for text in right if not is_correct(text, row)] == []
-    assert [text for text in wrong if is_correct(text, row)] == []
+CASES = {f"{name}-{i}": (question, f"data/{name}_test.jsonl", *row)
+         for name in RULES for i, (question, *row) in enumerate(ROWS[name])}
+CASES |= {name: (CITIES if task in QA[:3] else "How much?", task, *row)
+          for name, (task, *row) in FORMS.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers_are_right_however_they_are_written(name):
+    question, source, gold, right, wrong = CASES[name]
+    task = Task(0, question, None, gold, source=source)
+    assert [text for text in right if not is_correct(text, task)] == []
+    assert [text for text in wrong if is_correct(text, task)] == []
 
 
 def test_the_official_grader_cannot_give_a_capital():

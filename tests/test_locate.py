@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from helpers import FIXTURES, assert_close, gradients, random_ids, separate_logps, tiny_model
+from helpers import FIXTURES, assert_close, gradients, random_ids, separate_logps, tiny_model, whole
 
 from allo_mini import locate
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Example
-from allo_mini.linear import dense_rows
 from allo_mini.locate import gradient_importance
 from allo_mini.objectives import dpo_objective
 
@@ -47,7 +46,6 @@ def test_importance_is_the_gradients_sum_or_its_ratio_to_the_root_of_their_squar
 def test_importance_of_an_int8_model_is_that_of_its_dequantised_twin(tmp_path):
     ours, twin = (load_model(FIXTURES / "hf" / "qwen2", int8=int8) for int8 in (True, False))
     for name, p in ours.named_parameters():
-        dense = torch.cat([rows.clone() for _, rows in dense_rows(p, torch.float32)])
-        twin.get_parameter(name).copy_(dense)
+        twin.get_parameter(name).copy_(whole(p))
     got = gradient_importance(ours, EXAMPLES, dpo_objective(0.3), tmp_path, False, 3, 4096, False)
     assert_close(got, by_autograd(twin, EXAMPLES), rtol=1e-3, atol=1e-5)

@@ -50,7 +50,7 @@ def test_equals_the_official_masked_adamw():
         for n, p in parameters.items():
             assert torch.equal(p[~mask[n]], data[f"{n}.init"][~mask[n]])
             torch.testing.assert_close(p.detach(), data[f"{n}.after{t}"], atol=2e-5, rtol=0)
-    assert optimizer.largest_change() > 2e-2
+    assert float(optimizer.moved().max()) > 2e-2
 
 
 @pytest.mark.parametrize("decay, all_true", [(0.0, False), (0.3, False), (0.3, True)])
@@ -67,22 +67,7 @@ def test_full_mask_is_torch_adamw(decay, all_true):
             optimizer.step()
         torchs.zero_grad()
     assert_close(state_of(ours), state_of(theirs), atol=2e-6, rtol=1e-5)
-    assert mine.largest_change() > 1e-2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_selected_weights_change_with_weight_decay(dtype):
-    """Unselected entries are bit-identical, whole unselected tensors too; selected ones moved."""
-    model = net(dtype)
-    mask = random_mask(model)
-    mask["1.weight"][:] = False
-    start = state_of(model)
-    optimizer = MaskedAdamW(model.named_parameters(), mask, weight_decay=0.5)
-    train(model, optimizer, range(5))
-    for n, p in model.named_parameters():
-        assert torch.equal(p[~mask[n]], start[n][~mask[n]]), n
-        assert not torch.equal(p[mask[n]], start[n][mask[n]]) or n == "1.weight"
-    assert len(optimizer.exp_avg) == sum(int(m.sum()) for m in mask.values())
+    assert float(mine.moved().max()) > 1e-2
 
 
 def test_backward_gathers_what_is_selected_and_leaves_no_dense_gradient():
@@ -99,6 +84,7 @@ def test_backward_gathers_what_is_selected_and_leaves_no_dense_gradient():
     loss_of(twin).backward()
     assert all(p.grad is None for p in model.parameters())
     wanted = torch.cat([p.grad[mask[n]] for n, p in twin.named_parameters()])
+    assert len(optimizer.master) == len(optimizer.exp_avg) == len(wanted)
     torch.testing.assert_close(optimizer.grad, wanted)
     assert optimizer.clip(10.0) == optimizer.clip(0.1) == pytest.approx(float(wanted.norm()))
     torch.testing.assert_close(optimizer.grad, wanted * 0.1 / wanted.norm())
@@ -131,9 +117,9 @@ def test_bf16_weights_take_steps_too_small_for_bf16():
         assert step or (torch.equal(p, torch.ones_like(p)) and (optimizer.master < 1).all())
     assert_close(optimizer.movement(), {"p": torch.full((2, 4), 0.01)}, atol=1e-5, rtol=0)
     assert torch.equal(p.flatten(), optimizer.master.bfloat16()) and (p < 1).all()
-    assert optimizer.largest_change() == pytest.approx(1e-2, rel=1e-3)
+    assert float(optimizer.moved().max()) == pytest.approx(1e-2, rel=1e-3)
     optimizer.master[3] = math.nan
-    assert math.isnan(optimizer.largest_change())
+    assert math.isnan(float(optimizer.moved().max()))
 
 
 @pytest.mark.parametrize("first, second", [(0.5, 0.4), (None, None), (0.5, None), (None, 0.5)])

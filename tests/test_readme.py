@@ -8,11 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from helpers import FIXTURES
+from runs import ROOT, lines, pair, rows_of, weights_of
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -22,12 +25,13 @@ from allo_mini.data import demo
 from allo_mini.data.rows import Task
 from allo_mini.evaluation import graders
 from allo_mini.run.config import Config, make_parser, parse
+from allo_mini.run.folder import load_mask
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh" for line in text.splitlines()]
+COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh"
+            for line in text.splitlines()]
 FORKS = README.split("\n## Change it")[1] + BOTH.split("\n## More forks")[1]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", FORKS, re.M | re.S)
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
@@ -64,10 +68,10 @@ def test_every_command_is_one_that_the_program_takes(command):
 
 def test_every_flag_in_the_text_exists():
     scripts = [p.read_text() for p in [ROOT / "eval.py", *ROOT.glob("tests/benchmarks/*.py")]]
-    known = {*make_parser()._option_string_actions, *evaluation.make_parser()._option_string_actions}
-    text = " ".join(re.findall(r"`[^`]+`", re.sub(r"^```.*?^```$", "", BOTH, flags=re.M | re.S)))
-    for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - {"--index-url", "--nproc_per_node"}:
-        assert flag in known or any(f'"{flag}"' in script for script in scripts), flag
+    known = {"--index-url", "--nproc_per_node", *make_parser()._option_string_actions}
+    text = " ".join(re.findall(r"`[^`]+`", BLOCK.sub("", BOTH)))
+    for flag in {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - known:
+        assert any(f'"{flag}"' in script for script in scripts), flag
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +79,18 @@ def place(tmp_path_factory):
     """A folder with every file that the README's commands name, small."""
     folder = tmp_path_factory.mktemp("readme")
     rows = [vars(task) for task in demo.problems(20, 5)]
-    prefs = [{"prompt": r["input"] + "\n", "chosen": r["output"], "rejected": "The answer is 1"} for r in rows]
-    for name, content in {"train": rows[:16], "test": rows[16:], "prefs": prefs}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    prefs = [pair(r["input"] + "\n", r["output"], "The answer is 1") for r in rows]
     samples = [{"input": r["input"], "samples": [r["output"], "The answer is 1"]} for r in rows]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in samples))
+    for name, content in {"train": rows[:16], "test": rows[16:], "prefs": prefs,
+                          "samples": samples}.items():
+        (folder / f"{name}.jsonl").write_text(lines(*content))
     for name in ("DIR_OR_HUB_ID", "BASE"):
         shutil.copytree(demo.FOLDER, folder / name)
     return folder
 
 
-QUICK = "--max-steps 1 --max-new-tokens 4 --max-length 400 --dtype fp32 --locate snr --token-weights edit".split()
+SHORT = ["--max-new-tokens", "4", "--max-length", "400"]
+QUICK = [*SHORT, *"--max-steps 1 --dtype fp32 --locate snr --token-weights edit".split()]
 
 
 def test_the_recipes_run_one_after_the_other(place, monkeypatch, capsys):
@@ -103,7 +108,7 @@ def test_the_recipes_run_one_after_the_other(place, monkeypatch, capsys):
         elif "--chat" in argv:
             continue
         elif script == "eval.py":
-            code = evaluation.main([*argv, "--max-new-tokens", "4", "--max-length", "400"])
+            code = evaluation.main([*argv, *SHORT])
         else:
             env = {**os.environ, "PYTHONPATH": str(ROOT)}
             code = subprocess.run([sys.executable, "-m", *argv], env=env).returncode
@@ -131,14 +136,13 @@ def test_the_reading_order_names_every_file():
     for path in [*ROOT.glob("allo_mini/*.py"), ROOT / "train.py", ROOT / "eval.py"]:
         assert path.name in section or path.name == "__init__.py"
     for path in ROOT.glob("allo_mini/*/*.py"):
-        row = next(line for line in section.splitlines() if f"allo_mini/{path.parent.name}/" in line)
+        [row] = re.findall(f".*allo_mini/{path.parent.name}/.*", section)
         assert path.stem in row or path.stem == "__init__", path
 
 
 def test_the_page_is_short_and_its_links_lead_somewhere():
     assert len(README.splitlines()) <= 250
-    prose = re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
-    assert len([word for word in prose.split() if re.search(r"\w", word)]) <= 2000
+    assert len(re.findall(r"\S*\w\S*", BLOCK.sub("", README))) <= 2000
     for path in re.findall(r"[`(]((?:tests|allo_mini)/[\w/.]+)[`)]", BOTH):
         assert (ROOT / path).exists(), path
     for kind, text in BLOCK.findall(README):
@@ -149,18 +153,21 @@ def test_the_page_is_short_and_its_links_lead_somewhere():
 
 def cells_of(text: str) -> dict[str, list[str]]:
     """First cell of a table's line, without emphasis -> the others."""
-    lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    return {name: rest for name, *rest in lines}
+    table = {}
+    for row in re.findall(r"(?m)^\| (.*)\|$", text):
+        name, *cells = (cell.strip(" *") for cell in row.split("|"))
+        table[name] = cells
+    return table
 
 
 def test_the_results_are_what_the_finished_cells_say():
-    """Means and spreads of the README's table, in the tables that reproduce.py makes of its rows."""
+    """Means and spreads of the README's table, in those that reproduce.py makes of its rows."""
     section = cells_of(README[README.index("## Results"):])
     for column, name in enumerate(("demo", "ecqa")):
         table = (ROOT / f"tests/benchmarks/results/{name}.md").read_text().split("Training loss")[0]
         finished, checked = cells_of(table), 0
         for cell, values in section.items():
-            row = finished.get(re.split(", on ", cell)[0])
+            row = finished.get(cell.split(", on ")[0])
             if cell and row:
                 said = values[column].partition(" (")[0]
                 assert row[1] in (said, f"{said} +- 0.0"), (name, cell)
@@ -171,41 +178,40 @@ def test_the_results_are_what_the_finished_cells_say():
 # ---- examples for forks --------------------------------------------------------------------------
 
 HOOKS = ("weights_from_scores", "select", "allo", "token_scores", "rewrite")
+ALLO = ("--method", "allo", "--locate", "snr", "--lr-improve", "1e-2")
+EDIT = ("--token-weights", "edit")
 
 
 @pytest.fixture
 def fork(monkeypatch):
     """fork(word): run the example that holds the word; what it changed is put back afterwards."""
-    for table in (objectives.BASELINES, graders.RULES, model.FAMILIES, model.BUILDERS):
-        for key in [*table]:
-            monkeypatch.setitem(table, key, table[key])
-    for key, table in (("capitals", graders.RULES), ("SmolLM3ForCausalLM", model.FAMILIES),
-                       ("smollm3", model.BUILDERS)):
-        monkeypatch.setitem(table, key, None)
-        del table[key]
-    for name in HOOKS:
-        monkeypatch.setattr(train, name, getattr(train, name))
-
     def run(word):
         [code] = [text for text in EXAMPLES if word in text]
         assert len([line for line in code.splitlines() if line.strip()]) <= 15
         names = {}
         exec(code, names)
         return names
-    return run
+
+    for name in HOOKS:
+        monkeypatch.setattr(train, name, getattr(train, name))
+    with (patch.dict(objectives.BASELINES), patch.dict(graders.RULES), patch.dict(model.FAMILIES),
+          patch.dict(model.BUILDERS)):
+        yield run
 
 
-def run_with(place, tmp_path, *more):
-    out = tmp_path / "run"
+def run_with(place, out, *more) -> Path:
+    """The folder of a run on the rows in `place`."""
     out.mkdir()
     shutil.copy(place / "samples.jsonl", out)
-    return train.main(["--model", str(place / "BASE"), "--train", str(place / "train.jsonl"), "--prompt", "chat",
-                       "--no-eval", "--out", str(out), "--max-steps", "2", "--max-length", "400", *more])
+    command = (f"--model {place}/BASE --train {place}/train.jsonl --prompt chat --no-eval "
+               f"--max-steps 2 --max-length 400 --out {out}")
+    assert train.main([*command.split(), *more]) == 0
+    return out
 
 
 def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
     fork("hinge_objective")
-    assert run_with(place, tmp_path, "--method", "ipo") == 0
+    run_with(place, tmp_path / "run", "--method", "ipo")
     assert "ipo: first loss 1.000000, expected 1.000000" in capsys.readouterr().out
     objective = objectives.BASELINES["ipo"][1](Config(beta=0.5))
     logps, zeros = torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 1)
@@ -213,49 +219,43 @@ def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
 
 
 def test_example_of_a_new_weight_rule(fork, place, tmp_path):
-    assert fork("squared")["squared"]([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0, 0.36, 1])
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr") == 0
-    for line in (tmp_path / "run/token_examples.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        assert row["weights"] == pytest.approx([(1 - s) ** 2 if s < 0.5 else 0.0 for s in row["scores"]])
+    rule = fork("squared")["squared"]
+    assert rule([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0, 0.36, 1])
+    for row in rows_of(run_with(place, tmp_path / "run", *ALLO) / "token_examples.jsonl"):
+        assert row["weights"] == pytest.approx(rule(row["scores"], "threshold", 0.5))
 
 
 def test_example_of_scores_from_two_models(fork, place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     fork("contrast")
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "soft") == 0
-    rows = [json.loads(line) for line in (tmp_path / "run/token_weights.jsonl").read_text().splitlines()]
-    assert all(s == pytest.approx(0.5) for row in rows for s in row["reward"])  # the same model twice
+    out = run_with(place, tmp_path / "run", *ALLO, "--token-weights", "soft")
+    for row in rows_of(out / "token_weights.jsonl"):
+        assert row["reward"] == pytest.approx([0.5] * len(row["reward"]))  # the same model twice
 
 
 def test_example_of_a_mask_rule(fork, place, tmp_path):
     fork("attention_only")
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit",
-                    "--lr-improve", "1e-2") == 0
-    base, new = load_file(place / "BASE/model.safetensors"), load_file(tmp_path / "run/improve/model.safetensors")
+    out = run_with(place, tmp_path / "run", *ALLO, *EDIT)
+    base, new = weights_of(place / "BASE"), weights_of(out / "improve")
     changed = {name for name in base if not torch.equal(base[name], new[name])}
     assert changed and all("self_attn" in name for name in changed)
 
 
 def test_example_of_a_budget_for_each_block(fork, place, tmp_path):
     fork("per_block")
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit",
-                    "--lr-improve", "1e-2") == 0
-    counts = {}
-    for name, columns in load_file(tmp_path / "run/mask.safetensors").items():
-        if name.endswith(".columns"):
-            block = name.split(".")[2]
-            counts[block] = counts.get(block, 0) + len(columns)
+    counts = Counter()
+    mask = load_mask(run_with(place, tmp_path / "run", *ALLO, *EDIT) / "mask.safetensors")
+    for name, selected in mask.items():
+        counts[name.split(".")[2]] += len(selected)
     assert len({counts[str(layer)] for layer in range(4)}) == 1
 
 
 def test_example_of_cycles(fork, place, tmp_path):
     fork("cycles")
-    assert run_with(place, tmp_path, "--method", "allo", "--locate", "snr", "--token-weights", "edit") == 0
-    run = tmp_path / "run"
-    assert {"forget-1.safetensors", "improve-1.safetensors", "forget-2.safetensors", "improve-2.safetensors",
-            "forget-3.safetensors", "improve-3"} <= {path.name for path in run.iterdir()}
-    assert json.loads((run / "results.json").read_text())["models"]["ALLO"] == str(run / "improve-3")
+    out = run_with(place, tmp_path / "run", *ALLO, *EDIT)
+    parts = [f"{stage}-{cycle}.safetensors" for cycle in (1, 2) for stage in ("forget", "improve")]
+    assert {*parts, "forget-3.safetensors", "improve-3"} <= {*os.listdir(out)}
+    assert json.loads((out / "results.json").read_text())["models"]["ALLO"] == f"{out}/improve-3"
 
 
 def test_example_of_a_new_task(fork):

@@ -5,22 +5,20 @@ import math
 import re
 import runpy
 import sys
-from pathlib import Path
 from types import SimpleNamespace as Stub
 
 import pytest
 import torch
 
 from allo_mini.data.encoder import Encoder, Example
-from allo_mini.data.rows import Task, read_tasks
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation import report
-from allo_mini.evaluation.answers import bootstrap, summary, wilson
+from allo_mini.evaluation.answers import summary
 from allo_mini.logprobs import score
 from allo_mini.mask import Selected, to_tensors
 from allo_mini.run import results
-from allo_mini.run.files import read_json, read_jsonl, save_tensors, write_json, write_jsonl
-from helpers import random_ids, tiny_model, write_tokenizer
+from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl
+from helpers import error_of, random_ids, tiny_model, write_tokenizer
 
 EVIL = '</span></div><script>e = 1</script><img src=x onerror="alert(1)"> "a" \'b\' &lt; é 漢 😀'
 UP, NORM = "model.layers.{}.mlp.up_proj.weight", "model.norm.weight"
@@ -100,13 +98,6 @@ def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):
     assert noted == {"percent": 50.0, "mask/density": cells["all", "all"][0] / (6 * 121 + 8)}
 
 
-def test_intervals_and_the_paired_test():
-    assert wilson(0, 10) == pytest.approx([0, 0.2775], abs=1e-4)
-    ours, theirs = [True] * 60 + [False] * 40, [False] * 60 + [True] * 10 + [False] * 30
-    difference, low, high, p = bootstrap(ours, theirs)
-    assert difference == pytest.approx(0.5) and low < 0.5 < high and p < 0.001
-
-
 def test_watched_tokens_are_those_of_the_two_models(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"), 120)
     cfg = Stub(epsilon=0.25, micro_tokens=4096)
@@ -124,26 +115,6 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
         assert "".join(row["tokens"]) == tokenizer.decode(example.responses[0])
 
 
-def test_a_run_ends_with_its_table_and_prints_it_again(folder, capsys):
-    (folder / "results.json").unlink()
-    def stage(name, artefact, make):
-        if not (folder / artefact).exists():
-            make(folder / artefact)
-        return folder / artefact
-
-    task = Task(0, "q", None, "1")
-    run = Stub(folder=folder, cfg=Stub(eval=True, test=[]), test=[task], seconds={"dpo": 1.0},
-               load=id, stage=stage, evaluate=lambda model, rows, label: answers("01" * 19))
-    assert not results.reprint(run)
-    (folder / "eval-A<b>.jsonl").rename(folder / "eval-new.jsonl")  # those there are not made again
-    results.finish(run, {"new": Stub(folder=Path("a")), "ALLO": Stub(folder=Path("b"))})
-    said, final = capsys.readouterr().out, read_json(folder / "results.json")
-    assert final["models"] == {"new": "a", "ALLO": "b"} and str(folder / "report.html") in said
-    assert "78.9 %" in said and "50.0 %" in said and final["table"] in said
-    assert read_tasks([folder / "test.jsonl"], need_output=False)[0].answer == "1"
-    assert results.reprint(run) and final["table"] in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("file, text, message", [
     ("config.json", "{}", "cannot be read"), ("metrics.jsonl", '{"stage": "a"}\n{', "jsonl:2"),
     ("results.json", "[1]", "results.json: expected a JSON object, found list"),
@@ -154,6 +125,5 @@ def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, me
     monkeypatch.setattr(sys, "argv", ["report", str(folder)])
     with pytest.raises(SystemExit, match="2"):
         runpy.run_path(report.__file__, run_name="__main__")
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+    assert message in error_of(capsys)
     assert not (folder / "report.html").exists()

@@ -1,15 +1,16 @@
 """Nothing lost: kills, Ctrl-C, full disks, other processes; and what a run folder refuses."""
 
 import os
-import random
 import resource
 import shutil
 import signal
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 import torch
-from kill import Watched, at_line, at_write, in_child
+from helpers import error_of
+from kill import Watched, at_line, at_write, in_child, press
 from runs import arguments, demo_command, difference, results_of, run, with_samples
 from safetensors.torch import save_file
 
@@ -33,7 +34,10 @@ def moments(folder) -> list:
 
 
 def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monkeypatch, capfd):
-    """SIGKILL in every stage, each time in the process that goes on; then it may end."""
+    """SIGKILL in every stage, each time in the process that goes on; then it may end.
+
+    tests/long/kills.py does it at random.
+    """
     monkeypatch.setattr(train, "GROUP", 4)  # questions sampled together
     folder = tmp_path / "run"
     command = demo_command(whole.parent, folder)
@@ -45,43 +49,16 @@ def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monk
     assert difference(results_of(whole), results_of(folder)) == []
 
 
-def undisturbed(world, place, *more) -> tuple[list[str], dict]:
-    """The command of a run with a checkpoint after each step, and what it leaves."""
-    more = ("--sft", "--token-weights", "edit", "--config", world / "settings.json", *more)
-    expected = results_of(run(world, place, *more))
-    shutil.rmtree(place)
-    with_samples(world, place)
-    return arguments(world, place, *more), expected
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_writes(world, tmp_path, seed):
-    """tests/long/kills.py does it to all stages."""
-    rng, place = random.Random(seed), tmp_path / "run"
-    command, expected = undisturbed(world, place, "--locate", "random")
-    for _ in range(4):
-        arm = at_write(place, rng.randrange(1, 60), torn=rng.random() < 0.5)
-        assert in_child(lambda: train.main(command), arm) in (KILLED, 0)
-    assert train.main(command) == 0
-    assert difference(expected, results_of(place)) == []
-
-
 def test_ctrl_c_and_a_torn_metrics_file(whole, tmp_path, capsys):
     """The same command goes on from the last checkpoint, with the rows that are whole."""
-    def press():
-        raise KeyboardInterrupt
-
     folder = tmp_path / "run"
     command = demo_command(whole.parent, folder)
     shutil.copytree(whole, folder)
     for name in ("results.json", "eval-ALLO.jsonl", "token_examples.jsonl", "patch.safetensors"):
         (folder / name).unlink()
     shutil.rmtree(folder / "improve")
-    out, sys.stdout = sys.stdout, Watched(sys.stdout, r"^ +improve 2/2", press)
-    try:
+    with redirect_stdout(Watched(sys.stdout, r"^ +improve 2/2", press)):
         assert train.main(command) == 130
-    finally:
-        sys.stdout = out
     assert "the same command goes on" in capsys.readouterr().err
     with (folder / "metrics.jsonl").open("a") as f:
         f.write('{"stage": "improve", "st')
@@ -95,12 +72,15 @@ def test_ctrl_c_and_a_torn_metrics_file(whole, tmp_path, capsys):
                                          ("bco", ("--method", "bco", "allo"))])
 def test_resume_inside_a_stage(world, tmp_path, capsys, stage, lean):
     """With every form of the optimizer's state, and an objective that remembers."""
-    command, expected = undisturbed(world, tmp_path / "run", *lean)
+    more = ("--sft", "--token-weights", "edit", "--config", world / "settings.json", *lean)
+    undisturbed = run(world, tmp_path / "undisturbed", *more)
+    command = arguments(world, tmp_path / "run", *more)
+    with_samples(world, tmp_path / "run")
     assert in_child(lambda: train.main(command), at_line(rf"^ +{stage} 3/3")) == KILLED
     capsys.readouterr()
     assert train.main(command) == 0
     assert f"{stage}: goes on after step 2 of 3" in capsys.readouterr().out
-    assert difference(expected, results_of(tmp_path / "run")) == []
+    assert difference(results_of(undisturbed), results_of(tmp_path / "run")) == []
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -134,9 +114,7 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused(cut, tmp_path, capsys
         path.write_bytes(path.read_bytes()[:-7])
     before = path.read_bytes()
     assert train.main([*command, "--out", str(tmp_path / "run")]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
-    assert path.name in errors and path.read_bytes() == before
+    assert path.name in error_of(capsys) and path.read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [
@@ -155,8 +133,8 @@ def test_changed_settings_data_and_model_are_named(world, tmp_path, monkeypatch,
         (tmp_path / change).write_bytes(changed)
     before = results_of(tmp_path / "run")
     assert train.main([*arguments(tmp_path, tmp_path / "run", *SMALL), *more]) == 2
-    errors = capsys.readouterr().err
-    assert says in errors and "choose another --out" in errors and errors.count("\n") == 1, errors
+    error = error_of(capsys)
+    assert says in error and "choose another --out" in error
     assert difference(before, results_of(tmp_path / "run")) == []
 
 
@@ -214,8 +192,7 @@ def test_a_write_that_fails_leaves_the_last_good_state(world, tmp_path, capfd):
     before = results_of(tmp_path / "run")
     capfd.readouterr()
     assert in_child(lambda: train.main(command), small_files) == 2
-    errors = capfd.readouterr().err
-    assert errors.startswith("error: ") and errors.count("\n") == 1 and "File too large" in errors
+    assert "File too large" in error_of(capfd)
     assert difference(before, results_of(tmp_path / "run")) == []
     assert train.main(command) == 0
     command = arguments(world, tmp_path / "b", "--locate", "gradient", "--method", "allo")

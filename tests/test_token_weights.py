@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import EOS, separate_logps, tiny_model, write_tokenizer
 
-from allo_mini import UserError
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Negative
 from allo_mini.data.tokenizer import Tokenizer
@@ -52,10 +51,6 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
             for n, row in zip(NEGATIVES, scores)]
     write_jsonl(path, rows)
     assert read_scores(path, NEGATIVES, examples) == scores
-    for wrong in (scores[0][1:], [2.0] * len(scores[0]), 3):
-        write_jsonl(path, [rows[0] | {"reward": wrong}, rows[1]])
-        with pytest.raises(UserError, match="token_weights.jsonl"):
-            read_scores(path, NEGATIVES, examples)
     text = tokenizer.decode(rewrite_prompt(encoder, NEGATIVES[1], []))
     assert text.index("Capital of France?") < text.index("\nParis\n") < text.index("Rome, I think")
     prompt, [rewrite], *_ = rewrite_examples(encoder, NEGATIVES)[1]

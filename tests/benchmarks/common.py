@@ -101,10 +101,8 @@ def meta_of(name: str) -> CausalLM:
         return build(parse_config(SHAPES[name])).requires_grad_(False)
 
 
-def random_mask(shapes: dict[str, torch.Size], percent: float, device: str) -> dict | None:
-    """About `percent` of every tensor's weights, at random; None (all weights) for 100."""
-    if percent == 100:
-        return None
+def random_mask(shapes: dict[str, torch.Size], percent: float, device: str) -> dict:
+    """About `percent` of every tensor's weights, at random."""
     generator, mask = torch.Generator(device).manual_seed(0), {}
     for name, size in shapes.items():
         numbers = torch.rand(size, generator=generator, device=device)
@@ -117,19 +115,18 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8=False, mask=No
 
     int8, mask: as checkpoint.load_model.
     """
-    model, generator = meta_of(name), torch.Generator(device).manual_seed(0)
-    state = {}
+    model, generator, state = meta_of(name), torch.Generator(device).manual_seed(0), {}
     for key, p in model.named_parameters():
-        weight = torch.zeros(p.shape, dtype=dtype, device=device)
-        if weight.dim() == 2:
-            weight.normal_(0, 0.02, generator=generator)
+        p = torch.nn.Parameter(torch.zeros_like(p, dtype=dtype, device=device), requires_grad=False)
+        if p.dim() == 2:
+            p.normal_(0, 0.02, generator=generator)
         elif not key.endswith("bias"):
-            weight.fill_(1.0)
-        if int8 and is_quantized(key, weight.shape):
-            weight = to_int8(weight, mask and mask[key], device)
-        state[key] = weight
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.requires_grad_(False)
+            p.fill_(1.0)
+        if int8 and is_quantized(key, p.shape):
+            p = to_int8(p, mask and mask[key], device)
+        state[key] = p
+    model.load_state_dict(state, assign=True)
+    return model
 
 
 def random_pairs(count: int, tokens: int, vocab: int, prompt: int = 0) -> list[tuple]:
@@ -186,7 +183,7 @@ def random_run(name: str, settings: dict, device: str, dtype: str, folder: Path)
 
 def train_steps(run: Run, stage: str, examples: list, objective, percent: float):
     """Train random `percent` of the weights by train.py's own loop; returns the optimizer."""
-    mask = random_mask(run.shapes, percent, run.device)
+    mask = random_mask(run.shapes, percent, run.device) if percent < 100 else None
     return train.optimize(run, stage, run.base, examples, objective, mask)[1]
 
 

@@ -85,7 +85,7 @@ def ours(args, pairs: list, batch: int, percent: float) -> dict:
                  "--state-bits", str(args.state_bits), *["--recompute"] * args.checkpointing])
     device, dtype = pick_device(args.device, args.dtype)
     before, folder = peaks(device)["peak_bytes"], Path(args.model)
-    model, _ = meta_model(folder)
+    model = meta_model(folder)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     with tempfile.TemporaryDirectory() as place:
         run = Run(cfg, Path(place), Policy(folder), device, dtype, model.config, shapes, None,

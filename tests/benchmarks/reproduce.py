@@ -62,7 +62,7 @@ def middle(cell: str, study) -> float:
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return DEMO_RATES.get(name, 8e-5 if "%" in cell else 4e-5)
     stage = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve"}.get(name, "dpo")
-    model, _ = meta_model(find_folder(study.model))
+    model = meta_model(find_folder(study.model))
     rate = schedule(Config(), stage, sum(p.numel() for p in model.parameters()), 1000).lr
     return rate * (2 if "%" in cell else 1)
 

@@ -69,7 +69,8 @@ def main() -> None:
     folder = find_folder(args.model)
     model = load_model(folder, args.dtype, "meta")
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
-    encoder, eos = Encoder(tokenizer, args.prompt, 2048), eos_ids(model, tokenizer)
+    encoder = Encoder(tokenizer, args.prompt, 2048)
+    eos = eos_ids(model, encoder)
     tasks = read_tasks([args.test], need_output=False)[:args.prompts]
     prompts = [encoder.prompt_ids(task.input) for task in tasks]
     sides = {"allo_mini": ours} | ({"transformers": theirs} if find_spec("transformers") else {})

@@ -21,18 +21,18 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
-from kill import Watched  # noqa: E402
+from kill import Watched, press  # noqa: E402
 from runs import TEMPLATE, lines, make_world, pair, with_samples  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from allo_mini import patch  # noqa: E402
+from allo_mini import checkpoint, patch  # noqa: E402
 from allo_mini.evaluation import report  # noqa: E402
 from allo_mini.run.log import exit_code  # noqa: E402
 
@@ -50,8 +50,6 @@ BYTES = [b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"{", b"}", b'"', b"
          b"NaN", b"\\ud800", b"1e999", b",", b"9" * 5000, b"null", b"\xed\xa0\x80", b"\xe2\x80\xa8"]
 WORDS = ["", "-1", "0", "nan", "inf", "1e400", "x", "\ud800", "a\0b", "n" * 5000, "--", "--p", " ",
          "test.jsonl", "model", ".", "/dev/null", "/proc/self/mem", "1" * 5000, "meta", "cuda:0:1"]
-
-
 FILES = {  # beside those of runs.make_world
     "talks.jsonl": lines(*(pair([{"role": "user", "content": f"Is {i}?"}], *(
         [{"role": "assistant", "content": word}] for word in ("yes", "no"))) for i in range(12))),
@@ -59,7 +57,6 @@ FILES = {  # beside those of runs.make_world
     "model/generation_config.json": '{"eos_token_id": [2], "pad_token_id": 2}',
     "c.json": json.dumps({"p": 5.0, "n": 2, "test": ["test.jsonl"], "lr_sft": 1e-4, "seed": 3,
                           "schedules": {"sft": {"batch": 2, "epochs": 1}}})}
-
 KINDS = {  # kind of input -> the file that is damaged, the command that reads it
     "task rows": ("train.jsonl", R), "task rows, sft": ("train.jsonl", R + " --method sft"),
     "task rows, eval": ("test.jsonl", E), "test rows": ("test.jsonl", R + " --test test.jsonl"),
@@ -105,20 +102,12 @@ def fill(place: Path) -> None:
         (place / name).write_text(content)
     with_samples(place, place / "run")
     shutil.copytree(place / "model", place / "other")
-    shutil.copytree(place / "model", place / "shards")
-    state = load_file(place / "shards/model.safetensors")
-    (place / "shards/model.safetensors").unlink()
-    for i in (1, 2):
-        shard = {name: state[name] for name in sorted(state)[i - 1::2]}
-        save_file(shard, place / f"shards/model-0000{i}-of-00002.safetensors")
+    with mock.patch.object(checkpoint, "SHARD", 20_000):
+        checkpoint.save_model(checkpoint.load_model(place / "model"), place / "shards")
     for name in ("begun", "done", "half", "scored"):
         shutil.copytree(place / "run", place / name)
 
-    def press():
-        raise KeyboardInterrupt
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(Watched(out, "^ improve 2/2", press)):
+    with contextlib.redirect_stdout(Watched(io.StringIO(), "^ improve 2/2", press)):
         assert train.main((B + " --out begun").split()[1:]) == 130, "the run that is cut off"
     assert (place / "begun/.improve.state.safetensors").exists()
     for kind in ("results", "answers", "token weights"):
@@ -133,9 +122,8 @@ def fill(place: Path) -> None:
 
 def keys_of(value) -> list:
     """Of a JSON object or array."""
-    if isinstance(value, list):
-        return list(range(len(value)))[:200]
-    return list(value)[:200] if isinstance(value, dict) else []
+    keys = range(len(value)) if isinstance(value, list) else value
+    return list(keys)[:200] if isinstance(value, (list, dict)) else []
 
 
 def change_json(value, rng):
