@@ -65,8 +65,7 @@ def read_rows(file, task):
         return "", read_pairs(file)
     task = task_name(task or file)
     if task in JUDGED:
-        return task, [Task(0, text_of(row, JUDGED[task], where), None, None)
-                      for where, row in read_jsonl(file)]
+        return task, [Task(0, text_of(row, JUDGED[task], where)) for where, row in read_jsonl(file)]
     rows = need_answers(read_tasks([file], need_output=False), task)
     for row in rows:
         row.source = task

@@ -34,6 +34,7 @@ from allo_mini import UserError
 from allo_mini.data.rows import Negative
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
+from allo_mini.evaluation.report import describe_mask, finish, record_tokens, reprint
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
@@ -46,7 +47,6 @@ from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jso
 from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
-from allo_mini.run.results import describe_mask, finish, record_tokens, reprint
 from allo_mini.token_weights import (edit_weights, read_scores, rewrite_examples, token_scores,
                                      weights_from_scores)
 
@@ -149,7 +149,7 @@ def sft(run, policy):
 
 def solutions(run):
     """(question, [reference solution]), ...; of preference rows, what was chosen."""
-    rows = [(task.input, [task.output]) for task in run.tasks]
+    rows = [(task.prompt, [task.output]) for task in run.tasks]
     return rows or [(pair.prompt, [pair.chosen]) for pair in run.pairs]
 
 
@@ -165,7 +165,7 @@ def sample(run, policy):
         bar.update(done * cfg.n)
         for at in range(done, len(asked), GROUP):
             tasks = asked[at:at + GROUP]
-            texts = respond(model, run.encoder, [task.input for task in tasks], cfg, cfg.n,
+            texts = respond(model, run.encoder, [task.prompt for task in tasks], cfg, cfg.n,
                             rows=[task.id for task in tasks], on_done=lambda *_: bar.update())
             append_rows(growing, map(sample_row, tasks, texts))
         growing.rename(target)
@@ -177,7 +177,7 @@ def sample(run, policy):
 def sample_row(task, responses):
     """A line of samples.jsonl: the responses that ended by themselves, and how many did not."""
     texts = [text for text, finished in responses if finished]
-    return {"input": task.input, "samples": texts, "unfinished": len(responses) - len(texts)}
+    return {"input": task.prompt, "samples": texts, "unfinished": len(responses) - len(texts)}
 
 
 def preferences(run, samples):
@@ -192,7 +192,7 @@ def preferences(run, samples):
                         "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
     if parallel.RANK == 0:
         write_jsonl(run.folder / "pairs.jsonl", map(vars, pairs))
-        write_jsonl(run.folder / "negatives.jsonl", map(vars, negatives))
+        write_jsonl(run.folder / "negatives.jsonl", [n._asdict() for n in negatives])
     return pairs, negatives
 
 
@@ -344,12 +344,13 @@ def right_samples(run, samples):
     """(question, [response]) of every right sample, also of questions never answered wrongly."""
     if run.pairs:
         return solutions(run)
-    return [(task.input, [text]) for task in run.questions
-            for text in dict.fromkeys(samples.get(task.input, [])) if is_correct(text, task)]
+    return [(task.prompt, [text]) for task in run.questions
+            for text in dict.fromkeys(samples.get(task.prompt, [])) if is_correct(text, task)]
 
 
 def run_all(run):
     """The whole method, the others beside it, then the table."""
+    show_plan(run)
     cfg = run.cfg
     policy = sft(run, run.base) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
@@ -375,7 +376,6 @@ def main(argv=None):
         if run.cfg.dry_run:
             show_plan(run)
         elif not reprint(run):
-            show_plan(run)
             run_all(run)
 
     return exit_code(work, stopped="stopped; the same command goes on from here")

@@ -7,6 +7,3 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less 
 
 class UserError(Exception):
     """A mistake in what the user gave us: printed as one line `error: ...`, exit code 2, no traceback."""
-
-    def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))

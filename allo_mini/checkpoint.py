@@ -77,8 +77,7 @@ def meta_model(folder):
     for name in sorted(files.keys() ^ dict(model.named_parameters())):
         tied_head = name == "lm_head.weight" and config.tie_word_embeddings
         if not tied_head and not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{folder}: weight {name} is missing, or does not belong to a "
-                            f"{config.family} model")
+            raise UserError(f"{folder}: weight {name} is missing, or not {config.family}'s")
     model.folder, model.files = folder, files
     return model.requires_grad_(False)
 
@@ -146,15 +145,13 @@ def save_model(model, folder):
     dtype = model.model.embed_tokens.weight.dtype
     config = {key: value for key, value in model.config.raw.items() if key not in NOT_KEPT}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    sizes = {name: torch.empty_like(p, dtype=dtype, device="meta")
-             for name, p in model.named_parameters()}
-    shards = split_torch_state_dict_into_shards(sizes, max_shard_size=SHARD)
+    empty = {n: torch.empty_like(p, dtype=dtype, device="meta") for n, p in model.named_parameters()}
+    shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
     with atomic(folder) as new:
         new.mkdir()
         write_json(new / "config.json", config)
         for file, names in shards.filename_to_tensors.items():  # the host holds one of them
-            save_tensors({name: dense_weight(model, name) for name in names}, new / file,
-                         {"format": "pt"})
+            save_tensors({n: dense_weight(model, n) for n in names}, new / file, {"format": "pt"})
             (new / file).chmod(0o644)  # safetensors makes private files
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

@@ -97,8 +97,7 @@ class Cache:
         store[:, self.rows, :, self.lengths] = torch.stack((k, v), 1)
         keys, values = store[:, :len(q), :, :self.used]
         q = q.unflatten(1, (k.shape[1], -1))  # [A,g,h/g,d]
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible)
-        return out.flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible).flatten(1, 2)
 
 
 def pick(logits, temperature, top_p, u):

@@ -7,24 +7,23 @@
 
 ALLO's own come first, then those of the methods it is compared with.
 
-Every loss is one value per row or token, never a mean: the loop in train.py divides by the units of
-the *whole* step, so that splitting a step into micro-batches changes nothing (departure f).
+Arguments are tensors; beta, alpha, gamma, delta and fraction are numbers. Every loss is one value per
+row or token, never a mean: the loop in train.py divides by the units of the *whole* step, so that
+splitting a step into micro-batches changes nothing (departure f).
 """
 
 import math
 from fractions import Fraction
 
 import torch.nn.functional as F
-from torch import Tensor
 
 
-def sft_loss(token_logps: Tensor) -> Tensor:
+def sft_loss(token_logps):
     """-log pi_theta(y_t | x, y_<t).  token_logps [B,T] -> [B,T]."""
     return -token_logps
 
 
-def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-             beta: float) -> Tensor:
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """DPO (Rafailov et al. 2023, eq. 7):
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
@@ -36,8 +35,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return -F.logsigmoid(beta * margin)
 
 
-def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor,
-             beta: float) -> Tensor:
+def npo_loss(token_logps, ref_token_logps, token_weights, beta):
     """Token-weighted NPO, ALLO's forgetting loss:  -w_t log sigma( -beta log pi_theta(y_t)/pi_ref(y_t) )
 
     token_logps, ref_token_logps, token_weights [B,T] -> [B,T]; a weight of 0 takes the token out entirely.
@@ -48,8 +46,7 @@ def npo_loss(token_logps: Tensor, ref_token_logps: Tensor, token_weights: Tensor
     return -token_weights * F.logsigmoid(-beta * ratio)
 
 
-def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mask: Tensor,
-                      fraction: float) -> Tensor:
+def useful_token_mask(token_logps, ref_token_logps, response_mask, fraction):
     """Which rejected tokens count in the improving stage: the k with the lowest log pi_theta(y_t)/pi_ref(y_t).
 
         k = max(1, floor(fraction * n)),  n the response's own tokens, EOS included (departure b)
@@ -68,8 +65,7 @@ def useful_token_mask(token_logps: Tensor, ref_token_logps: Tensor, response_mas
     return (ratio <= kth) & response_mask
 
 
-def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-              n_chosen: Tensor, n_rejected: Tensor, beta: float, alpha: float) -> Tensor:
+def rdpo_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, beta, alpha):
     """R-DPO (Park et al. 2024, "Disentangling Length from Quality"): the reward minus alpha |y|.
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
@@ -81,8 +77,7 @@ def rdpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected
     return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))
 
 
-def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-             beta: float) -> Tensor:
+def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """IPO (Azar et al. 2023, eq. 17), whose margin stops growing at 1/(2 beta):
 
         ( [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] - 1/(2 beta) )^2
@@ -93,7 +88,7 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
     return (margin - 1 / (2 * beta)) ** 2
 
 
-def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> Tensor:
+def simpo_loss(chosen, rejected, beta, gamma):
     """SimPO (Meng et al. 2024, eq. 6), which has no pi_ref:
 
         -log sigma( beta [log pi(y+) - log pi(y-)] - gamma )
@@ -103,8 +98,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float) -> T
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def bco_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
-             delta: float) -> Tensor:
+def bco_loss(chosen, rejected, ref_chosen, ref_rejected, beta, delta):
     """BCO (Jung et al. 2024): tells y+ from y- by the reward r(y) = beta log pi_theta(y)/pi_ref(y).
 
         -log sigma(r(y+) - delta) - log sigma(-(r(y-) - delta))

@@ -196,8 +196,7 @@ class MaskedAdamW(FlatGradient):
 
     def state_dict(self):
         """Everything needed to go on: the flat vectors themselves and the step count."""
-        return {name: value for name, value in vars(self).items()
-                if isinstance(value, Tensor) and name != "grad"}
+        return {key: x for key, x in vars(self).items() if isinstance(x, Tensor) and key != "grad"}
 
     def load_state_dict(self, state):
         """The inverse of state_dict; the parameters get the master's values."""

@@ -50,11 +50,10 @@ def npo_objective(beta):
     def loss(logps, ref, real, examples):
         rows = [torch.tensor(example.weights) for example in examples]
         weights = pad_sequence(rows, batch_first=True).to(logps.device, non_blocking=True)  # [R,T]
-        values = losses.npo_loss(logps, ref, weights, beta)
-        return values.sum(), {
-            "rewards/rejected": beta * (logps - ref).sum(-1),
-            "logps/rejected": logps.sum(-1),
-            "token_weight/fraction": (weights != 0).sum(-1) / real.sum(-1)}
+        reward, share = beta * (logps - ref).sum(-1), (weights != 0).sum(-1) / real.sum(-1)
+        return losses.npo_loss(logps, ref, weights, beta).sum(), {
+            "rewards/rejected": reward, "logps/rejected": logps.sum(-1),
+            "token_weight/fraction": share}
 
     def first_loss(examples):
         return LN2 * fmean(w for example in examples for w in example.weights if w)
@@ -148,9 +147,8 @@ def sequence_npo_objective(cfg):
     """NPO over whole wrong responses (Zhang et al. 2024, without their 2/beta: AdamW sees none)."""
     def loss(logps, ref, real, examples):
         score, start = logps.sum(-1), ref.sum(-1)  # [R]
-        values = losses.npo_loss(score, start, 1, cfg.beta)
-        return values.sum(), {"rewards/rejected": cfg.beta * (score - start),
-                              "logps/rejected": score}
+        total = losses.npo_loss(score, start, 1, cfg.beta).sum()
+        return total, {"rewards/rejected": cfg.beta * (score - start), "logps/rejected": score}
 
     shown = "loss", "rewards/rejected", "grad_norm", "tokens/s"
     return Objective(loss, first_loss=lambda examples: LN2, shown=shown)

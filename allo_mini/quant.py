@@ -24,8 +24,7 @@ def quantize_rows(weight):
     block = math.gcd(weight.shape[1], BLOCK)
     blocks = weight.float().unflatten(1, (-1, block))  # [R, I/block, block]
     scale = blocks.abs().amax(-1).clamp(min=1e-30) / 127
-    codes = (blocks / scale[..., None]).round_()
-    return codes.to(torch.int8).flatten(1), scale
+    return (blocks / scale[..., None]).round_().to(torch.int8).flatten(1), scale
 
 
 def dequantize_rows(codes, scale, dtype):
@@ -73,5 +72,4 @@ def encode(values, signed):
 def decode(codes, scale, signed):
     """The inverse of encode: [n] fp32."""
     table = dynamic_map(signed).to(codes.device)
-    values = table.index_select(0, codes.int())
-    return values * scale.repeat_interleave(BLOCK)[:len(codes)]
+    return table.index_select(0, codes.int()) * scale.repeat_interleave(BLOCK)[:len(codes)]

@@ -14,9 +14,8 @@ from allo_mini.data.rows import plain
 from allo_mini.logprobs import score
 from allo_mini.run.files import read_jsonl, reading
 
-REWRITE_PROMPT = (
-    "Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\n{}\n\n"
-    "Correct the prediction with as few changes as possible.\n\nCorrected prediction:")
+REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\n{}\n\nCorrect "
+    "the prediction with as few changes as possible.\n\nCorrected prediction:")
 
 
 def rewrite_prompt(encoder, negative, response):

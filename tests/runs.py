@@ -85,7 +85,7 @@ def demo_command(place: Path, out: Path | None = None) -> list[str]:
     command = (f"--model {FOLDER} --config {place}/settings.json --prompt chat --max-length 400 "
                "--max-new-tokens 60 --n 4 --batch 4 --max-steps 2 --eval-every 2 --sft "
                f"--p-forget 2 --lr-improve 1e-4 --out {out or place / 'run'}")
-    tasks = [{"input": t.input, "output": t.output, "answer": t.answer} for t in problems(20, 7)]
+    tasks = [{"input": t.prompt, "output": t.output, "answer": t.answer} for t in problems(20, 7)]
     for name, part in (("train", tasks[:12]), ("test", tasks[12:16]), ("val", tasks[16:18])):
         (place / f"{name}.jsonl").write_text(lines(*part))
         command += f" --{name} {place}/{name}.jsonl"

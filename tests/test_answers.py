@@ -67,21 +67,21 @@ def test_all_pairs_of_different_responses(encoder):
 @pytest.mark.parametrize("limit", [1, 5])
 def test_at_most_so_many_pairs_but_every_wrong_response_is_kept(encoder, limit, capsys):
     rows = [question(i) for i in range(4)]  # the last has no samples
-    samples = {rows[0].input: RIGHT + WRONG, rows[1].input: WRONG,
-               rows[2].input: RIGHT[:1] + WRONG[:1]}
+    samples = {rows[0].prompt: RIGHT + WRONG, rows[1].prompt: WRONG,
+               rows[2].prompt: RIGHT[:1] + WRONG[:1]}
     pairs, negatives = label(rows, samples, limit, 1, encoder)
     assert [p.task for p in pairs] == [0] * limit + [2]
     assert len({(p.chosen, p.rejected) for p in pairs[:-1]}) == limit
     assert [(n.prompt, n.response) for n in negatives] == [
-        *((rows[0].input, w) for w in WRONG), *((rows[1].input, w) for w in WRONG),
-        (rows[2].input, WRONG[0])]
+        *((rows[0].prompt, w) for w in WRONG), *((rows[1].prompt, w) for w in WRONG),
+        (rows[2].prompt, WRONG[0])]
     assert capsys.readouterr().out == ("pairs: 3 questions, 4 different correct and 9 wrong "
                                        f"responses -> {limit + 1} pairs, 9 negatives\n")
 
 
 def test_a_rewrite_is_the_rows_own_else_the_nearest_correct_sample_else_the_reference(encoder):
     def rewrites(task, good):
-        negatives = label([task], {task.input: good + WRONG}, 5, 1, encoder)[1]
+        negatives = label([task], {task.prompt: good + WRONG}, 5, 1, encoder)[1]
         assert {n.reference for n in negatives} == {"ref. The answer is 5"}
         return {n.response: n.rewrite for n in negatives}
     near = {WRONG[0]: RIGHT[1], WRONG[1]: RIGHT[2], WRONG[3]: RIGHT[0]}
@@ -93,7 +93,7 @@ def test_a_rewrite_is_the_rows_own_else_the_nearest_correct_sample_else_the_refe
 
 def test_pairs_depend_on_the_seed_and_on_no_other_row(encoder):
     rows = [question(i) for i in range(6)]
-    samples = {t.input: RIGHT + WRONG for t in rows}
+    samples = {t.prompt: RIGHT + WRONG for t in rows}
     pairs = label(rows, samples, 4, 1, encoder)[0]
     assert pairs == label(rows, samples, 4, 1, encoder)[0]
     assert pairs != label(rows, samples, 4, 2, encoder)[0]

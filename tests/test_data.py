@@ -77,7 +77,7 @@ def test_official_rows_and_test_rows_without_output(tmp_path):
     rows = [{"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
     path = write(tmp_path / "t.jsonl", *rows)
     tasks = read_tasks([path], need_output=False)
-    assert [(task.input, task.output) for task in tasks] == [("a?", None), ("b", None)]
+    assert [(task.prompt, task.output) for task in tasks] == [("a?", None), ("b", None)]
     with pytest.raises(UserError, match="t.jsonl:1: missing key 'output' beside"):
         read_tasks([path])
 
@@ -88,7 +88,7 @@ def test_downloaded_rows_of_gsm8k_and_math(tmp_path):
             {"problem": "p", "solution": "Thus $\\boxed{5}$.", "level": 1, "type": "Algebra"},
             {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"}]
     tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)])
-    assert [(task.input, task.output, task.answer) for task in tasks] == [
+    assert [(task.prompt, task.output, task.answer) for task in tasks] == [
         ("How many?", "He has 1,200.\nSo 1,200.\nThe answer is 1,200", "1200"),
         ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5")]
 
@@ -249,7 +249,7 @@ def rows_of(command):
 def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
     write(place / "test.jsonl", {"input": " 2?\n", "answer": "1"}, {"input": "4?", "answer": "1"})
     tasks, _, _, test = rows_of("--train t.jsonl --test test.jsonl")
-    assert len(test) == 2 and len(tasks) == 18 and not {"2?", "4?"} & {t.input for t in tasks}
+    assert len(test) == 2 and len(tasks) == 18 and not {"2?", "4?"} & {t.prompt for t in tasks}
     assert "2 training rows dropped" in capsys.readouterr().out
     assert len(rows_of("--pairs p.jsonl --test test.jsonl")[1]) == 40
     _, pairs, _, test = rows_of("--pairs p.jsonl")
@@ -259,10 +259,10 @@ def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
 
 def test_order_depends_on_the_seed_alone(place):
     write(place / "test.jsonl", {"input": "other", "answer": "1"})
-    first = [task.input for task in rows_of("--train t.jsonl")[0]]
+    first = [task.prompt for task in rows_of("--train t.jsonl")[0]]
     assert first != [f"{i}?" for i in range(20)]
-    assert first == [task.input for task in rows_of("--train t.jsonl --test test.jsonl")[0]]
-    assert first[:7] == [task.input for task in rows_of("--train t.jsonl --limit 7")[0]]
+    assert first == [task.prompt for task in rows_of("--train t.jsonl --test test.jsonl")[0]]
+    assert first[:7] == [task.prompt for task in rows_of("--train t.jsonl --limit 7")[0]]
 
 
 def test_rows_without_an_answer_are_counted_where_answers_are_graded(place, capsys):
@@ -285,7 +285,7 @@ def test_the_style_follows_the_rows(place):
 def test_demo_problems_are_distinct_right_and_reproducible():
     train, _, val, test = read_rows(parse([]))
     assert (len(train), len(val), len(test)) == (500, 300, 1000)
-    assert len({task.input for task in train + val + test}) == 1800
+    assert len({task.prompt for task in train + val + test}) == 1800
     assert train == read_rows(parse([]))[0] != read_rows(parse(["--seed", "1"]))[0]
     for task in train + demo.problems(40, 1, habit=1.0):
         steps = [line.split(" = ") for line in task.output.split("\n")[:-1]]

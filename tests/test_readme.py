@@ -78,7 +78,7 @@ def test_every_flag_in_the_text_exists():
 def place(tmp_path_factory):
     """A folder with every file that the README's commands name, small."""
     folder = tmp_path_factory.mktemp("readme")
-    rows = [vars(task) for task in demo.problems(20, 5)]
+    rows = [{"input": t.prompt, "output": t.output} for t in demo.problems(20, 5)]
     prefs = [pair(r["input"] + "\n", r["output"], "The answer is 1") for r in rows]
     samples = [{"input": r["input"], "samples": [r["output"], "The answer is 1"]} for r in rows]
     for name, content in {"train": rows[:16], "test": rows[16:], "prefs": prefs,

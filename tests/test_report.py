@@ -16,7 +16,7 @@ from allo_mini.evaluation import report
 from allo_mini.evaluation.answers import summary
 from allo_mini.logprobs import score
 from allo_mini.mask import Selected, to_tensors
-from allo_mini.run import results
+from allo_mini.evaluation import report as results
 from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl
 from helpers import error_of, random_ids, tiny_model, write_tokenizer
 

@@ -47,7 +47,7 @@ def problem(rng, habit):
 def problems(count, seed, avoid=(), habit=0.0):
     """`count` different problems as Tasks, none of them in `avoid`."""
     rng, tasks = random.Random(f"demo {seed}"), {}
-    held = {task.input for task in avoid}
+    held = {task.prompt for task in avoid}
     while len(tasks) < count:
         question, *rest = problem(rng, habit)
         if question not in held:

@@ -9,6 +9,7 @@
 """
 
 import re
+from collections import namedtuple
 from dataclasses import dataclass
 
 from allo_mini import UserError
@@ -16,7 +17,8 @@ from allo_mini.data.tokenizer import in_common
 from allo_mini.run.files import read_jsonl
 
 HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
-OUR_NAMES = {"question": "input", "problem": "input", "solution": "output"}  # of task rows
+# of task rows
+OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output"}
 OTHER_NAMES = "question instruction query input conversations history".split()  # of a prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
@@ -26,16 +28,11 @@ Text = str | list[dict]  # a string, or messages {"role", "content"}
 class Task:
     """A question with its reference. `id` counts the rows, over all files."""
     id: int
-    input: str
-    output: str | None
-    answer: str | None
+    prompt: str
+    output: str | None = None
+    answer: str | None = None
     rewrite: str | None = None
     source: str = ""  # FILE:LINE; the file's name tells how answers are graded
-
-    @property
-    def prompt(self):
-        """The input, under the name it has in other rows."""
-        return self.input
 
 
 @dataclass
@@ -48,13 +45,8 @@ class Pair:
     rewrite: str | None = None
 
 
-@dataclass
-class Negative:
-    """A response to forget, the solution it should have been, and itself put right."""
-    prompt: Text
-    response: Text
-    reference: Text
-    rewrite: Text
+# A response to forget, the solution it should have been, and itself put right; Texts all
+Negative = namedtuple("Negative", "prompt response reference rewrite")
 
 
 def plain(text: Text) -> str:

@@ -39,10 +39,10 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     ids = list(map(encoder.prompt_ids, prompts))
     if not all(ids):
         raise UserError(f"--prompt {encoder.style} makes an empty prompt of a question")
-    sampled = sample(model, ids, n, settings.max_new_tokens,
-                     settings.temperature if temperature is None else temperature,
-                     settings.top_p, eos, settings.seed, slots=settings.sample_batch,
-                     max_length=encoder.max_length, stopped=stopped, **more)
+    temperature = settings.temperature if temperature is None else temperature
+    sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
+                     settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
+                     stopped=stopped, **more)
     return [list(map(cut, responses)) for responses in sampled]
 
 
@@ -67,9 +67,9 @@ def label(tasks, samples, per_question, seed, encoder):
     own, else the right sample nearest in token edits, else the reference solution.
     """
     pairs, negatives, rights, wrongs = [], [], [], []
-    tasks = [task for task in tasks if task.input in samples and gold_answer(task)]
+    tasks = [task for task in tasks if task.prompt in samples and gold_answer(task)]
     for task in tasks:
-        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.input]}
+        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.prompt]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
         rights += right
@@ -79,10 +79,10 @@ def label(tasks, samples, per_question, seed, encoder):
             if right and not task.rewrite:
                 rewrite = right[nearest(ids[text], map(ids.get, right))]
             if rewrite:
-                negatives.append(Negative(task.input, text, task.output or rewrite, rewrite))
+                negatives.append(Negative(task.prompt, text, task.output or rewrite, rewrite))
         both = list(product(right, wrong))
         Random(f"{seed}/{task.id}/pairs").shuffle(both)
-        pairs += [Pair(task.input, *sides, task.id) for sides in both[:per_question]]
+        pairs += [Pair(task.prompt, *sides, task.id) for sides in both[:per_question]]
     say(f"pairs: {len(tasks)} questions, {len(rights)} different correct and {len(wrongs)} wrong "
         f"responses -> {len(pairs)} pairs, {len(negatives)} negatives")
     return pairs, negatives
@@ -98,7 +98,7 @@ def evaluate(model, encoder, rows, settings, name):
     """
     update = progress(None, len(rows), name).update
     if isinstance(rows[0], Task):
-        answers = respond(model, encoder, [task.input for task in rows], settings,
+        answers = respond(model, encoder, [task.prompt for task in rows], settings,
                           temperature=0.0, on_done=lambda *_: update())
         return [graded(task, *response) for task, [response] in zip(rows, answers)]
     examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]
@@ -110,7 +110,7 @@ def evaluate(model, encoder, rows, settings, name):
 def graded(task, text, finished):
     """The line of a per-item file."""
     gold = gold_answer(task)
-    item = {"input": task.input, "gold": gold, "response": text, "finished": finished,
+    item = {"input": task.prompt, "gold": gold, "response": text, "finished": finished,
             "correct": is_correct(text, task) if gold else None}
     if task_name(task.source) in QA:
         item["official"] = official_correct(text, task)

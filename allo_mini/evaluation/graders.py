@@ -163,9 +163,8 @@ def pieces(text):
 def same_math(first, second):
     """Piece by piece spelt the same, or the same number: whole ones exactly, others to 1e-4."""
     ours, theirs = pieces(first), pieces(second)
-    return len(ours) == len(theirs) and all(
-        a == b or type(a) is type(b) is float and abs(a - b) <= min(0.5, 1e-4 * abs(a))
-        for a, b in zip(ours, theirs))
+    return len(ours) == len(theirs) and all(a == b or type(a) is type(b) is float and
+        abs(a - b) <= min(0.5, 1e-4 * abs(a)) for a, b in zip(ours, theirs))
 
 
 def says(given, gold):
@@ -221,8 +220,7 @@ def spelled(name):
 def task_name(file: str) -> str:
     """Which of the ten tasks a file (or a task's own name) names; "" for none or several."""
     name = spelled(Path(file).name)
-    named = [task for task in (*RULES, *JUDGED)
-             if re.search(rf"(?<![a-z]){spelled(task)}(?![a-z])", name)]
+    named = [t for t in (*RULES, *JUDGED) if re.search(rf"(?<![a-z]){spelled(t)}(?![a-z])", name)]
     longest = max(named, key=len, default="")
     # "math" is in "math_sort"
     return longest if all(spelled(task) in spelled(longest) for task in named) else ""
@@ -240,4 +238,4 @@ def is_correct(text: str, task: Task) -> bool:
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
     extract, compare = RULES.get(task_name(task.source), (final, same))
     given, gold = extract(text), gold_answer(task)
-    return None not in (given, gold) and bool(compare(given, gold, task.input))
+    return None not in (given, gold) and bool(compare(given, gold, task.prompt))

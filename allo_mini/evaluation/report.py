@@ -1,10 +1,10 @@
-"""report.html: one page with everything there is to look at, made of a run folder's files alone.
+"""What a run says at its end: its table, and report.html with everything there is to look at.
 
     python -m allo_mini.evaluation.report RUN_FOLDER      writes RUN_FOLDER/report.html anew
 
-The functions here prepare what the template, report.html beside this file, lays out. A section
-whose files are missing is left out. Everything is escaped; the page holds no script and loads
-nothing.
+The page is made of a run folder's files alone; a section whose files are missing is left out. The
+first functions here prepare what the template, report.html beside this file, lays out. Everything
+is escaped; the page holds no script and loads nothing.
 """
 
 import sys
@@ -14,10 +14,13 @@ from pathlib import Path
 
 from jinja2 import Template
 
-from allo_mini.evaluation.answers import bootstrap
-from allo_mini.run.files import read_json, read_jsonl, reading, write_text
+from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row
+from allo_mini.logprobs import score
+from allo_mini.losses import useful_token_mask
+from allo_mini.run import parallel
+from allo_mini.run.files import read_json, read_jsonl, reading, write_json, write_jsonl, write_text
 from allo_mini.run.folder import load_mask
-from allo_mini.run.log import Log, exit_code
+from allo_mini.run.log import Log, exit_code, say, table
 
 SHOWN = 12  # negatives, and rows where the models differ
 POINTS = 150  # of a curve
@@ -25,27 +28,23 @@ POINTS = 150  # of a curve
 
 def compare(evals):
     """(later model, earlier model, their paired test) for every two models; see `bootstrap`."""
-    def right(name):
-        return [row["correct"] for row in evals[name]]
-
-    return [(later, earlier, bootstrap(right(later), right(earlier)))
-            for earlier, later in combinations(evals, 2)]
+    right = {name: [row["correct"] for row in rows] for name, rows in evals.items()}
+    return [(b, a, bootstrap(right[b], right[a])) for a, b in combinations(evals, 2)]
 
 
 def differing(evals):
     """A dozen rows' answers, one a model, where the last model differs from the first: half of them
     won, half lost."""
-    def rows(change):
-        return [row for row in zip(*evals.values())
-                if row[-1]["correct"] - row[0]["correct"] == change][:SHOWN // 2]
-
-    return rows(1) + rows(-1)
+    rows = list(zip(*evals.values()))
+    won = [row for row in rows if row[-1]["correct"] > row[0]["correct"]]
+    lost = [row for row in rows if row[-1]["correct"] < row[0]["correct"]]
+    return won[:SHOWN // 2] + lost[:SHOWN // 2]
 
 
 def curve(logged, stage, metric):
     """(step, value) of a stage's metric; of long stages every so-many-th step, with the last."""
-    points = [(row["step"], row[metric]) for row in logged
-              if row["stage"] == stage and metric in row]
+    rows = [row for row in logged if row["stage"] == stage and metric in row]
+    points = [(row["step"], row[metric]) for row in rows]
     every = len(points) // POINTS + 1
     return points[(len(points) - 1) % every::every]
 
@@ -81,15 +80,106 @@ def write_report(folder):
     with reading(folder):
         results = read_json(results)["results"] if results.exists() else {}
         evals = {name: rows(f"eval-{name}.jsonl") for name in results}
+        masks = sorted(folder.glob("mask*.safetensors"))
         page = template.render(
             read_json(folder / "config.json"), name=folder.resolve().name, results=results,
             compared=compare(evals), differing=differing(evals), curve=curve,
             logged=Log.read(folder), examples=rows("token_examples.jsonl"),
-            masks={path.name: density(load_mask(path))
-                   for path in sorted(folder.glob("mask*.safetensors"))})
+            masks={path.name: density(load_mask(path)) for path in masks})
     target = folder / "report.html"
     write_text(target, page)
     return target
+
+
+# ---- at the end of a run, and on the way -------------------------------------------------------
+# run: a Run; before, after and what `models` holds: Policies, models on disk.
+
+def describe_mask(run, mask, percent):
+    """Print and log how many weights are selected."""
+    selected, weights = density(mask)["all", "all"]
+    say(f"mask: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)")
+    run.log.write("locate", percent=percent, **{"mask/density": selected / weights})
+
+
+def pieces(decode, ids):
+    """The text that each token adds; a character of several tokens comes whole, with the last."""
+    texts = []
+    for count in range(1, len(ids) + 1):
+        text = decode(ids[:count], skip_special_tokens=False).rstrip("\ufffd")
+        texts.append(text.removeprefix("".join(texts)))
+    return texts
+
+
+def record_tokens(run, before, after, examples):
+    """Record in token_examples.jsonl what improving did to a dozen negatives at most.
+
+    A row holds the prompt, the response's tokens as text, their weights and scores in forgetting,
+    log pi/pi_ref after improving, and which of them the filter keeps then.
+    """
+    cfg, tokenizer = run.cfg, run.encoder.tokenizer
+    shown = examples[::len(examples) // SHOWN + 1]
+
+    def make(target):
+        refs, logps = (score(run.load(p), shown, cfg.micro_tokens) for p in (before, after))
+        rows = []
+        for example, [ref], [now] in zip(shown, refs, logps):
+            real = ref[None].isfinite()  # as all are
+            useful = useful_token_mask(now[None], ref[None], real, cfg.epsilon)[0]
+            rows.append({"prompt": tokenizer.decode(example.prompt),
+                         "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
+                         "weights": example.weights, "scores": example.scores,
+                         "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
+        write_jsonl(target, rows)
+
+    run.stage("tokens", "token_examples.jsonl", make)
+
+
+def reprint(run):
+    """Whether the run is finished; if so, its table is printed again."""
+    path = run.folder / "results.json"
+    if path.exists():
+        say(f"{run.folder}: this run is finished\n\n{read_json(path).get('table')}")
+    return path.exists()
+
+
+def evaluated(run, name, policy):
+    """A model's answers to the test rows."""
+    def make(target):
+        write_jsonl(target, run.evaluate(run.load(policy), run.test, f"test {name}"))
+
+    return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
+
+
+def summaries(run, models):
+    """{model's name: summary of its answers}; of pairs with beta log pi/pi_start(y+) - the same
+    of y- as the reward, pi_start being the model that all others began with."""
+    answers = {name: evaluated(run, name, policy) for name, policy in models.items()}
+    start, *others = answers.values()
+    with reading(run.folder):
+        for row, *tuned in zip(start, *others):
+            for item in tuned if "margin" in row else ():
+                item["reward"] = run.cfg.beta * (item["margin"] - row["margin"])
+        return {name: summary(items) for name, items in answers.items()}
+
+
+def finish(run, models):
+    """Evaluate every model on the test rows, print the table, and say where everything is."""
+    results = {}
+    text = "nothing was evaluated: no --test rows, or --no-eval"
+    if run.cfg.eval and run.test:
+        results = summaries(run, models)
+        text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
+    if parallel.RANK > 0:
+        return
+    if run.test and not run.cfg.test:  # the demo's, or held out: for eval.py
+        write_jsonl(run.folder / "test.jsonl", map(vars, run.test))
+    folders = {name: str(policy.folder) for name, policy in models.items()}
+    write_json(run.folder / "results.json", {
+        "models": folders, "results": results, "table": text, "seconds": run.seconds})
+    say(text + "\n")
+    for name, folder in folders.items():
+        say(f"{name:>10}  {folder}")
+    say(f"    report  {write_report(run.folder)}\neverything  {run.folder}/")
 
 
 if __name__ == "__main__":

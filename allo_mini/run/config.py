@@ -63,13 +63,11 @@ class Config:
     eval: bool = knob(True, "grade the models on --test at the end")
     dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
 
-    method: list[str] = knob(["dpo", "allo"], "trained from the same model, and compared; all but "
-                             "allo train all weights", METHODS)
+    method: list[str] = knob(["dpo", "allo"], "trained from the same model, and compared", METHODS)
     sft: bool = knob(False, "fine-tune on the reference solutions first")
     masked: bool = knob(False, "the other methods train allo's weights only, too")
-    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, or by the "
-                       "gradient, or its signal-to-noise ratio",
-                       ("movement", "snr", "gradient", "random"))
+    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, by the gradient "
+                       "or its signal-to-noise ratio", ("movement", "snr", "gradient", "random"))
     locate_pairs: int = knob(512, "pairs that snr and gradient look at")
     p: float = knob(5.0, "percent of all weights that are trained", most=100)
     p_forget: float = knob(0.0, "percent in forgetting (0: --p)", most=100)
@@ -78,8 +76,7 @@ class Config:
                               "0.5; or by 1 - score, by the score, outside the edit alignment, all",
                               ("threshold", "soft", "released", "edit", "uniform"))
     rewriter: str = knob("", "model folder that becomes the rewriting model (the policy)")
-    epsilon: float = knob(0.1, "share of a rejected response's tokens that counts in improving",
-                          most=1)
+    epsilon: float = knob(0.1, "share of a rejected response's tokens that improving counts", most=1)
     beta: float = knob(0.1, "strength of the reference")
 
     n: int = knob(10, "responses sampled for a question")
@@ -136,8 +133,7 @@ def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
     plan = SCHEDULES[shared]._replace(**cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
     lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
-    batch = cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1)
-    return plan._replace(lr=lr, batch=batch)
+    return plan._replace(lr=lr, batch=cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1))
 
 
 # ---- the command line --------------------------------------------------------------------------
@@ -241,8 +237,7 @@ def parse(argv: list[str]) -> Config:
     if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:
         raise UserError("--n 1 gives no two different responses, as pairs need")
     if (cfg.model or cfg.test or cfg.val) and not (cfg.train or cfg.pairs):
-        raise UserError("--model, --test and --val need rows to train on: --pairs FILE "
-                        "(preferences) or --train FILE (questions with answers)")
+        raise UserError("no rows to train on: give --pairs FILE (preferences) or --train FILE")
     if bool(cfg.eval_every) != bool(cfg.val) and own:
         raise UserError("--eval-every N and --val FILE belong together; give both or none")
     return cfg

@@ -6,6 +6,7 @@ one. Files that grow (metrics, samples) are cut back to their last whole rows wh
 again. A path is a string or a Path, where no type is given.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -151,13 +152,11 @@ def save_tensors(tensors, path, metadata=None):
 def lock(folder: Path):
     """Hold a run folder until this process ends, and clear what a killed one left half written.
 
-    Raises UserError when another process holds it. (Windows has no such lock.)
+    Raises UserError when another process holds it.
     """
     HELD[folder] = open(folder / ".lock", "a")  # where this process held it, it no longer does
     try:
-        with suppress(ImportError):
-            import fcntl
-            fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(HELD[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{folder}: another process is at work in it; take another --out") from None
     for half in folder.glob(".*.tmp"):

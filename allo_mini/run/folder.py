@@ -67,8 +67,8 @@ class Run:
         """What is sampled: of rows with the same question the first that has an answer."""
         first = {}
         for task in sorted(self.tasks, key=lambda task: gold_answer(task) is None):
-            first.setdefault(task.input, task)
-        return [task for task in self.tasks if first[task.input] is task]
+            first.setdefault(task.prompt, task)
+        return [task for task in self.tasks if first[task.prompt] is task]
 
     def load(self, policy: Policy, mask=None, training=False):
         """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
@@ -127,8 +127,8 @@ class Run:
         if not math.isfinite(change):
             raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
         warning = "" if change else "   <-- WARNING: no weight moved; raise the learning rate"
-        say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
-            f"{change:.3g}{warning}")
+        steps = int(optimizer.steps)
+        say(f"{name}: {steps} steps, {skipped} skipped, largest weight change {change:.3g}{warning}")
         optimizer.close()
 
     def encode(self, rows, name):

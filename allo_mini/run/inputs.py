@@ -69,17 +69,12 @@ def need_answers(tasks, task=None, flag="test"):
 
 def drop_held(held, *groups):
     """Take the questions of `held` out of other lists of rows, and say how many."""
-    questions = set(map(key_of, held))
+    questions = {plain(row.prompt).strip() for row in held}
     for rows in groups:
         before = len(rows)
-        rows[:] = [row for row in rows if key_of(row) not in questions]
+        rows[:] = [row for row in rows if plain(row.prompt).strip() not in questions]
         if len(rows) < before:
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
-
-
-def key_of(row):
-    """What makes two rows the same question."""
-    return plain(row.prompt).strip()
 
 
 def style_of(prompt: str, rows: list) -> str:

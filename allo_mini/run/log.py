@@ -10,9 +10,7 @@ import torch
 from tqdm import tqdm
 
 from allo_mini import UserError
-from allo_mini.run import parallel
-from allo_mini.run.files import (append_rows, keep_whole, load_tensors, read_jsonl, reading,
-                                 save_tensors)
+from allo_mini.run import files, parallel
 
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
 
@@ -56,18 +54,18 @@ class Log:
     def __init__(self, folder):
         self.path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
-            keep_whole(self.path)
+            files.keep_whole(self.path)
 
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            append_rows(self.path, [{"stage": stage, **values}])
+            files.append_rows(self.path, [{"stage": stage, **values}])
 
     @staticmethod
     def read(folder):
         """The lines of a run: one a step, one for all notes of a stage."""
         path, lines = folder / "metrics.jsonl", {}
-        for _, row in read_jsonl(path) if path.exists() else ():
+        for _, row in files.read_jsonl(path) if path.exists() else ():
             key = row["stage"], row.get("step")
             lines[key] = lines.get(key, {}) | row
         return list(lines.values())
@@ -91,8 +89,8 @@ class Progress:
 
     def load(self):
         """Read the checkpoint. Raises UserError when it is broken or of other weights or rows."""
-        tensors, metadata = load_tensors(self.path)
-        with reading(self.path):
+        tensors, metadata = files.load_tensors(self.path)
+        with files.reading(self.path):
             known = json.loads(metadata["progress"])
             if known["total"] != self.total or not tensors["start"].equal(self.optimizer.start):
                 raise UserError(f"{self.path}: of other weights or rows; delete it to begin again")
@@ -125,7 +123,7 @@ class Progress:
         if due and parallel.RANK == 0:
             known = {"step": self.step, "total": total, "state": self.objective.state}
             metadata = {"progress": json.dumps(known)}
-            save_tensors(self.optimizer.state_dict(), self.path, metadata)
+            files.save_tensors(self.optimizer.state_dict(), self.path, metadata)
             self.saved_at = now
         self.began = time.monotonic()
 

@@ -33,8 +33,7 @@ def estimate(run, stage):
     heads = (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     block = T * size * (4 * c.hidden_size + heads + 3 * c.intermediate_size)
     inputs = T * size * c.hidden_size * (c.num_hidden_layers + 3)
-    return {"weights": weights,
-            "positions": n * (2 + size * int8) if share < 1 else 0,
+    return {"weights": weights, "positions": n * (2 + size * int8) if share < 1 else 0,
             "optimizer": 0 if cfg.offload else n * (8 + cfg.state_bits / 4),
             "activations": inputs + block * (1 if cfg.recompute else c.num_hidden_layers),
             "at work": max(3 * HEAD_BYTES, T * size * c.intermediate_size + 3 * CHUNK * size)}
@@ -45,9 +44,8 @@ def locate_groups(run) -> int:
     a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
     if run.cfg.locate_groups:
         return run.cfg.locate_groups
-    room = run.parameters
-    if hasattr(os, "sysconf"):
-        room = min(room, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 24)
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = min(run.parameters, host // 24)
     if run.device.startswith("cuda") and not run.cfg.offload:
         room = min(room, torch.cuda.mem_get_info(run.device)[0] // 8)
     return -(-run.parameters // room)

@@ -28,7 +28,7 @@ SETTINGS = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "e
 def make_demo(out: Path, count: int) -> None:
     """Write OUT/model (untrained, its tokenizer learned from the problems) and OUT/train.jsonl."""
     tasks = problems(count, 0, habit=HABIT)
-    write_jsonl(out / "train.jsonl", [{"input": task.input, "output": task.output,
+    write_jsonl(out / "train.jsonl", [{"input": task.prompt, "output": task.output,
                                        "answer": task.answer} for task in tasks])
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -38,7 +38,7 @@ def make_demo(out: Path, count: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=384, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator((t.input + "\n" + t.output for t in tasks[:5000]), trainer)
+    tokenizer.train_from_iterator((t.prompt + "\n" + t.output for t in tasks[:5000]), trainer)
     save_model(initialize(CausalLM(parse_config(MODEL)), seed=0), out / "model")
     tokenizer.save(str(out / "model" / "tokenizer.json"))
     write_json(out / "model" / "tokenizer_config.json", SETTINGS)

@@ -47,7 +47,7 @@ def make_world(args, folder: Path) -> None:
     rng, rows = random.Random(SEED), []
     for _ in range((args.warm + args.steps) * max(args.batch)):
         tasks = demo.problems(15, rng.random())
-        row = {"prompt": " ".join(task.input for task in tasks[:3])}  # a hundred tokens
+        row = {"prompt": " ".join(task.prompt for task in tasks[:3])}  # a hundred tokens
         for side in ("chosen", "rejected"):  # one to two hundred
             row[side] = "\n".join(task.output for task in rng.sample(tasks, rng.randint(3, 5)))
         rows.append(row)

@@ -72,7 +72,7 @@ def main() -> None:
     encoder = Encoder(tokenizer, args.prompt, 2048)
     eos = eos_ids(model, encoder)
     tasks = read_tasks([args.test], need_output=False)[:args.prompts]
-    prompts = [encoder.prompt_ids(task.input) for task in tasks]
+    prompts = [encoder.prompt_ids(task.prompt) for task in tasks]
     sides = {"allo_mini": ours} | ({"transformers": theirs} if find_spec("transformers") else {})
     rates, rows = {name: [] for name in sides}, []
     for _ in range(args.repeat):
