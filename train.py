@@ -73,12 +73,12 @@ def optimize(run, name, policy, examples, objective, mask=None):
         shares = [with_reference(model, share, cfg.micro_tokens)
                   for share in progress(shares, label=f"{name}: reference", unit="step")]
     micros = [micro_batches(share, cfg.micro_tokens) for share in shares]
-    count = len(steps)
-    place = Progress(run, name, count, optimizer, objective)
-    say(f"{name}: {len(examples)} rows, {count} steps of {plan.batch}, lr {plan.lr:g}, "
+    tokens = [sum(map(size_of, step)) for step in steps]
+    place = Progress(run, name, len(steps), optimizer, objective)
+    say(f"{name}: {len(examples)} rows, {len(steps)} steps of {plan.batch}, lr {plan.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
 
-    for at in progress(range(place.step, count), label=name, unit="step"):
+    for at in progress(range(place.step, len(steps)), label=name, unit="step"):
         step, sums = steps[at], defaultdict(float)
         units = sum(map(objective.units, step))  # of the whole step (departure f)
         for micro in micros[at]:
@@ -95,14 +95,14 @@ def optimize(run, name, policy, examples, objective, mask=None):
         metrics = {key: total / len(step) for key, total in zip(sums, totals)}
         metrics["grad_norm"] = optimizer.clip(cfg.clip)
         place.check(metrics, objective.first_loss and objective.first_loss(step))
-        optimizer.lr = cosine_lr(at, count, plan.lr, plan.warmup)
+        optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
         optimizer.step()
         objective.after(metrics)
-        metrics["epoch"] = plan.epochs * (at + 1) / count
+        metrics["epoch"] = plan.epochs * (at + 1) / len(steps)
         if cfg.eval_every:
-            metrics |= run.validate(name, model, at + 1, count)
-        place.after_step(metrics, sum(map(size_of, step)))
-    run.report_change(name, optimizer, len(planned) - count)
+            metrics |= run.validate(name, model, at + 1, len(steps))
+        place.after_step(metrics, tokens[at])
+    run.report_change(name, optimizer, len(planned) - len(steps))
     return model, optimizer
 
 
@@ -257,8 +257,7 @@ def token_weights(run, policy, negatives):
     rows = [(n, encoder.example(n.prompt, [n.response])) for n in negatives]
     rows = [(n, example) for n, example in rows if example]
     run.report_dropped("negatives", len(rows))
-    unscored = mode in ("uniform", "edit")
-    scored = [None] * len(rows) if unscored else score(run, policy, rows)
+    scored = score(run, policy, rows) if mode not in ("uniform", "edit") else [None] * len(rows)
     weighted = []
     for (n, example), scores in zip(rows, scored):
         [response] = example.responses

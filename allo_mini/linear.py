@@ -110,5 +110,4 @@ class MaskedEmbedding(torch.autograd.Function):
 
 def embedding(ids, weight):
     """ids [...] -> [..., H]: F.embedding, unless the weight is in training."""
-    look_up = MaskedEmbedding.apply if hasattr(weight, "slot") else F.embedding
-    return look_up(ids, weight)
+    return (MaskedEmbedding.apply if hasattr(weight, "slot") else F.embedding)(ids, weight)

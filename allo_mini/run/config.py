@@ -66,7 +66,7 @@ class Config:
     method: list[str] = knob(["dpo", "allo"], "trained from the same model, and compared", METHODS)
     sft: bool = knob(False, "fine-tune on the reference solutions first")
     masked: bool = knob(False, "the other methods train allo's weights only, too")
-    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, by the gradient "
+    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, the gradient, "
                        "or its signal-to-noise ratio", ("movement", "snr", "gradient", "random"))
     locate_pairs: int = knob(512, "pairs that snr and gradient look at")
     p: float = knob(5.0, "percent of all weights that are trained", most=100)
@@ -76,7 +76,7 @@ class Config:
                               "0.5; or by 1 - score, by the score, outside the edit alignment, all",
                               ("threshold", "soft", "released", "edit", "uniform"))
     rewriter: str = knob("", "model folder that becomes the rewriting model (the policy)")
-    epsilon: float = knob(0.1, "share of a rejected response's tokens that improving counts", most=1)
+    epsilon: float = knob(0.1, "share of a rejected response that counts in improving", most=1)
     beta: float = knob(0.1, "strength of the reference")
 
     n: int = knob(10, "responses sampled for a question")

@@ -127,8 +127,8 @@ class Run:
         if not math.isfinite(change):
             raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
         warning = "" if change else "   <-- WARNING: no weight moved; raise the learning rate"
-        steps = int(optimizer.steps)
-        say(f"{name}: {steps} steps, {skipped} skipped, largest weight change {change:.3g}{warning}")
+        say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
+            f"{change:.3g}{warning}")
         optimizer.close()
 
     def encode(self, rows, name):

@@ -55,11 +55,12 @@ class Log:
         self.path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
             files.keep_whole(self.path)
+            self.file = self.path.open("a", buffering=1)
 
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            files.append_rows(self.path, [{"stage": stage, **values}])
+            self.file.write(json.dumps({"stage": stage, **values}) + "\n")
 
     @staticmethod
     def read(folder):
