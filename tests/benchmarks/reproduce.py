@@ -29,13 +29,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from allo_mini import UserError  # noqa: E402
 from allo_mini.checkpoint import find_folder, meta_model  # noqa: E402
 from allo_mini.mask import Selected  # noqa: E402
 from allo_mini.run.config import Config, from_file, parse, schedule  # noqa: E402
 from allo_mini.run.files import (append_rows, atomic, load_tensors, read_json,  # noqa: E402
                                  read_jsonl, remove, write_json, write_text)
 from allo_mini.run.folder import open_run  # noqa: E402
-from allo_mini.run.log import Log, say  # noqa: E402
+from allo_mini.run.log import Log, exit_code, say  # noqa: E402
 
 TEN = "--method dpo --masked --p 10"
 OWN = "own rates"  # an ablation whose learning rates are tuned, as one more method, and not ALLO's
@@ -307,6 +308,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     study = Study(make_parser().parse_args(argv))
+    for flag in ("train", "test", *["val"] * bool(study.tune)):
+        if study.model and not getattr(study, flag):
+            raise UserError(f"--model needs --{flag} FILE as well")
     if not study.table:
         cells = [one for one in product(study.parts, study.cells) if one[1] in PARTS[one[0]]]
         settings = {cell: study.tuned(cell) for _, cell in cells}
@@ -319,4 +323,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))
