@@ -24,7 +24,7 @@ SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others
 SHARED = {"rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo",
           "simpo": "dpo", "npo": "dpo"}  # stage -> whose schedule and rate it has
 
-# `python train.py` without model and data; rates by tests/benchmarks/tune_demo.py
+# `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
 LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 2400}
