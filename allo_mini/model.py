@@ -153,20 +153,32 @@ class SwiGLU(torch.autograd.Function):
 
 
 class KeepInput(torch.autograd.Function):
-    """F.rms_norm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well."""
+    """RMSNorm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well.
+
+    With y = x / rms(x) over the n entries of a row:  dx = (w dy - y sum(w dy y) / n) / rms(x).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return weight * normalized(x, eps)[0].to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        with torch.enable_grad():
-            x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
-            y = F.rms_norm(x, weight.shape, weight, ctx.eps)
-        return *torch.autograd.grad(y, (x, weight), dy), None
+        x, weight = ctx.saved_tensors
+        y, scale = normalized(x, ctx.eps)
+        dw = dy * y  # [..., n], fp32
+        mean = (dw @ weight.float())[..., None] / len(weight)
+        dx = (dy * weight.float()).addcmul_(y, mean, value=-1).mul_(scale)
+        return dx.to(x.dtype), dw.flatten(0, -2).sum(0).to(x.dtype), None
+
+
+def normalized(x, eps):
+    """x / rms(x) and 1 / rms(x), in fp32."""
+    x = x.float()
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * scale, scale
 
 
 class RMSNorm(nn.RMSNorm):
