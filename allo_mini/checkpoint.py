@@ -17,7 +17,6 @@ from allo_mini.model import build, parse_config
 from allo_mini.patch import put_changes, read_patch
 from allo_mini.run.device import DTYPES
 from allo_mini.run.files import atomic, open_tensors, read_json, reading, save_tensors, write_json
-from allo_mini.run.log import say
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
@@ -43,13 +42,10 @@ def find_folder(path_or_id, download=True):
         raise UserError(f"{path_or_id}: no such model folder, and no hub id (owner/name) either")
     from huggingface_hub import snapshot_download
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
-                                        local_files_only=not download))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
+                                      local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and not in the cache
         raise UserError(f"{path_or_id}: no such folder, and not from the hub: {e}") from None
-    if revision != folder.name:
-        say(f"{name}: this is commit {folder.name}; {name}@{folder.name} pins it")
-    return folder
 
 
 def shard_files(folder):
