@@ -21,8 +21,7 @@ from allo_mini.run.files import atomic, open_tensors, read_json, reading, save_t
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
                    "tokenizer.model", "generation_config.json")
-DOWNLOADS = ["config.json", "model.safetensors", "model-*-of-*.safetensors",
-             "model.safetensors.index.json", *TOKENIZER_FILES]
+DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 NOT_KEPT = ("torch_dtype", "dtype", "_name_or_path", "auto_map")  # somebody's paths and code
 SHARD = 4 << 30  # bytes of one weights file
 
