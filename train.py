@@ -22,6 +22,7 @@ Departures from the official code, and why:
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
+import functools
 import random
 import sys
 from collections import defaultdict
@@ -31,10 +32,10 @@ from statistics import fmean
 import torch
 
 from allo_mini import UserError
-from allo_mini.data.rows import Negative
+from allo_mini.data.rows import Negative, Pair
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
-from allo_mini.evaluation.report import describe_mask, finish, record_tokens, reprint
+from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens, reprint
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
@@ -43,14 +44,14 @@ from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, sft_ob
 from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
-from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
+from allo_mini.run.files import append_rows, keep_whole, load_tensors, read_jsonl, write_jsonl
 from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
 from allo_mini.token_weights import (edit_weights, read_scores, rewrite_examples, token_scores,
                                      weights_from_scores)
 
-MOVEMENT = "movement.safetensors"
+MOVEMENT, SAMPLES = "movement.safetensors", "samples.jsonl"
 GROUP = 64  # questions sampled together: a restart goes on between two groups, and changes nothing
 
 
@@ -120,14 +121,17 @@ def steps_of(examples, batch, epochs, seed):
 
 # ---- the stages: each makes one artefact, and is skipped when that is there --------------------
 # run: a Run; policy: the Policy, a model on disk, that a stage begins with and many return;
-# pairs: Examples; negatives: Negatives, wrong responses with what they are to be.
+# examples, pairs: a function that encodes them; negatives: Negatives, wrong responses with what
+# they are to be.
 
 def trained(run, name, policy, examples, objective, mask, artefact="", whole=True):
     """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
     artefact = artefact or (name if whole else f"{name}.safetensors")
 
     def make(target):
-        model, optimizer = optimize(run, name, policy, examples, objective, mask)
+        model, optimizer = optimize(run, name, policy, examples(), objective, mask)
+        if name == "dpo" and run.cfg.dpo_is_warmup:
+            run.save(optimizer.movement(), run.folder / MOVEMENT)
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
@@ -144,7 +148,7 @@ def fine_tuned(run, name, policy, examples, artefact=""):
 
 def sft(run, policy):
     """Supervised fine-tuning on the reference solutions."""
-    return fine_tuned(run, "sft", policy, run.encode(solutions(run), "training rows"))
+    return fine_tuned(run, "sft", policy, run.encoded(solutions(run), "training rows"))
 
 
 def solutions(run):
@@ -154,7 +158,7 @@ def solutions(run):
 
 
 def sample(run, policy):
-    """Question -> n responses, in fixed groups of questions so that a restart changes nothing."""
+    """n responses a question, in fixed groups of questions so that a restart changes nothing."""
     cfg = run.cfg
     asked = run.questions[:cfg.sample_questions or None]
 
@@ -168,38 +172,46 @@ def sample(run, policy):
             texts = respond(model, run.encoder, [task.prompt for task in tasks], cfg, cfg.n,
                             rows=[task.id for task in tasks], on_done=lambda *_: bar.update())
             append_rows(growing, map(sample_row, tasks, texts))
+            run.log.note_time("sample")
         growing.rename(target)
         run.report_dropped("questions", len(asked))
 
-    return read_samples(run.stage("sample", "samples.jsonl", make))
+    run.stage("sample", SAMPLES, make)
 
 
 def sample_row(task, responses):
     """A line of samples.jsonl: the responses that ended by themselves, and how many did not."""
     texts = [text for text, finished in responses if finished]
-    return {"input": task.prompt, "samples": texts, "unfinished": len(responses) - len(texts)}
+    return {"input": task.question, "samples": texts, "unfinished": len(responses) - len(texts)}
 
 
-def preferences(run, samples):
+def preferences(run):
     """Samples labelled by their final answer -> random Pairs (y+, y-), and every y- to forget."""
     if run.pairs:
         return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
                                     pair.rewrite or pair.chosen) for pair in run.pairs]
-    cfg = run.cfg
-    pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed, run.encoder)
-    if not pairs:
-        raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
-                        "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
-    if parallel.RANK == 0:
-        write_jsonl(run.folder / "pairs.jsonl", map(vars, pairs))
-        write_jsonl(run.folder / "negatives.jsonl", [n._asdict() for n in negatives])
-    return pairs, negatives
+    cfg, wrong = run.cfg, run.folder / "negatives.jsonl"
+    rewrites = "allo" in cfg.method and cfg.forget and cfg.token_weights != "uniform"
+
+    def make(target):
+        samples = read_samples(run.folder / SAMPLES)
+        pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed,
+                                 run.encoder, rewrites)
+        if not pairs:
+            raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
+                            "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
+        write_jsonl(wrong, [n._asdict() for n in negatives])
+        write_jsonl(target, map(vars, pairs))
+
+    path = run.stage("label", "pairs.jsonl", make)
+    pairs = [Pair(**row) for _, row in read_jsonl(path)]
+    return pairs, [Negative(**row) for _, row in read_jsonl(wrong)]
 
 
 def warmup(run, policy, pairs):
     """An epoch of DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     def make(target):
-        _, optimizer = optimize(run, "warmup", policy, pairs, dpo_objective(run.cfg.beta))
+        _, optimizer = optimize(run, "warmup", policy, pairs(), dpo_objective(run.cfg.beta))
         run.save(optimizer.movement(), target)
 
     run.stage("warmup", MOVEMENT, make, ranks=True)
@@ -241,8 +253,9 @@ def importance_of(run, policy, examples, objective, how):
         if {name: values.shape for name, values in moved.items()} != run.shapes:
             raise UserError(f"{run.folder / MOVEMENT}: of another model")
         return moved
-    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective, run.folder,
-                               how == "snr", locate_groups(run), cfg.micro_tokens, cfg.offload)
+    return gradient_importance(run.load(policy), examples()[:cfg.locate_pairs], objective,
+                               run.folder, how == "snr", locate_groups(run), cfg.micro_tokens,
+                               cfg.offload)
 
 
 def select(importance, percent, device):
@@ -293,16 +306,20 @@ def score(run, policy, rows):
 
 def rewrite(run, policy, negatives):
     """The rewriting model, trained to correct wrong responses with few edits."""
-    examples = rewrite_examples(run.encoder, negatives)
-    run.report_dropped("rewrites", len(examples))
+    def examples():
+        rows = rewrite_examples(run.encoder, negatives)
+        run.report_dropped("rewrites", len(rows))
+        return rows
+
     if run.cfg.rewriter:
         policy = Policy(Path(run.cfg.rewriter))
-    return fine_tuned(run, "rewrite", policy, examples, "rewriter")
+    return fine_tuned(run, "rewrite", policy, functools.cache(examples), "rewriter")
 
 
 def forget(run, policy, weighted, mask, name="forget"):
     """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
-    return trained(run, name, policy, weighted, npo_objective(run.cfg.beta), mask, whole=False)
+    objective = npo_objective(run.cfg.beta)
+    return trained(run, name, policy, lambda: weighted, objective, mask, whole=False)
 
 
 def improve(run, policy, pairs, mask, name="improve", whole=True):
@@ -316,7 +333,8 @@ def improve(run, policy, pairs, mask, name="improve", whole=True):
 def allo(run, policy, pairs, negatives):
     """Which weights, which tokens; then the two phases."""
     forget_mask, improve_mask = locate(run, policy, pairs)
-    weighted = token_weights(run, policy, negatives)
+    weighted = [] if run.has("forget.safetensors", "improve", TOKENS) else token_weights(
+        run, policy, negatives)
     forgotten = forget(run, policy, weighted, forget_mask) if run.cfg.forget else policy
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)
@@ -326,25 +344,26 @@ def allo(run, policy, pairs, negatives):
     return improved
 
 
-def baseline(run, method, policy, samples, negatives, pairs):
+def baseline(run, method, policy, pairs, negatives):
     """One of the methods that ALLO is compared with, from the same policy and samples."""
     mask = locate(run, policy, pairs)[1] if run.cfg.masked else None
     name = "more-sft" if method == "sft" and run.cfg.sft else method
     if method == "sft":
-        pairs = run.encode(solutions(run), "training rows")
+        pairs = run.encoded(solutions(run), "training rows")
     if method == "npo":
-        pairs = run.encode([(n.prompt, [n.response]) for n in negatives], "negatives")
+        pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
-        pairs = run.encode(right_samples(run, samples), "right samples")
+        pairs = run.encoded(right_samples(run), "right samples")
     return trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
 
 
-def right_samples(run, samples):
+def right_samples(run):
     """(question, [response]) of every right sample, also of questions never answered wrongly."""
     if run.pairs:
         return solutions(run)
+    samples = read_samples(run.folder / SAMPLES)
     return [(task.prompt, [text]) for task in run.questions
-            for text in dict.fromkeys(samples.get(task.prompt, [])) if is_correct(text, task)]
+            for text in dict.fromkeys(samples.get(task.question, [])) if is_correct(text, task)]
 
 
 def run_all(run):
@@ -353,18 +372,18 @@ def run_all(run):
     cfg = run.cfg
     policy = sft(run, run.base) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
-    samples, negatives, pairs = {}, [], []  # sft alone needs none
+    pairs, negatives = None, []  # sft alone needs none
     if cfg.method != ["sft"]:
-        samples = {} if run.pairs else sample(run, policy)
-        preferred, negatives = preferences(run, samples)
-        rows = [(p.prompt, [p.chosen, p.rejected]) for p in preferred]
-        pairs = run.encode(rows, "pairs")
+        if not run.pairs:
+            sample(run, policy)
+        preferred, negatives = preferences(run)
+        pairs = run.encoded([(p.prompt, [p.chosen, p.rejected]) for p in preferred], "pairs")
     for method in cfg.method:
         if method == "allo":
             models["ALLO"] = allo(run, policy, pairs, negatives)
         else:
             title = BASELINES[method][0]
-            models[title] = baseline(run, method, policy, samples, negatives, pairs)
+            models[title] = baseline(run, method, policy, pairs, negatives)
     finish(run, models)
 
 

@@ -35,6 +35,9 @@ def find_folder(path_or_id, download=True):
     UserError when there is neither.
     """
     if os.path.isdir(path_or_id):
+        if os.path.exists(f"{path_or_id}/adapter_config.json"):
+            raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge it "
+                            "into its base model first (peft's merge_and_unload), and save that")
         return Path(path_or_id)
     name, _, revision = path_or_id.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -44,6 +47,8 @@ def find_folder(path_or_id, download=True):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
                                       local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and not in the cache
+        if not download:
+            e = f"not in its cache, and --dry-run downloads nothing: `hf download {name}` does"
         raise UserError(f"{path_or_id}: no such folder, and not from the hub: {e}") from None
 
 
@@ -73,6 +78,12 @@ def meta_model(folder):
         tied_head = name == "lm_head.weight" and config.tie_word_embeddings
         if not tied_head and not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{folder}: weight {name} is missing, or not {config.family}'s")
+    head = files.get("lm_head.weight")
+    if head and config.tie_word_embeddings:
+        table = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
+        if not read_tensor(head, "lm_head.weight").equal(table):
+            raise UserError(f"{path}: tie_word_embeddings is true, but {head.name} holds an lm_head "
+                            "of its own; say false, or take it out")
     model.folder, model.files = folder, files
     return model.requires_grad_(False)
 
@@ -129,9 +140,10 @@ def dense_weight(model, name):
     return dense
 
 
-def save_model(model, folder):
+def save_model(model, folder, eos=()):
     """Config, weights (in shards of SHARD bytes) and the model's own tokenizer files.
 
+    eos: ids that end its responses, for who generates with it elsewhere (generation_config.json).
     All or nothing: raises UserError when the folder exists or cannot be written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -154,3 +166,7 @@ def save_model(model, folder):
         for name in TOKENIZER_FILES:
             if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)
+        if eos:
+            ends = {"eos_token_id": sorted(eos)}
+            path = new / "generation_config.json"
+            write_json(path, (read_json(path) if path.exists() else {}) | ends)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from allo_mini.attention import TreeAttention
 from allo_mini.linear import linear
 from allo_mini.logprobs import pack, size_of
+from allo_mini.run.device import free_memory
 
 PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes bounded memory
 
@@ -27,19 +28,16 @@ Sample = namedtuple("Sample", "number prompt u tokens")
 class Cache:
     """Keys and values of all running samples: of each layer [2, slots, g, room, d].
 
-    At most `slots`; on a GPU no more than 60 % of its free memory holds, at full length.
+    At most `slots`, and no more than 60 % of the free memory holds, at full length.
     """
 
     def __init__(self, model, samples, slots):
         self.longest = max(len(s.prompt) + len(s.u) for s in samples)
-        self.slots = min(slots, len(samples))
         c = model.config
         weight = model.model.embed_tokens.weight  # never int8
-        if weight.is_cuda:
-            torch.cuda.empty_cache()
-            token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
-            free = torch.cuda.mem_get_info(weight.device)[0]
-            self.slots = max(1, min(self.slots, int(0.6 * free / (self.longest * token))))
+        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
+        fit = int(0.6 * free_memory(weight.device) / (self.longest * token))
+        self.slots = max(1, min(slots, len(samples), fit))
         room = min(max(len(s.prompt) for s in samples) + 64, self.longest)
         shape = 2, self.slots, c.num_key_value_heads, room, c.head_dim
         self.stores = [weight.new_zeros(shape) for _ in model.model.layers]
@@ -84,8 +82,9 @@ class Cache:
             more = min(room // 2, self.longest - room)  # by half: copying stays rare
             for i, store in enumerate(self.stores):
                 self.stores[i] = F.pad(store, (0, 0, 0, more))
-        places = torch.arange(self.used, device=device)
-        self.visible = places <= self.lengths[:, None, None, None]  # [A,1,1,used]
+        hidden = torch.arange(self.used, device=device) > self.lengths[:, None, None, None]
+        zeros = self.stores[0].new_zeros(hidden.shape)
+        self.bias = zeros.masked_fill_(hidden, -torch.inf)  # [A,1,1,used], for all layers
         return model(newest, self.lengths, self)
 
     def __call__(self, q, k, v, layer):
@@ -97,7 +96,7 @@ class Cache:
         store[:, self.rows, :, self.lengths] = torch.stack((k, v), 1)
         keys, values = store[:, :len(q), :, :self.used]
         q = q.unflatten(1, (k.shape[1], -1))  # [A,g,h/g,d]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.visible).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias).flatten(1, 2)
 
 
 def pick(logits, temperature, top_p, u):

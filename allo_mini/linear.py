@@ -71,7 +71,7 @@ class MaskedLinear(torch.autograd.Function):
         dx = None
         for rows, dense in dense_rows(ctx.weight, dy.dtype):
             product = dy[:, rows] @ dense
-            dx = product if dx is None else dx.float() + product
+            dx = product if dx is None else dx.float().add_(product)
         return dx.to(dy.dtype), None, None
 
 

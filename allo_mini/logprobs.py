@@ -92,7 +92,8 @@ def head_logps(hidden, weight, targets, limit=HEAD_BYTES):
     rows = max(1, limit // 4 // len(weight))
     if len(targets) <= rows:
         return TargetLogps.apply(linear(hidden, weight), targets[:, None])[:, 0]
-    logps = [checkpoint(head_logps, h, weight, t, limit, use_reentrant=False)
+    logps = [checkpoint(head_logps, h, weight, t, limit, use_reentrant=False,
+                        preserve_rng_state=False)
              for h, t in zip(hidden.split(rows), targets.split(rows))]
     return torch.cat(logps)
 

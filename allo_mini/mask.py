@@ -89,9 +89,11 @@ class Selected:
             end = int(self.ends[rows][-1])
             index = None
             if self.columns is not None:
+                index = self.columns[begin:end].long()
+            if self.columns is not None and end > begin:
                 counts = self.counts[rows].long()
                 row = torch.repeat_interleave(counts, output_size=end - begin)  # 0 0 2
-                index = row * self.width + self.columns[begin:end]
+                index += row * self.width
             yield rows, slice(begin, end), index
             begin = end
 

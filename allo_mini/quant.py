@@ -29,8 +29,8 @@ def quantize_rows(weight):
 
 def dequantize_rows(codes, scale, dtype):
     """The inverse, in `dtype`: codes [R,I], scale [R, I/block] -> [R,I]."""
-    blocks = codes.unflatten(1, (scale.shape[1], -1)).to(dtype)
-    return (blocks * scale[..., None].to(dtype)).flatten(1)
+    blocks = codes.unflatten(1, (scale.shape[1], -1))
+    return (blocks * scale[..., None].to(dtype)).flatten(1)  # no copy of the codes in `dtype`
 
 
 # ---- optimizer moments -------------------------------------------------------------------------
@@ -63,9 +63,9 @@ def encode(values, signed):
     between = (table[1:] + table[:-1]) / 2
     blocks = pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     scale = blocks.abs().amax(1).clamp(min=1e-30)
-    codes = torch.bucketize(blocks / scale[:, None], between)
+    codes = torch.bucketize(blocks / scale[:, None], between, out_int32=True)
     if not signed:
-        codes = codes.maximum((blocks > 0).long())
+        codes = codes.maximum((blocks > 0).int())
     return codes.byte().view(-1)[:len(values)], scale
 
 

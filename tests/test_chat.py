@@ -68,7 +68,7 @@ def test_prompts_end_as_they_are_asked_and_responses_with_their_turn(make, famil
     assert texts == [shape.format(said), shape.format("so")]
     # cut nowhere but in the text as a whole, and BOS is there only where the template wrote it
     joint = encoder.tokenizer.encode(text + shape.format(said), bos=False)
-    assert example.prompt + example.responses[0] == joint
+    assert [*example.prompt, *example.responses[0]] == joint
     assert encoder.prompt_ids(prompt) == encoder.tokenizer.encode(text, bos=False)
     assert example.responses[0].count(encoder.closing) == 1
     # what is sampled is trained on as if it had been a message
@@ -99,12 +99,13 @@ def test_pairs_that_are_no_pairs_are_dropped(make, tmp_path):
           {"chosen": [*ASK[:2], user("x")], "rejected": [*ASK[:2], user("y")]},
           {"chosen": ASK + SO, "rejected": [ASK[0], assistant("ba"), ASK[2], *SO]},
           {"prompt": ASK, "chosen": [assistant("use <|im_end|> to end, good")],
-           "rejected": [assistant("use <|im_end|> to end, bad")]})  # as tokens they are one
+           "rejected": [assistant("use <|im_end|> to end, bad")]})  # as tokens they would be one
     encoder = encoder_of(make, "smollm2")
     for pair in read_pairs(tmp_path / "p.jsonl"):
         assert encoder.example(pair.prompt, [pair.chosen, pair.rejected]) is None
     assert encoder.report() == ("1 dropped (prompt that ends in an answer), 1 dropped (response "
-                                "not one message of the assistant), 1 dropped (identical pair)")
+                                "not one message of the assistant), 1 dropped (response with "
+                                "<|im_end|> inside, which ends responses)")
 
 
 # ---- templates -------------------------------------------------------------------------------
@@ -125,12 +126,25 @@ def test_an_empty_thought_in_the_generation_prompt_is_not_learned(make):
 def test_a_thought_that_the_generation_prompt_opens_must_be_closed(make):
     """As DeepSeek-R1's. A message must close it; a sample may break off in its thought."""
     encoder = Encoder(make(chat_template=THINKS.replace("END", ""), **IM), "chat", 400)
-    for response in ("sum</think>sat", [assistant("sum</think>sat")]):
+    for response in ("sum</think>sat", [assistant("sum</think>sat")],
+                     [assistant("<think>\nsum</think>sat")], "<think>sum</think>sat"):
         assert text_of(encoder, encoder.response_ids(ASK, response)) == "sum</think>sat<|im_end|>"
     assert encoder.example(ASK, ["the sum"])
-    for said in ("sat", "<think>the sum</think>sat"):
-        with pytest.raises(UserError, match="opens a thought with <think>.*does not close it"):
-            encoder.example(ASK, [[assistant(said)]])
+    with pytest.raises(UserError, match="opens a thought with <think>.*does not close"):
+        encoder.example(ASK, [[assistant("sat")]])
+
+
+@pytest.mark.parametrize("kept", ["m['content'].split('</think>')[-1]",
+                                  "m['content'].replace('<think>', '<think>\\n')"])
+def test_a_thought_that_a_template_drops_or_moves_is_trained_on_as_it_is(make, kept):
+    template = CHATML.replace("m['content']", f"({kept} if m['role'] == 'assistant' else "
+                              "m['content'])")
+    assert template != CHATML
+    encoder = Encoder(make(chat_template=template, **IM), "chat", 400)
+    for response in ("<think>sum</think>sat", [assistant("<think>sum</think>sat")]):
+        said = text_of(encoder, encoder.response_ids(ASK, response))
+        assert said == "<think>sum</think>sat<|im_end|>"
+    assert text_of(encoder, encoder.response_ids(ASK, "sat")).startswith("sat<|im_end|>")
 
 
 @pytest.mark.parametrize("form", ["file", "string", "named"])

@@ -151,7 +151,7 @@ def test_prompt_and_response_are_encoded_jointly(make, tmp_path, name):
     assert moved > 9 or name == "characters"  # the boundary often lies inside a token
 
 
-@pytest.mark.parametrize("response", ["the cat", "the cat</s>", "x</s></s>", "x</s> and"])
+@pytest.mark.parametrize("response", ["the cat", "the cat</s>", "x</s></s>"])
 def test_closing_token_once_even_if_it_pads(make, response):
     tokenizer = make(pad_token="</s>")
     [ids] = Encoder(tokenizer, "none", 100).example("a b", [response]).responses
@@ -201,7 +201,7 @@ def test_truncation_trims_the_prompts_left(make):
     example, whole = encoder.example(*row), Encoder(tokenizer, "none", 10**6).example(*row)
     assert example.responses == whole.responses  # never shortened, both beside one prompt
     assert len(example.prompt) + max(map(len, example.responses)) == 40
-    assert example.prompt == [0] + whole.prompt[1 - len(example.prompt):]
+    assert list(example.prompt) == [0, *whole.prompt[1 - len(example.prompt):]]
     assert len(encoder.prompt_ids("x" * 38)) == 39
     assert len(encoder.prompt_ids("x" * 60)) == 20  # leaves room to sample a response
     assert encoder.report() == "2 with a trimmed prompt" and encoder.report() == ""

@@ -67,7 +67,7 @@ def test_ctrl_c_and_a_torn_metrics_file(whole, tmp_path, capsys):
     assert difference(results_of(whole), results_of(folder)) == []
 
 
-@pytest.mark.parametrize("stage, lean", [("dpo", ()), ("warmup", ()), ("sft", ("--p-sft", "9")),
+@pytest.mark.parametrize("stage, lean", [("dpo", ()), ("warmup", ("--method", "allo")), ("sft", ("--p-sft", "9")),
                                          ("improve", ("--int8", "--state-bits", "8", "--offload")),
                                          ("bco", ("--method", "bco", "allo"))])
 def test_resume_inside_a_stage(world, tmp_path, capsys, stage, lean):

@@ -28,7 +28,7 @@ def test_weights_by_edit_alignment_and_from_scores():
     assert edit_weights([1, 2, 3, EOS], [1, 3, EOS]) == [0, 1, 0, 0]  # deleted
     assert edit_weights([1, 3, EOS], [1, 2, 3, EOS]) == [0, 0, 0]  # inserted: no token is wrong
     assert edit_weights([5, 6], []) == edit_weights([5, 6], [7, 8, 9]) == [1, 1]
-    assert nearest([1, 2, 3, 4], [[9], [1, 2, 4], [1, 2, 3, 4, 5], [1, 2, 3, 4, 6]]) == 2
+    assert nearest([1, 2, 3, 4], [[9], [1, 4], [1, 2, 3, 4, 5], [1, 2, 4]]) == 2
     scores = [0.0, 0.49, 0.5, 0.75, 1.0]
     assert weights_from_scores(scores, "threshold", 0.5) == [1, 1, 0, 0, 0]  # 0.5 is aligned
     assert weights_from_scores(scores, "soft", 0.5) == pytest.approx([1, 0.51, 0.5, 0.25, 0])
@@ -44,7 +44,7 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     for negative, example, row in zip(NEGATIVES, examples, scores, strict=True):
         [ids] = example.responses
         assert len(row) == len(ids) and ids.count(EOS) == 1 and ids[-1] == EOS
-        wanted = separate_logps(model, rewrite_prompt(encoder, negative, ids), ids).exp()
+        wanted = separate_logps(model, rewrite_prompt(encoder, negative, ids), [*ids]).exp()
         torch.testing.assert_close(torch.tensor(row), wanted, atol=1e-6, rtol=1e-4)
     path = tmp_path / "token_weights.jsonl"
     rows = [{"input": n.prompt, "output": n.response, "reward": row}

@@ -1,5 +1,6 @@
 """Prompts and responses -> token ids, in one of three prompt styles."""
 
+from array import array
 from collections import Counter, namedtuple
 
 from allo_mini import UserError
@@ -30,6 +31,8 @@ class Encoder:
         self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
         self.bos = style != "chat"  # a template writes its own
         self.closing = self._closing(tokenizer)
+        self.ending = tokenizer.inner.id_to_token(self.closing)  # as text
+        self.short = self.frame("x")
         self.notes = Counter()
 
     def _closing(self, tokenizer):
@@ -54,27 +57,29 @@ class Encoder:
             raise UserError(f"{prompt[:40]!r}... is a dialogue in one string; use --prompt none")
         return self.tokenizer.render(turns_of(prompt), True)
 
-    def answer(self, prompt, response):
+    def answer(self, prompt, framed, response):
         """The text that follows the framed prompt; for chat all the template writes after it.
 
         Some templates write a prompt's last turn in another way than a turn before an answer
         (Mistral's set the system prompt into it); then it is what follows a short prompt. Others
-        open or write a thought there, and none before an answer that is given; then it is the
-        response itself, as a model samples it. Raises UserError for a message that leaves such a
-        thought open.
+        open a thought there, or leave out or rewrite the thought of an answer; then it is the
+        response itself, as a model samples it. Raises UserError for a message without the end of
+        the thought that such a template opens.
         """
         text = plain(response)
         if self.style != "chat":
             return f" {text}" if self.style == "alpaca" else text
-        for talk in (turns_of(prompt), turns_of("x")):
-            framed = self.frame(talk)
+        for talk, before in ((turns_of(prompt), framed), (turns_of("x"), self.short)):
             whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
-            if whole.startswith(framed):
-                return whole.removeprefix(framed)
-        said = framed + text
-        if isinstance(response, list) and said.count("<think>") != said.count("</think>"):
-            raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
-                            f"<think>, and the answer {text[:40]!r}... does not close it")
+            rest = whole.removeprefix(before)
+            if rest != whole and ("<think>" not in text or text.strip() in rest):
+                return rest
+        if framed.rstrip().endswith("<think>"):
+            text = text.lstrip().removeprefix("<think>").lstrip("\n")  # it is open already
+            if isinstance(response, list) and "</think>" not in text:
+                raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
+                                f"<think>, which {text[:40]!r}... does not close; use rows with "
+                                "thoughts, or a template without")
         return text
 
     def split(self, prompt, responses):
@@ -82,8 +87,9 @@ class Encoder:
 
         A response ends with its first closing token, which is added where it has none.
         """
-        texts = [self.answer(prompt, response) for response in responses]
-        prompt_ids, answers = self.tokenizer.split(self.frame(prompt), texts, self.bos)
+        framed = self.frame(prompt)
+        texts = [self.answer(prompt, framed, response) for response in responses]
+        prompt_ids, answers = self.tokenizer.split(framed, texts, self.bos)
         for ids in answers:
             ids.append(self.closing)
             del ids[ids.index(self.closing) + 1:]
@@ -116,9 +122,13 @@ class Encoder:
         for response in responses:
             if not plain(response).strip():
                 return self.drop("empty response")
+            if self.ending in plain(response).rstrip(f"{self.ending} \n"):  # it may stand at the end
+                return self.drop(f"response with {self.ending} inside, which ends responses")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
         prompt_ids, answers = self.split(prompt, responses)
+        if not prompt_ids and prompt == "" and len(answers) == 1:  # a text: its first token is given
+            prompt_ids, answers = answers[0][:1], [answers[0][1:]]
         if not prompt_ids:
             return self.drop("empty prompt")
         if answers[0] in answers[1:]:  # as text they may differ
@@ -126,7 +136,9 @@ class Encoder:
         room = self.max_length - max(map(len, answers))
         if room <= len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
-        return Example(self.trim(prompt_ids, room), answers)
+        # 4 bytes a token, where a list has up to 36
+        prompt_ids, *answers = (array("i", ids) for ids in (self.trim(prompt_ids, room), *answers))
+        return Example(prompt_ids, answers)
 
     def drop(self, why):
         """Count a row that cannot be used."""

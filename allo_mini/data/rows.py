@@ -1,10 +1,13 @@
-"""Files -> rows: questions, preferences in any of TRL's forms, official ALLO files.
+"""Files -> rows: questions, fine-tuning data and preferences in the forms people have them.
 
     task row         {"input", "output"[, "answer"][, "rewrite"]}; output ends "The answer is X"
     raw GSM8K        {"question", "answer"}, the answer a solution that ends "#### X"
     raw MATH         {"problem", "solution"}; the solution's answer is in \\boxed{}
+    fine-tuning row  {"prompt", "completion"}, {"instruction", "input", "output"}, {"text"} without a
+                     prompt, or {"messages"}, of which the assistant's last turn is trained on
     preference row   {"prompt", "chosen", "rejected"}, strings or message lists; without "prompt" it
                      is the common beginning of both (also Anthropic HH strings)
+    ShareGPT         "conversations" with "from" and "value" are read as messages, in either row
     official ALLO    {"question", "prediction"} for tasks, {"input", "output", "reward"} for scores
 """
 
@@ -17,9 +20,11 @@ from allo_mini.data.tokenizer import in_common
 from allo_mini.run.files import read_jsonl
 
 HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
-# of task rows
-OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output"}
-OTHER_NAMES = "question instruction query input conversations history".split()  # of a prompt
+# of a task row's keys, of a message's, of roles
+OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output",
+    "completion": "output", "conversations": "messages", "from": "role", "value": "content",
+    "human": "user", "gpt": "assistant"}
+OTHER_NAMES = "question instruction query input history".split()  # of a preference row's prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 
@@ -28,11 +33,17 @@ Text = str | list[dict]  # a string, or messages {"role", "content"}
 class Task:
     """A question with its reference. `id` counts the rows, over all files."""
     id: int
-    prompt: str
+    prompt: Text
     output: str | None = None
     answer: str | None = None
     rewrite: str | None = None
     source: str = ""  # FILE:LINE; the file's name tells how answers are graded
+    verbatim: bool = False  # {"prompt", "completion"} and {"text"}: no frame around them
+
+    @property
+    def question(self):
+        """The prompt as one string, by which samples are found."""
+        return plain(self.prompt)
 
 
 @dataclass
@@ -73,16 +84,27 @@ def text_of(row, key, where, optional=False):
 
 
 def messages_of(row, key, where):
-    """row[key], a string or a list of {"role", "content"}. Raises UserError."""
+    """row[key], a string or one or more {"role", "content"} under their usual names.
+
+    Raises UserError.
+    """
     value = row.get(key)
-    if not isinstance(value, list):
+    if not isinstance(value, (list, dict)):
         return text_of(row, key, where)
-    if set(map(type, value)) != {dict}:
-        raise UserError(f'{where}: {key!r} must be a string or [{{"role", "content"}}, ...]')
-    for message in value:
-        text_of(message, "role", f"{where}: {key!r}")
-        text_of(message, "content", f"{where}: {key!r}")
-    return value
+    messages, place = [], f"{where}: {key!r}"
+    for message in value if isinstance(value, list) else [value]:
+        if not isinstance(message, dict):
+            raise UserError(f'{place} must be a string or [{{"role", "content"}}, ...]')
+        message = renamed(message)
+        role = text_of(message, "role", place)
+        text_of(message, "content", place)
+        messages.append(message | {"role": OUR_NAMES.get(role, role)})
+    return messages
+
+
+def renamed(row):
+    """A row, or a message, under the names that are read here."""
+    return {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
 
 
 def is_pairs(path: str) -> bool:
@@ -91,21 +113,44 @@ def is_pairs(path: str) -> bool:
 
 
 def read_tasks(paths: list[str], need_output: bool = True) -> list[Task]:
-    """Task rows of several files. Raises UserError."""
-    tasks = []
-    for path in paths:
-        for where, row in read_jsonl(path):
-            row = {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
-            solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
-            if mark:  # GSM8K's, in which <<...>> are marks of its calculator
-                row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
-                row["answer"] = answer.replace(",", "")
-            if not text_of(row, "input", where).strip():
-                raise UserError(f"{where}: 'input' is empty")
-            tasks.append(Task(
-                len(tasks), row["input"], text_of(row, "output", where, not need_output),
-                text_of(row, "answer", where, True), text_of(row, "rewrite", where, True), where))
-    return tasks
+    """Questions and fine-tuning rows of several files. Raises UserError."""
+    rows = [(where, row) for path in paths for where, row in read_jsonl(path)]
+    return [task_of(id, row, where, need_output) for id, (where, row) in enumerate(rows)]
+
+
+def task_of(id, given, where, need_output):
+    """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
+    row = renamed(given)
+    solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
+    if mark:  # GSM8K's, in which <<...>> are marks of its calculator
+        row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
+        row["answer"] = answer.replace(",", "")
+    if "instruction" in row:
+        more = text_of(row, "input", where, True)
+        row["input"] = "\n\n".join(filter(None, [text_of(row, "instruction", where), more]))
+    if "messages" in row:
+        row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
+    if "text" in row and "input" not in row:
+        prompt, row["output"] = "", text_of(row, "text", where)
+    else:
+        prompt = messages_of(row, "input", where)
+        if not plain(prompt).strip():
+            raise UserError(f"{where}: 'input' is empty")
+    output = row.get("output")
+    if isinstance(output, (list, dict)):  # a completion as messages
+        row["output"] = plain(messages_of(row, "output", where))
+    texts = [text_of(row, key, where, key != "output" or not need_output)
+             for key in ("output", "answer", "rewrite")]
+    return Task(id, prompt, *texts, where, not {"completion", "text"}.isdisjoint(given))
+
+
+def last_answer(messages, where):
+    """(the messages before the assistant's last turn, its text). Raises UserError."""
+    while isinstance(messages, list) and messages:
+        *messages, last = messages
+        if last["role"] == "assistant" and messages:
+            return messages, last["content"]
+    raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
 
 def read_pairs(path: str) -> list[Pair]:
@@ -116,8 +161,9 @@ def read_pairs(path: str) -> list[Pair]:
 def pair_of(row, where):
     """A preference row in any of its forms. Raises UserError."""
     chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
-    prompt = messages_of(row, "prompt", where) if "prompt" in row else None
-    if "prompt" not in row and row.keys() & OTHER_NAMES:
+    named = [key for key in ("prompt", "conversations") if key in row]
+    prompt = messages_of(row, named[0], where) if named else None
+    if not named and row.keys() & OTHER_NAMES:
         raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback's: conversations, and their first turn once more

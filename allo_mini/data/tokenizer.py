@@ -62,6 +62,7 @@ class Tokenizer:
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
             self.prefix, self.template = self._prefix(), self._template()
+        self.marks = self._marks()
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
@@ -91,6 +92,13 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
+    def _marks(self):
+        """Special tokens behind which a text is encoded as if it stood alone."""
+        tokens = self.inner.get_added_tokens_decoder()
+        after = self.encode("\n a", False)
+        return [token.content for id, token in tokens.items() if token.special
+                and self.encode(token.content + "\n a", False) == [id, *after]]
+
     def encode(self, text: str, bos: bool = True) -> Ids:
         """Token ids of a text; with `bos` after the tokenizer's own BOS, if it has one."""
         ids = self.inner.encode(text, add_special_tokens=False).ids
@@ -103,12 +111,14 @@ class Tokenizer:
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
-        Returns (ids of the shared prompt, what follows them for each text): nothing is lost.
+        Returns (ids of the shared prompt, what follows them for each text): nothing is lost. What
+        stands before the prompt's last special token is encoded once: no token reaches over it.
         """
-        alone = self.encode(prompt, bos)
-        joint = [self.encode(prompt + text, bos) for text in texts]
+        at = max((prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt), default=0)
+        head, tail = self.encode(prompt[:at], bos), prompt[at:]
+        alone, *joint = [self.encode(tail + text, False) for text in ["", *texts]]
         cut = in_common(alone, *joint)
-        return alone[:cut], [ids[cut:] for ids in joint]
+        return head + alone[:cut], [ids[cut:] for ids in joint]
 
     def render(self, messages, add_generation_prompt):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""

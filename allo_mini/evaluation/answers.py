@@ -30,11 +30,12 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     def stopped(tokens):
         return any(stop in decode(tokens[-32:]) for stop in settings.stop)
 
-    def cut(tokens):
-        text = decode(tokens)
+    def cut(prompt, tokens):
+        text = decode(prompt + tokens)[len(decode(prompt)):]  # alone it may lose its first space
         for stop in settings.stop:
             text = text.split(stop)[0]
-        return text.strip(), tokens[-1] in eos or stopped(tokens)
+        text = text if encoder.style == "none" else text.strip()
+        return text, tokens[-1] in eos or stopped(tokens)
 
     ids = list(map(encoder.prompt_ids, prompts))
     if not all(ids):
@@ -43,7 +44,8 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
                      settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
                      stopped=stopped, **more)
-    return [list(map(cut, responses)) for responses in sampled]
+    return [[cut(*one) for one in product([prompt], responses)]
+            for prompt, responses in zip(ids, sampled)]
 
 
 def read_samples(path):
@@ -59,24 +61,24 @@ def read_samples(path):
     return samples
 
 
-def label(tasks, samples, per_question, seed, encoder):
+def label(tasks, samples, per_question, seed, encoder, rewrites=True):
     """Samples -> pairs and negatives; says how many of what.
 
     Of each question that has an answer: duplicates are dropped, up to `per_question` random
     (right, wrong) pairs are drawn, every wrong response is a negative. Its rewrite is the task's
-    own, else the right sample nearest in token edits, else the reference solution.
+    own, else (if `rewrites`) the right sample nearest in token edits, else the reference solution.
     """
     pairs, negatives, rights, wrongs = [], [], [], []
-    tasks = [task for task in tasks if task.prompt in samples and gold_answer(task)]
-    for task in tasks:
-        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.prompt]}
+    tasks = [task for task in tasks if task.question in samples and gold_answer(task)]
+    for task in progress(tasks, label="label", unit="question"):
+        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.question]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
         rights += right
         wrongs += wrong
         for text in wrong:
             rewrite = task.rewrite or task.output
-            if right and not task.rewrite:
+            if right and not task.rewrite and (rewrites or not rewrite):
                 rewrite = right[nearest(ids[text], map(ids.get, right))]
             if rewrite:
                 negatives.append(Negative(task.prompt, text, task.output or rewrite, rewrite))

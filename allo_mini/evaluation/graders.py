@@ -238,4 +238,4 @@ def is_correct(text: str, task: Task) -> bool:
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
     extract, compare = RULES.get(task_name(task.source), (final, same))
     given, gold = extract(text), gold_answer(task)
-    return None not in (given, gold) and bool(compare(given, gold, task.prompt))
+    return None not in (given, gold) and bool(compare(given, gold, task.question))

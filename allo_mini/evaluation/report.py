@@ -9,27 +9,72 @@ is escaped; the page holds no script and loads nothing.
 
 import sys
 from collections import defaultdict
+from datetime import date
 from itertools import combinations, product
 from pathlib import Path
 
+import torch
 from jinja2 import Template
 
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
+from allo_mini.run.config import schedule
 from allo_mini.run.files import read_json, read_jsonl, reading, write_json, write_jsonl, write_text
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
+from allo_mini.run.memory import training_stages
 
 SHOWN = 12  # negatives, and rows where the models differ
 POINTS = 150  # of a curve
+TOKENS = "token_examples.jsonl"
+CARD = """---
+base_model: {base}
+library_name: transformers
+tags: [allo, preference-optimization]
+# license: yours to say
+---
+# {name} of {base}
+
+Trained on {data} with [ALLO](https://arxiv.org/abs/2406.12606) (or a method beside it) by allo_mini:
+p = {p:g} % of the weights, peak rates {rates}, seed {seed}.
+
+```
+{text}
+```
+"""
 
 
 def compare(evals):
-    """(later model, earlier model, their paired test) for every two models; see `bootstrap`."""
-    right = {name: [row["correct"] for row in rows] for name, rows in evals.items()}
-    return [(b, a, bootstrap(right[b], right[a])) for a, b in combinations(evals, 2)]
+    """(later model, earlier model, their paired test) for every two models; see `bootstrap`.
+
+    Right is an answer that is; of a preference one whose margin is above the first model's, with
+    which nothing is compared then.
+    """
+    right = {}
+    first = next(iter(evals.values()), [])
+    for name, rows in evals.items():
+        right[name] = [row["correct"] for row in rows]
+        if first and "margin" in first[0]:
+            right[name] = [row["margin"] > start["margin"] for row, start in zip(rows, first)]
+    if first and "margin" in first[0]:
+        right.pop(next(iter(evals)))
+    return [(b, a, bootstrap(right[b], right[a])) for a, b in combinations(right, 2)]
+
+
+def verdict(evals):
+    """The last model beside the one before it, in a sentence; "" where there are no two."""
+    compared = compare(evals)
+    if not compared:
+        return ""
+    later, earlier, (difference, _, _, p) = compared[-1]
+    rows = len(evals[later])
+    if p > 0.05:
+        return f"{later} and {earlier}: no difference that {rows:,} rows can show (p = {p:.2g})."
+    side = "above" if difference > 0 else "below"
+    points = abs(100 * difference)
+    return f"{later} is {points:.1f} points {side} {earlier} on {rows:,} rows (p = {p:.2g})."
 
 
 def differing(evals):
@@ -78,13 +123,14 @@ def write_report(folder):
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
                         autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with reading(folder):
-        results = read_json(results)["results"] if results.exists() else {}
+        about = read_json(results) if results.exists() else {}
+        results = about.get("results", {})
         evals = {name: rows(f"eval-{name}.jsonl") for name in results}
         masks = sorted(folder.glob("mask*.safetensors"))
         page = template.render(
             read_json(folder / "config.json"), name=folder.resolve().name, results=results,
             compared=compare(evals), differing=differing(evals), curve=curve,
-            logged=Log.read(folder), examples=rows("token_examples.jsonl"),
+            logged=Log.read(folder), examples=rows(TOKENS), about=about,
             masks={path.name: density(load_mask(path)) for path in masks})
     target = folder / "report.html"
     write_text(target, page)
@@ -131,7 +177,7 @@ def record_tokens(run, before, after, examples):
                          "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
 
-    run.stage("tokens", "token_examples.jsonl", make)
+    run.stage("tokens", TOKENS, make)
 
 
 def reprint(run):
@@ -150,36 +196,55 @@ def evaluated(run, name, policy):
     return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
 
 
-def summaries(run, models):
-    """{model's name: summary of its answers}; of pairs with beta log pi/pi_start(y+) - the same
-    of y- as the reward, pi_start being the model that all others began with."""
+def answers_of(run, models):
+    """{model's name: its answers}; of pairs with beta log pi/pi_start(y+) - the same of y- as the
+    reward, pi_start being the model that all others began with: they are right where it is > 0."""
     answers = {name: evaluated(run, name, policy) for name, policy in models.items()}
     start, *others = answers.values()
     with reading(run.folder):
         for row, *tuned in zip(start, *others):
             for item in tuned if "margin" in row else ():
                 item["reward"] = run.cfg.beta * (item["margin"] - row["margin"])
-        return {name: summary(items) for name, items in answers.items()}
+    return answers
 
 
 def finish(run, models):
-    """Evaluate every model on the test rows, print the table, and say where everything is."""
-    results = {}
+    """Evaluate every model on the test rows, print what came out, and say where everything is."""
+    answers, results = {}, {}
     text = "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
-        results = summaries(run, models)
+        answers = answers_of(run, models)
+        results = {name: summary(items) for name, items in answers.items()}
         text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
     if parallel.RANK > 0:
         return
+    test = " ".join(run.cfg.test) or run.folder / "test.jsonl"
     if run.test and not run.cfg.test:  # the demo's, or held out: for eval.py
-        write_jsonl(run.folder / "test.jsonl", map(vars, run.test))
+        write_jsonl(test, map(vars, run.test))
     folders = {name: str(policy.folder) for name, policy in models.items()}
+    text = f"{verdict(answers)}\n\n{text}".strip()
     write_json(run.folder / "results.json", {
-        "models": folders, "results": results, "table": text, "seconds": run.seconds})
+        "models": folders, "results": results, "table": text, "seconds": run.log.seconds,
+        "command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__})
     say(text + "\n")
     for name, folder in folders.items():
         say(f"{name:>10}  {folder}")
-    say(f"    report  {write_report(run.folder)}\neverything  {run.folder}/")
+        if Path(folder).parent == run.folder:
+            write_text(f"{folder}/README.md", card(run, name, text))
+    say(f"    report  {write_report(run.folder)}\n\n"
+        f"grade  python eval.py --model {folder} --test {test}\n"
+        f"talk   python eval.py --model {folder} --chat\n"
+        f"share  hf upload YOU/NAME {folder}")
+
+
+def card(run, name, text):
+    """The README.md of a trained model's folder: a model card, as the hub shows it."""
+    cfg = run.cfg
+    data = ", ".join(Path(path).name for path in cfg.pairs or cfg.train) or "the demo's questions"
+    rates = ", ".join(f"{stage} {schedule(cfg, stage, run.parameters, 1).lr:g}"
+                      for stage in training_stages(cfg))
+    return CARD.format(base=cfg.model or "allo_mini/demo", name=name, data=data, p=cfg.p,
+                       rates=rates, seed=cfg.seed, text=text)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,15 @@ class Config:
     locate_groups: int = knob(0, "passes of locating, each for a group of tensors (0: as needed)")
 
 
+    @property
+    def dpo_is_warmup(self):
+        """Whether the dpo baseline trains what the warm-up would train again."""
+        first = self.method.index("dpo") if "dpo" in self.method else 99
+        wanted = self.locate == "movement" and self.p < 100 and "allo" in self.method[first:]
+        same = schedule(self, "dpo", 1, 1) == schedule(self, "warmup", 1, 1)
+        return wanted and same and not self.masked
+
+
 KNOBS = {f.name: f for f in fields(Config)}
 
 

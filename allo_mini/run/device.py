@@ -42,6 +42,14 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)
 
 
+def free_memory(device) -> int:
+    """Bytes that work may take: what is free on a GPU, half of what a host has."""
+    if str(device).startswith("cuda"):
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def peak_gb(device: str) -> float:
     """Peak memory: allocated on the GPU since the stage began, or resident of this process."""
     if device.startswith("cuda"):

@@ -4,11 +4,11 @@ A stage whose artefact is there is skipped. So a killed run goes on, and a file 
 replaces a stage: put it into the folder under its name (ARTEFACTS) before the run begins.
 """
 
+import functools
 import hashlib
 import math
-import time
 from collections import namedtuple
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import starmap
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
 from allo_mini.run.files import load_tensors, lock, read_json, reading, save_tensors, write_json
 from allo_mini.run.inputs import read_rows, style_of, unused_template
-from allo_mini.run.log import Log, say
+from allo_mini.run.log import Log, progress, say
 
-ARTEFACTS = (*METHODS, "samples.jsonl", "movement.safetensors", "mask.safetensors", "more-sft",
+ARTEFACTS = (*METHODS, "samples.jsonl", "pairs.jsonl", "negatives.jsonl", "movement.safetensors", "mask.safetensors", "more-sft",
     "mask-forget.safetensors", "token_weights.jsonl", "forget.safetensors", "rewriter", "improve")
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
@@ -56,7 +56,6 @@ class Run:
     val: list  # Tasks, or Pairs in a run that starts from pairs
     test: list
     log: Log | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -67,8 +66,8 @@ class Run:
         """What is sampled: of rows with the same question the first that has an answer."""
         first = {}
         for task in sorted(self.tasks, key=lambda task: gold_answer(task) is None):
-            first.setdefault(task.prompt, task)
-        return [task for task in self.tasks if first[task.prompt] is task]
+            first.setdefault(task.question, task)
+        return [task for task in self.tasks if first[task.question] is task]
 
     def load(self, policy: Policy, mask=None, training=False):
         """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
@@ -83,7 +82,10 @@ class Run:
     def save(self, what, target: Path):
         """A model's folder, or a file of tensors; written by rank 0."""
         if parallel.RANK == 0:
-            save_tensors(what, target) if isinstance(what, dict) else save_model(what, target)
+            if isinstance(what, dict):
+                save_tensors(what, target)
+            else:
+                save_model(what, target, eos_ids(what, self.encoder))
 
     def save_mask(self, mask, path: Path):
         """Write a mask; its file knows the shapes of its tensors."""
@@ -95,7 +97,7 @@ class Run:
 
         Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
         """
-        target, began = self.folder / artefact, time.monotonic()
+        target = self.folder / artefact
         there = target.exists()
         parallel.wait()  # all have looked, rank 0 may write
         if there:
@@ -103,14 +105,18 @@ class Run:
         elif ranks or parallel.RANK == 0:
             if self.device.startswith("cuda"):
                 torch.cuda.reset_peak_memory_stats(self.device)
+            self.log.begin(name)
             make(target)
-            seconds = self.seconds[name] = round(time.monotonic() - began, 2)
-            peak = peak_gb(self.device)
-            self.log.write(name, seconds=seconds, **{"mem/peak_gb": peak})
+            seconds, peak = self.log.note_time(name), peak_gb(self.device)
+            self.log.write(name, **{"mem/peak_gb": peak})
             say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
         parallel.wait()
         (self.folder / f".{name}.state.safetensors").unlink(missing_ok=True)
         return target
+
+    def has(self, *names):
+        """Whether all these artefacts are there."""
+        return all((self.folder / name).exists() for name in names)
 
     def validate(self, name, model, done, total):
         """Every --eval-every steps: {"eval/score": share of the validation rows that are right}."""
@@ -133,9 +139,14 @@ class Run:
 
     def encode(self, rows, name):
         """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
-        examples = list(filter(None, starmap(self.encoder.example, rows)))
+        bar = progress(rows, label=f"read {name}", unit="row")
+        examples = list(filter(None, starmap(self.encoder.example, bar)))
         self.report_dropped(name, len(examples))
         return examples
+
+    def encoded(self, rows, name):
+        """A function that encodes the rows when it is first called: a finished stage does not."""
+        return functools.cache(lambda: self.encode(rows, name))
 
     def report_dropped(self, name, usable):
         """Say what the encoder dropped or trimmed just now. Raises UserError if that was all."""

@@ -87,7 +87,9 @@ def style_of(prompt: str, rows: list) -> str:
         return prompt
     if any(isinstance(row.prompt, list) for row in rows):
         return "chat"
-    return "alpaca" if isinstance(rows[0], Task) or rows[0].task is not None else "none"
+    first = rows[0]
+    framed = not first.verbatim if isinstance(first, Task) else first.task is not None
+    return "alpaca" if framed else "none"
 
 
 def unused_template(encoder, prompt: str) -> str:

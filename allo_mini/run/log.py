@@ -15,10 +15,22 @@ from allo_mini.run import files, parallel
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
 
 
+class Lines:
+    """The error output where it is no terminal: every state of a bar is a line of its own."""
+
+    def write(self, text):
+        """tqdm writes a bar over the one before."""
+        sys.stderr.write(text.strip("\r ") and text.replace("\r", "") + "\n")
+
+    def flush(self):
+        """Lines go out when they are written."""
+
+
 def progress(items=None, total=None, label="", unit="it"):
-    """A tqdm bar that is silent where the output is no terminal."""
-    silent = parallel.RANK > 0 or not sys.stderr.isatty()
-    return tqdm(items, total=total, desc=label, unit=unit, disable=silent, leave=False)
+    """A tqdm bar; where the output is no terminal a line a minute."""
+    quiet = {} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 60, "delay": 60, "ncols": 80}
+    return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0, leave=False,
+                **quiet)
 
 
 def say(text: str):
@@ -52,10 +64,22 @@ class Log:
     the last checkpoint stand there twice; `read` takes the later ones."""
 
     def __init__(self, folder):
-        self.path = folder / "metrics.jsonl"
+        path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
-            files.keep_whole(self.path)
-            self.file = self.path.open("a", buffering=1)
+            files.keep_whole(path)
+            self.file = path.open("a", buffering=1)
+        self.seconds = {row["stage"]: row["seconds"] for row in Log.read(folder) if "seconds" in row}
+        self.began = {}
+
+    def begin(self, stage):
+        """A stage goes on from what the sittings before this one have taken."""
+        self.began[stage] = time.monotonic() - self.seconds.get(stage, 0)
+
+    def note_time(self, stage):
+        """Note, and return, how many seconds a stage has taken until now, in all sittings."""
+        self.seconds[stage] = round(time.monotonic() - self.began[stage], 2)
+        self.write(stage, seconds=self.seconds[stage])
+        return self.seconds[stage]
 
     def write(self, stage, **values):
         """Append a line."""
@@ -66,7 +90,7 @@ class Log:
     def read(folder):
         """The lines of a run: one a step, one for all notes of a stage."""
         path, lines = folder / "metrics.jsonl", {}
-        for _, row in files.read_jsonl(path) if path.exists() else ():
+        for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
             key = row["stage"], row.get("step")
             lines[key] = lines.get(key, {}) | row
         return list(lines.values())
@@ -125,6 +149,7 @@ class Progress:
             known = {"step": self.step, "total": total, "state": self.objective.state}
             metadata = {"progress": json.dumps(known)}
             files.save_tensors(self.optimizer.state_dict(), self.path, metadata)
+            self.run.log.note_time(stage)
             self.saved_at = now
         self.began = time.monotonic()
 

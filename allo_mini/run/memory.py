@@ -3,14 +3,11 @@
 Bytes are estimates of what torch allocates at a stage's peak; what was measured is printed after each.
 """
 
-import os
-
-import torch
-
 from allo_mini.linear import is_quantized
 from allo_mini.logprobs import HEAD_BYTES
 from allo_mini.mask import CHUNK
 from allo_mini.run.config import schedule
+from allo_mini.run.device import free_memory
 from allo_mini.run.log import say, table
 
 
@@ -44,10 +41,9 @@ def locate_groups(run) -> int:
     a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
     if run.cfg.locate_groups:
         return run.cfg.locate_groups
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = min(run.parameters, host // 24)
+    room = min(run.parameters, free_memory("cpu") // 12)
     if run.device.startswith("cuda") and not run.cfg.offload:
-        room = min(room, torch.cuda.mem_get_info(run.device)[0] // 8)
+        room = min(room, free_memory(run.device) // 8)
     return -(-run.parameters // room)
 
 
@@ -55,7 +51,8 @@ def training_stages(cfg):
     """The run's training stages, in their order."""
     stages = ["sft"] * cfg.sft
     for method in cfg.method:
-        if cfg.p < 100 and cfg.locate == "movement" and (method == "allo" or cfg.masked):
+        moved = cfg.p < 100 and cfg.locate == "movement" and not cfg.dpo_is_warmup
+        if moved and (method == "allo" or cfg.masked):
             stages.append("warmup")
         if method == "allo":
             scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")

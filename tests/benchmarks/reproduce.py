@@ -105,8 +105,9 @@ class Study:
         if seed not in self.bases:
             out = self.out / f"{self.name}-{seed}-base"
             run = open_run(parse(self.argv(out, seed, seed in self.tune, ["--method", "allo"])))
-            rows, negatives = train.preferences(run, train.sample(run, run.base))
-            pairs = run.encode([(row.prompt, [row.chosen, row.rejected]) for row in rows], "pairs")
+            train.sample(run, run.base)
+            rows, negatives = train.preferences(run)
+            pairs = run.encoded([(row.prompt, [row.chosen, row.rejected]) for row in rows], "pairs")
             train.locate(run, run.base, pairs)
             train.token_weights(run, run.base, negatives)
             remove(out / "rewriter")
