@@ -1,6 +1,7 @@
 """report.html and the table: they show what the run folder holds, and nothing in it can run."""
 
 import html
+import json
 import math
 import re
 import runpy
@@ -30,6 +31,9 @@ def answers(pattern: str, mark: str = "x") -> list[dict]:
             for i, digit in enumerate(pattern)]
 
 
+EVALS = {"SFT": answers("0" * 30 + "1" * 8, "old"), "A<b>": answers("1" * 30 + "0" * 8, "new")}
+
+
 def random_mask() -> dict[str, Selected]:
     generator = torch.Generator().manual_seed(0)
     dense = {name: torch.rand(shape, generator=generator) < 0.5 for name, shape in SHAPES.items()}
@@ -39,7 +43,7 @@ def random_mask() -> dict[str, Selected]:
 @pytest.fixture
 def folder(tmp_path):
     """A run folder made by hand, with everything the page shows."""
-    evals = {"SFT": answers("0" * 30 + "1" * 8, "old"), "A<b>": answers("1" * 30 + "0" * 8, "new")}
+    evals = {name: [dict(row) for row in rows] for name, rows in EVALS.items()}
     evals["SFT"][0] |= {"response": EVIL + "\ud800", "input": EVIL}
     steps = [{"stage": "improve", "step": i + 1, "loss": 0.7 - i / 10000, "tokens/s": 5.0,
               "rewards/margins": math.sin(i), "rewards/accuracies": 1.0} for i in range(1000)]
@@ -60,15 +64,17 @@ def folder(tmp_path):
 
 def test_the_page_shows_the_folder_and_escapes_it(folder):
     page = report.write_report(folder).read_text(encoding="utf-8")
-    assert re.findall("<h2>(.*?)</h2>", page) == [
-        "Results", "Training curves", "Selected neurons: mask.safetensors", "Tokens that count",
-        "Time and memory", "Before and after", "Settings"]
+    titles = ["Results", "Training curves", "Trained weights", "Tokens that count",
+              "Before and after", "Time and memory", "Settings"]
+    assert re.findall("<h2 .*?>(.*?)</h2>", page) == titles
+    assert re.findall('<a href="#(.*?)"', page) == re.findall('<h2 id="(.*?)"', page)
+    assert f'class="verdict">{html.escape(report.verdict(EVALS))}<' in page
+    assert page.count("<details") == page.count("</details>") == 6
     assert not re.search('<script|<img|<link|onerror="|src="|://', page)
     boxes = [html.unescape(box) for box in re.findall('<div class="text">(.*?)</div>', page)]
     assert boxes.count(EVIL) == 2 and EVIL + "?" in boxes  # half a surrogate stops nothing
     for shown in ("21.1 %", "[11.1, 36.3]", "78.9 %", "+57.9", ">7.2\n", "3.50", "A&lt;b&gt;",
-                  'class="w" style="--a:1.0" title="weight 1, score 0.25, log-ratio -0.5"',
-                  'class="k" style="--a:1.0" title="weight 0, score 0.75, log-ratio 0.125"'):
+                  'class="w" style="--a:1.0"', "<sup>0.25</sup>", "<sup>0.12</sup>"):
         assert shown in page, shown
     assert page.count("<h3>Won") == page.count("<h3>Lost") == 6
     assert {"old5.", "new30."} < {*boxes} and "new6." not in boxes
@@ -76,13 +82,51 @@ def test_the_page_shows_the_folder_and_escapes_it(folder):
     for line in [line for line in lines if len(line) > 2]:  # the others are the legend's
         corners = [tuple(map(float, point.split(","))) for point in line]
         assert len(corners) == 143 <= report.POINTS and corners[-1][0] == 300
-        assert all(0 <= x <= 300 and 0 <= y <= 110 for x, y in corners)
+        assert all(0 <= x <= 300 and 0 <= y <= 120 for x, y in corners)
+
+
+def test_stages_that_share_a_metric_share_a_chart_by_their_share_of_steps(folder):
+    """Ten steps of DPO and a thousand of improving both end at 100 %; IPO's loss stands apart."""
+    rows = [{"stage": stage, "step": i + 1, "loss": loss, "rewards/margins": i / 10,
+             "rewards/accuracies": 0.5} for stage, loss in (("dpo", 0.7), ("ipo", 25.0))
+            for i in range(10)]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    assert re.findall('aria-label="(.*?)"', page)[1:] == [
+        "loss: ALLO (improve), DPO", "rewards/margins: ALLO (improve), DPO, ipo",
+        "rewards/accuracies: ALLO (improve), DPO, ipo", "improve: rewards: rewards/margins",
+        "dpo: rewards: rewards/margins", "ipo: loss: ipo", "ipo: rewards: rewards/margins"]
+    logged = report.Log.read(folder)
+    assert [x for x, _ in report.curve(logged, "dpo", "loss")] == [*range(10, 101, 10)]
+
+
+def test_of_preferences_rewards_come_first_and_raw_numbers_are_named(folder):
+    start = {"n": 3, "accuracy": 0.5, "low": 0.4, "high": 0.6, "margin": -7.5}
+    tuned = start | {"margin": 1.25, "reward": 0.125, "reward_accuracy": 0.75}
+    about = {"results": {"start": start, "DPO": tuned}, "command": "train.py --x <y>",
+             "date": "2026-01-02", "versions": {"torch": "9.9"}}
+    write_json(folder / "results.json", about)
+    cfg = {"config": {"model": "m", "pairs": ["a/b.jsonl", "c"]}, "machine": {}}
+    write_json(folder / "config.json", cfg)
+    for name, margins in {"start": [-9, 0, 3], "DPO": [-8, 2, 2]}.items():
+        write_jsonl(folder / f"eval-{name}.jsonl", [
+            {"input": "q", "margin": margin, "correct": margin > 0} for margin in margins])
+    page = report.write_report(folder).read_text(encoding="utf-8")
+    head = re.search("<thead><tr>(.*?)</thead>", page)[1]
+    assert re.findall(">([^<>]+)", head) == [
+        "model", "reward accuracy", "reward margin", "raw accuracy, 95 % interval", "raw margin",
+        "rows"]
+    for shown in ("<h1>m, trained on b.jsonl, c</h1>", "train.py --x &lt;y&gt;", "2026-01-02",
+                  "torch 9.9", ">75.0 %", ">0.125", ">-7.50", "pi_start(y-)] &gt; 0"):
+        assert shown in page, shown
 
 
 def test_what_is_not_there_is_left_out(folder):
     for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
         (folder / name).unlink()
-    assert re.findall("<h2>(.*?)</h2>", report.write_report(folder).read_text()) == ["Settings"]
+    page = report.write_report(folder).read_text()
+    assert re.findall("<h2 .*?>(.*?)</h2>", page) == ["Settings"]
 
 
 def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):

@@ -87,9 +87,10 @@ def differing(evals):
 
 
 def curve(logged, stage, metric):
-    """(step, value) of a stage's metric; of long stages every so-many-th step, with the last."""
-    rows = [row for row in logged if row["stage"] == stage and metric in row]
-    points = [(row["step"], row[metric]) for row in rows]
+    """(percent of the stage's steps, value) of a metric; of long stages every so-many-th step, with
+    the last."""
+    steps = [row for row in logged if row["stage"] == stage and "step" in row]
+    points = [(100 * row["step"] / steps[-1]["step"], row[metric]) for row in steps if metric in row]
     every = len(points) // POINTS + 1
     return points[(len(points) - 1) % every::every]
 
@@ -130,7 +131,7 @@ def write_report(folder):
         page = template.render(
             read_json(folder / "config.json"), name=folder.resolve().name, results=results,
             compared=compare(evals), differing=differing(evals), curve=curve,
-            logged=Log.read(folder), examples=rows(TOKENS), about=about,
+            logged=Log.read(folder), examples=rows(TOKENS), about=about, verdict=verdict(evals),
             masks={path.name: density(load_mask(path)) for path in masks})
     target = folder / "report.html"
     write_text(target, page)
