@@ -44,7 +44,8 @@ from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, sft_ob
 from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
-from allo_mini.run.files import append_rows, keep_whole, load_tensors, read_jsonl, write_jsonl
+from allo_mini.run.files import (append_rows, keep_whole, load_tensors, read_jsonl, reading,
+                                 write_jsonl)
 from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
@@ -204,8 +205,9 @@ def preferences(run):
         write_jsonl(target, map(vars, pairs))
 
     path = run.stage("label", "pairs.jsonl", make)
-    pairs = [Pair(**row) for _, row in read_jsonl(path)]
-    return pairs, [Negative(**row) for _, row in read_jsonl(wrong)]
+    with reading(f"{path} or {wrong}"):
+        pairs = [Pair(**row) for _, row in read_jsonl(path)]
+        return pairs, [Negative(**row) for _, row in read_jsonl(wrong)]
 
 
 def warmup(run, policy, pairs):

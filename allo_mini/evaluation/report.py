@@ -215,7 +215,8 @@ def finish(run, models):
     text = "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
         answers = answers_of(run, models)
-        results = {name: summary(items) for name, items in answers.items()}
+        with reading(f"answers in {run.folder}"):
+            results = {name: summary(items) for name, items in answers.items()}
         text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
     if parallel.RANK > 0:
         return

@@ -90,9 +90,10 @@ class Log:
     def read(folder):
         """The lines of a run: one a step, one for all notes of a stage."""
         path, lines = folder / "metrics.jsonl", {}
-        for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
-            key = row["stage"], row.get("step")
-            lines[key] = lines.get(key, {}) | row
+        with files.reading(path):
+            for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
+                key = row["stage"], row.get("step")
+                lines[key] = lines.get(key, {}) | row
         return list(lines.values())
 
 
