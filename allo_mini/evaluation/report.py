@@ -186,6 +186,8 @@ def reprint(run):
     path = run.folder / "results.json"
     if path.exists():
         say(f"{run.folder}: this run is finished\n\n{read_json(path).get('table')}")
+        if not run.has("report.html"):
+            write_report(run.folder)
     return path.exists()
 
 
@@ -211,28 +213,28 @@ def answers_of(run, models):
 
 def finish(run, models):
     """Evaluate every model on the test rows, print what came out, and say where everything is."""
-    answers, results = {}, {}
-    text = "nothing was evaluated: no --test rows, or --no-eval"
+    results, text = {}, "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
         answers = answers_of(run, models)
         with reading(f"answers in {run.folder}"):
             results = {name: summary(items) for name, items in answers.items()}
-        text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
+            text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
+            text = f"{verdict(answers)}\n\n{text}".strip()
     if parallel.RANK > 0:
         return
     test = " ".join(run.cfg.test) or run.folder / "test.jsonl"
     if run.test and not run.cfg.test:  # the demo's, or held out: for eval.py
         write_jsonl(test, map(vars, run.test))
     folders = {name: str(policy.folder) for name, policy in models.items()}
-    text = f"{verdict(answers)}\n\n{text}".strip()
+    for name, folder in folders.items():
+        if Path(folder).parent == run.folder:
+            write_text(f"{folder}/README.md", card(run, name, text))
     write_json(run.folder / "results.json", {
         "models": folders, "results": results, "table": text, "seconds": run.log.seconds,
         "command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__})
     say(text + "\n")
     for name, folder in folders.items():
         say(f"{name:>10}  {folder}")
-        if Path(folder).parent == run.folder:
-            write_text(f"{folder}/README.md", card(run, name, text))
     say(f"    report  {write_report(run.folder)}\n\n"
         f"grade  python eval.py --model {folder} --test {test}\n"
         f"talk   python eval.py --model {folder} --chat\n"
