@@ -131,7 +131,7 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
 
     def make(target):
         model, optimizer = optimize(run, name, policy, examples(), objective, mask)
-        if name == "dpo" and run.cfg.dpo_is_warmup:
+        if name == "dpo" and run.cfg.dpo_is_warmup and not run.has(MOVEMENT):
             run.save(optimizer.movement(), run.folder / MOVEMENT)
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
@@ -335,8 +335,8 @@ def improve(run, policy, pairs, mask, name="improve", whole=True):
 def allo(run, policy, pairs, negatives):
     """Which weights, which tokens; then the two phases."""
     forget_mask, improve_mask = locate(run, policy, pairs)
-    weighted = [] if run.has("forget.safetensors", "improve", TOKENS) else token_weights(
-        run, policy, negatives)
+    needing = ["forget.safetensors"] * run.cfg.forget + ["improve", TOKENS]
+    weighted = [] if run.has(*needing) else token_weights(run, policy, negatives)
     forgotten = forget(run, policy, weighted, forget_mask) if run.cfg.forget else policy
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)
@@ -355,7 +355,7 @@ def baseline(run, method, policy, pairs, negatives):
     if method == "npo":
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
-        pairs = run.encoded(right_samples(run), "right samples")
+        pairs = functools.cache(lambda: run.encode(right_samples(run), "right samples"))
     return trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
 
 

@@ -48,7 +48,8 @@ def find_folder(path_or_id, download=True):
                                       local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and not in the cache
         if not download:
-            e = f"not in its cache, and --dry-run downloads nothing: `hf download {name}` does"
+            command = f"hf download {name}" + f" --revision {revision}" * bool(revision)
+            e = f"not in its cache, and --dry-run downloads nothing: `{command}` does"
         raise UserError(f"{path_or_id}: no such folder, and not from the hub: {e}") from None
 
 

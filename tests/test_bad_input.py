@@ -66,6 +66,9 @@ ROWS = {
     "no output": (lines({"input": "a", "answer": "x"}), "output"),
     "an empty question": (lines(task("  ")), "t.jsonl:1"),
     "preferences": (GOOD["p.jsonl"], "t.jsonl:1"),
+    "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),
+    "a number as completion": (lines({"prompt": "a", "completion": 5}), "t.jsonl:1"),
+    "no instruction": (lines(task("a"), {"instruction": None, "output": "x"}), "t.jsonl:2"),
     "no answer anywhere": (lines({"input": "a", "output": "four"}), "The answer is X")}
 PAIRS = {
     "task rows": (GOOD["t.jsonl"], "p.jsonl:1"),
@@ -107,6 +110,11 @@ FLAGS = [
     ("train --model no/such/model --train t.jsonl", {}, "no/such/model"),
     ("train --model t.jsonl --train t.jsonl", {}, "t.jsonl"),
     ("train --model nobody/nothing --train t.jsonl", {}, "hub"),
+    ("train --model a/b --train t.jsonl --dry-run", {}, "downloads nothing: `hf download a/b`"),
+    ("train --model nobody/no@v1 --train t.jsonl --dry-run", {}, "nobody/no --revision v1`"),
+    *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
+       "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
+      for words in ("train --train", "eval --test")],
     (T + f" --max-length 99 --rewriter {FOLDER}", {}, "tokenizer"),
     (T + " --rewriter nowhere", {}, "nowhere"), (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),
@@ -163,6 +171,7 @@ CONFIGS = [  # a key, a value, what the line says
     ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "'longrope'"),
     *(("rope_scaling", value, "config.json: ") for value in (4, "linear", {"type": ["linear"]})),
     ("rope_scaling", {"type": "yarn", "factor": 2.0}, "'yarn'"),
+    ("tie_word_embeddings", True, "true, but model.safetensors holds an lm_head of its own"),
     *(("rope_scaling", {"type": "linear", "factor": value}, "factor is") for value in (None, "2")),
     ("rope_scaling", LLAMA3 | {"low_freq_factor": None}, "low_freq_factor"),
     ("rope_scaling", LLAMA3 | {"original_max_position_embeddings": "8"}, "original_max_position"),

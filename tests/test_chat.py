@@ -1,15 +1,18 @@
 """Conversations under published chat templates: where prompts end and responses begin."""
 
 import json
+import re
 
 import pytest
-from helpers import write_folder
+import torch
+from helpers import save_tokenizer, write_folder
+from runs import TEMPLATE
 from test_data import ASK, DATA, HH, NO, SO, SYSTEM, assistant, user, with_data, write
 from test_data import bpe, make  # noqa: F401 (fixtures)
 
 import train
 from allo_mini import UserError
-from allo_mini.data.encoder import Encoder
+from allo_mini.data.encoder import ALPACA, Encoder
 from allo_mini.data.rows import read_pairs
 from allo_mini.data.tokenizer import Tokenizer
 
@@ -166,10 +169,12 @@ def test_what_published_templates_ask_for(make):
         '26 Jul 2024|"é<"generation\n|{\n "b": 1,\n "\\u00e9": 2\n}')
 
 
-def test_conversations_train_as_they_are(tmp_path, capsys):
-    template = ("{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}"
-                "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}")
-    model = write_folder(tmp_path / "model", chat_template=template)
+def test_conversations_train_as_they_are_and_the_saved_model_ends_as_trained(tmp_path, capsys):
+    """A base model's EOS is not the template's end of turn: generation_config.json has both."""
+    model = write_folder(tmp_path / "model")
+    inner = Tokenizer(model).inner
+    inner.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    save_tokenizer(inner, model, chat_template=CHATML, eos_token="<|endoftext|>")
     rows = [{"chosen": [user(f"Hi {i}"), *SO], "rejected": [user(f"Hi {i}"), *NO]}
             for i in range(12)]
     pairs = write(tmp_path / "p.jsonl", *rows)
@@ -178,7 +183,44 @@ def test_conversations_train_as_they_are(tmp_path, capsys):
     assert "dropped" not in capsys.readouterr().out
     settings = json.loads((tmp_path / "run/config.json").read_text())["config"]
     assert settings["prompt"] == "chat"  # in which eval.py will ask
-    assert (tmp_path / "run/improve/model.safetensors").exists()
+    saved = json.loads((tmp_path / "run/improve/generation_config.json").read_text())
+    assert saved == {"eos_token_id": [2, 100, 101]}  # 2: config.json's
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "run/improve")
+    for end in (100, 101):  # as the third token
+        say = [lambda ids, scores: torch.eye(120)[[end if ids.shape[1] == 5 else 50]]]
+        ids = theirs.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=9, logits_processor=say)
+        assert ids[0, 3:].tolist() == [50, 50, end]
+
+
+DO = {"instruction": "Do", "output": "ok"}
+SHARED = [{"from": name, "value": name} for name in ("system", "human", "gpt")]
+FINE_TUNING = {  # a row, the style it gets, its prompt, what is trained on
+    "strings": ({"prompt": "1 + 1 =", "completion": " 2"}, "none", "1 + 1 =", " 2</s>"),
+    "TRL's": ({"prompt": ASK, "completion": SO}, "chat", "hi|hello</s>how?|", "so</s>"),
+    "messages": ({"messages": ASK + SO + ASK[:1]}, "chat", "hi|hello</s>how?|", "so</s>"),
+    "ShareGPT": ({"conversations": SHARED}, "chat", "system|human|", "gpt</s>"),
+    "Alpaca's": (DO | {"input": "", "text": "Do ok"}, "alpaca", ALPACA.format("Do"), " ok</s>"),
+    "no input": (DO, "alpaca", ALPACA.format("Do"), " ok</s>"),
+    "an input": (DO | {"input": "x"}, "alpaca", ALPACA.format("Do\n\nx"), " ok</s>"),
+    "a text": ({"text": "The cat"}, "none", "T", "he cat</s>"),
+    "a text after BOS": ({"text": "The cat"}, "none", "<s>", "The cat</s>")}
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning_rows(tmp_path, monkeypatch, capsys, name):
+    """Nothing is sampled, and no answer needed."""
+    row, style, *expected = FINE_TUNING[name]
+    folder = write_folder(tmp_path / "model", chat_template=TEMPLATE, add_bos_token="BOS" in name)
+    trained, optimize = [], train.optimize
+    monkeypatch.setattr(train, "optimize", lambda *args: trained.extend(args[3]) or optimize(*args))
+    rows = write(tmp_path / "t.jsonl", row)
+    command = f"--model {folder} --train {rows} --method sft --out {tmp_path}/run"
+    assert train.main(command.split()) == 0
+    said, encoder = capsys.readouterr().out, Encoder(Tokenizer(folder), "none", 99)
+    assert f"prompts: {style}" in said and not re.search("dropped|sampl|grade  ", said)
+    [[prompt, [response], *_]] = trained
+    assert [text_of(encoder, prompt), text_of(encoder, response)] == expected
 
 
 @with_data

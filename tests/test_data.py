@@ -4,6 +4,7 @@ import json
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace as Stub
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
@@ -14,6 +15,7 @@ from allo_mini.data import demo
 from allo_mini.data.encoder import ALPACA, Encoder
 from allo_mini.data.rows import Pair, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.data.tokenizer import Tokenizer
+from allo_mini.evaluation import answers
 from allo_mini.run.config import parse
 from allo_mini.run.inputs import read_rows, style_of
 from helpers import save_tokenizer, write_tokenizer
@@ -123,6 +125,14 @@ def test_preference_forms(prompt, chosen, rejected, expected, tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected, pair.task) == (*expected, None)
 
 
+def test_sharegpt_preferences(tmp_path):
+    human, so, no = [{"from": name, "value": name} for name in ("human", "gpt", "gpt")]
+    row = {"conversations": [human], "chosen": so, "rejected": no | {"value": "no"}}
+    [pair] = read_pairs(write(tmp_path / "p.jsonl", row))
+    said = [(m["role"], m["content"]) for m in pair.prompt + pair.chosen + pair.rejected]
+    assert said == [("user", "human"), ("assistant", "gpt"), ("assistant", "no")]
+
+
 # ---- encoding --------------------------------------------------------------------------------
 
 ALPHABET = [*"aab  \n\t.,19=+é😀ß\u0301\u200d中\x00\u2028", "the ", "answer", "</s>", "<s>"]
@@ -151,11 +161,14 @@ def test_prompt_and_response_are_encoded_jointly(make, tmp_path, name):
     assert moved > 9 or name == "characters"  # the boundary often lies inside a token
 
 
-@pytest.mark.parametrize("response", ["the cat", "the cat</s>", "x</s></s>"])
-def test_closing_token_once_even_if_it_pads(make, response):
-    tokenizer = make(pad_token="</s>")
-    [ids] = Encoder(tokenizer, "none", 100).example("a b", [response]).responses
-    assert ids.count(tokenizer.eos_id) == 1 and ids[-1] == tokenizer.eos_id
+def test_the_closing_token_once_even_if_it_pads_and_at_the_end_alone(make):
+    """A response with its text inside is dropped: what stands behind it would be lost."""
+    encoder = Encoder(make(pad_token="</s>"), "none", 100)
+    for text in ("the cat", "the cat</s>", "x</s></s>", "a</s>\n</s> \n"):
+        [ids] = encoder.example("a b", [text]).responses
+        assert ids.index(encoder.tokenizer.eos_id) == len(ids) - 1
+    assert encoder.example("a", ["<s>a</s> b"]) is encoder.example("a", ["b", "use </s> s"]) is None
+    assert encoder.report() == "2 dropped (response with </s> inside, which ends responses)"
 
 
 def test_alpaca_form(make):
@@ -181,17 +194,26 @@ def test_bos_exactly_when_the_tokenizer_adds_it(make, processor, settings, added
     assert encoder.response_ids("the cat", "12").count(0) == 0
 
 
-def test_a_response_is_encoded_as_it_follows_the_prompt(tmp_path):
-    """Llama 2's tokenizer sets a space before every text: a response alone would begin with it."""
-    pieces = ["<unk>", "<s>", "</s>", "▁", "▁a", "▁b", "a", "b", ":", "▁▁"]
+def test_responses_are_encoded_and_samples_decoded_as_they_follow_the_prompt(tmp_path, monkeypatch):
+    """Llama 2's tokenizer sets a space before every text, or takes one away."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", "▁a", "▁b", "a", "b", ":", "▁▁", "\n"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     inner = HFTokenizer(models.BPE(vocab, [("▁", "a"), ("▁", "b"), ("▁", "▁")]))
     spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     inner.normalizer = normalizers.Sequence(spaces)
     inner.add_special_tokens(pieces[:3])
     tokenizer = Tokenizer(save_tokenizer(inner, tmp_path))
-    ids = Encoder(tokenizer, "none", 100).response_ids("a:", "b a")
+    encoder = Encoder(tokenizer, "none", 100)
+    ids = encoder.response_ids("a:", "b a")
     assert [pieces[i] for i in ids] == ["b", "▁a", "</s>"]
+    tokenizer.inner.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    model = settings = Stub(folder=tmp_path, config=Stub(raw={}), stop=[], seed=1,
+                            max_new_tokens=9, top_p=1.0, sample_batch=4)
+    for text in ("   a\n  b", " a", "b ", "\n"):
+        ids = encoder.response_ids("a:", text)
+        monkeypatch.setattr(answers, "sample", lambda *_, **__: [[ids]])
+        assert answers.respond(model, encoder, ["a:"], settings, 1, 0.0) == [[(text, True)]]
 
 
 def test_truncation_trims_the_prompts_left(make):

@@ -18,6 +18,7 @@ from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import (TargetLogps, head_logps, margins, micro_batches, pack, responses_of,
                                 score, size_of, token_logps, with_reference)
 from allo_mini.model import SwiGLU, parse_config
+from allo_mini.run import device
 from helpers import (FIXTURES, HF, LLAMA3, RAW, assert_close, fixture_model, golden, gradients, random_ids,
                      separate_logps, tiny_model)
 
@@ -249,6 +250,11 @@ def test_the_cache_grows_past_its_first_size(monkeypatch, most, new):
         assert len(tokens) == (new if len(prompt) == 30 else 120)
         assert tokens == greedy_without_cache(model, prompt, len(tokens))
     assert 94 < caches[0].stores[0].shape[3] <= min(most, 150)
+    host = {"SC_PAGE_SIZE": 31 * 128}  # bytes of the longest of the samples below
+    for samples, slots in ((10, 3), (2, 1), (100, 8)):  # it could hold; 60 % of half of it is taken
+        monkeypatch.setattr(device.os, "sysconf", (host | {"SC_PHYS_PAGES": samples}).get)
+        generate(model, prompts * 4, 1)
+        assert caches[-1].slots == caches[-1].stores[0].shape[1] == slots
 
 
 def test_sampling_does_not_depend_on_slots_company_or_order():

@@ -122,6 +122,20 @@ def test_of_preferences_rewards_come_first_and_raw_numbers_are_named(folder):
         assert shown in page, shown
 
 
+@pytest.mark.parametrize("first, last, sentence", [
+    ("0001" * 50, "1" * 200, "B is 75.0 points above A on 200 rows (p = 0.0002)."),
+    ("1" * 200, "0001" * 50, "B is 75.0 points below A on 200 rows (p = 0.0002)."),
+    ("01" * 1000, "10" * 1000, "B and A: no difference that 2,000 rows can show (p = ")])
+def test_the_verdict_is_on_the_last_two_models(first, last, sentence):
+    """Of preferences on how often each one's margin is above the start's."""
+    evals, margins = {"start": answers(last)}, {"start": [{"margin": 5.0, "correct": True}] * 2000}
+    for name, pattern in (("A", first), ("B", last)):
+        evals[name] = answers(pattern)
+        margins[name] = [{"margin": 4.0 + 2 * int(x), "correct": True} for x in pattern]
+    assert all(report.verdict(rows).startswith(sentence) for rows in (evals, margins))
+    assert report.verdict({"A": []}) == report.verdict({}) == ""
+
+
 def test_what_is_not_there_is_left_out(folder):
     for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
         (folder / name).unlink()

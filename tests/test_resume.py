@@ -1,5 +1,6 @@
 """Nothing lost: kills, Ctrl-C, full disks, other processes; and what a run folder refuses."""
 
+import json
 import os
 import resource
 import shutil
@@ -11,11 +12,11 @@ import pytest
 import torch
 from helpers import error_of
 from kill import Watched, at_line, at_write, in_child, press
-from runs import arguments, demo_command, difference, results_of, run, with_samples
+from runs import arguments, demo_command, difference, results_of, rows_of, run, with_samples
 from safetensors.torch import save_file
 
 import train
-from allo_mini.run.files import load_tensors
+from allo_mini.run.files import append_rows, load_tensors
 
 SMALL = ("--sft", "--token-weights", "edit", "--locate", "random", "--no-eval")
 KILLED = -signal.SIGKILL
@@ -43,7 +44,12 @@ def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monk
     command = demo_command(whole.parent, folder)
     for number, moment in enumerate(moments(folder)):
         assert in_child(lambda: train.main(command), moment) == KILLED, number
+        if number in (1, 4):  # after a group, after a checkpoint: as if it had been a long sitting
+            *_, row = [row for row in rows_of(folder / "metrics.jsonl") if "seconds" in row]
+            append_rows(folder / "metrics.jsonl", [row | {"seconds": 1000 + row["seconds"]}])
     assert train.main(command) == 0
+    seconds = json.loads((folder / "results.json").read_text())["seconds"]
+    assert seconds["sample"] > 1000 < seconds["dpo"] and 2000 < sum(seconds.values()) < 3000
     said = capfd.readouterr()
     assert "Traceback" not in said.err and "goes on after step 1 of 2" in said.out
     assert difference(results_of(whole), results_of(folder)) == []

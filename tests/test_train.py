@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import time
 from fractions import Fraction
 
 import pytest
@@ -20,6 +21,9 @@ import eval as evaluation
 import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
+from allo_mini.data.encoder import Encoder
+from allo_mini.run import log
+from allo_mini.run.files import save_tensors
 from allo_mini.run.config import METHODS, parse, schedule
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import exit_code
@@ -230,8 +234,9 @@ def test_bf16(world, tmp_path, capsys):
     assert (values != values.bfloat16().float()).float().mean() > 0.5
 
 
-def test_a_run_of_preferences(world, tmp_path, capsys):
+def test_a_run_of_preferences(world, tmp_path, monkeypatch, capsys):
     """Its table: beta [log pi/pi_start (y+) - log pi/pi_start (y-)] of every held-out pair."""
+    monkeypatch.chdir(tmp_path)
     val, out = tmp_path / "val.jsonl", tmp_path / "run"
     val.write_text((world / "pairs.jsonl").read_text().replace("Is ", "Are "))
     command = (f"--model {world}/model --pairs {world}/pairs.jsonl --out {out} --val {val} --beta "
@@ -252,6 +257,21 @@ def test_a_run_of_preferences(world, tmp_path, capsys):
     assert shown["reward_accuracy"] == sum(reward > 0 for reward in rewards) / 2
     assert shown["accuracy"] == sum(margin > 0 for margin in tuned) / 2
     assert 0 <= steps_of(out, "improve")[-1]["eval/score"] <= 1
+    # the next commands run, on the rows held out; cards tell how each model came about
+    *asked, share = re.findall(r"(?m)^(?:grade|talk|share)  +(.*)$", said)
+    monkeypatch.setattr(sys, "stdin", val.open())
+    for words in map(str.split, asked):
+        assert words[:4] == ["python", "eval.py", "--model", f"{out}/improve"]
+        assert evaluation.main([*words[2:], "--max-new-tokens", "2"]) == 0
+    assert [row["margin"] for row in rows_of(tmp_path / "eval/run-improve/test.jsonl")] == tuned
+    assert share == f"hf upload YOU/NAME {out}/improve"
+    table = json.loads((out / "results.json").read_text())["table"]
+    assert table in said and table.startswith("ALLO and DPO: no difference that 2 rows can show")
+    for name, p in ("dpo", 100), ("improve", 5):
+        card = (out / name / "README.md").read_text()
+        for text in ("---\nbase_model: model\nlibrary_name: transformers\n", "on pairs.jsonl with",
+                     table, f"p = {p} % ", "improve 0.001, seed 2023"):
+            assert text in card and str(world) not in card
 
 
 def test_validation_changes_no_step_and_micro_batches_nothing_but_rounding(world, tmp_path):
@@ -296,6 +316,43 @@ def test_steps_without_any_weight_are_skipped_and_counted(world, tmp_path, capsy
     said = capsys.readouterr().out
     assert "forget: 10 steps, 30 skipped" in said
     assert first_losses(said)["forget"] == pytest.approx(LN2, rel=1e-5)
+
+
+def test_the_movement_of_dpo_serves_as_the_warmups(world, tmp_path):
+    """Where both train alike, and not in the place of one that was laid in."""
+    both, movement = ("--method", "dpo", "allo"), "movement.safetensors"
+    outs = [run(world, tmp_path / str(i), *EDIT, "--locate", "movement", *more)
+            for i, more in enumerate([both, (), (*both, "--lr-dpo", "1e-3")])]
+    assert [bool(steps_of(out, "warmup")) for out in outs] == [False, True, True]
+    for name in (movement, "mask.safetensors"):
+        assert all(equal(load_file(outs[0] / name), load_file(out / name)) for out in outs[1:])
+    laid = {name: moved.flip(0) for name, moved in load_file(outs[0] / movement).items()}
+    save_tensors(laid, tmp_path / "laid" / movement)
+    run(world, tmp_path / "laid", *EDIT, "--locate", "movement", *both)
+    assert equal(laid, load_file(tmp_path / "laid" / movement))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monkeypatch, pairs):
+    """Nor after a kill in the last lines; an unfinished stage has what it needs encoded."""
+    out, calls = tmp_path / "run", []
+    command = arguments(world, out, "--method", "rft", "allo", "--locate", "random")
+    if pairs:
+        command[2:6] = ["--no-forget", "--pairs", f"{world}/pairs.jsonl"]  # for --train, --test
+    else:
+        with_samples(world, out)
+    assert train.main(command) == 0
+    with monkeypatch.context() as patched:
+        for place, name in ((Encoder, "example"), (train, "label"), (train, "is_correct")):
+            patched.setattr(place, name, calls.append)
+        for name in ("results.json", "report.html"):
+            (out / name).unlink()
+            assert train.main(command) == 0 and (out / name).exists() and calls == []
+    rows, encode = 22 if pairs else 40, Encoder.example
+    monkeypatch.setattr(Encoder, "example", lambda *row: calls.append(row[2]) or encode(*row))
+    shutil.rmtree(out / "improve")
+    (out / "results.json").unlink()
+    assert train.main(command) == 0 and sorted(map(len, calls)) == [1] * rows + [2] * rows
 
 
 # ---- the plan ----------------------------------------------------------------------------------
@@ -367,6 +424,22 @@ def test_what_ends_a_command_is_one_line_and_a_code(error, code, says, capsys):
     assert said.out == "" and said.err.startswith(says) and said.err.strip().count("\n") == 0
     with pytest.raises(ZeroDivisionError):  # other errors are ours, and not hidden
         exit_code(lambda: 1 / 0)
+
+
+def test_without_a_terminal_a_long_step_says_a_line_a_minute(monkeypatch, capsys):
+    """With its rate and what is left; a short step says nothing."""
+    bar, began = log.tqdm, time.monotonic()
+    monkeypatch.setattr(log, "MINUTE", 0.2)
+    monkeypatch.setattr(log, "tqdm", lambda *a, **more: bar(*a, maxinterval=0.01, **more))
+    monkeypatch.setattr(bar, "monitor", None)  # a thread, which adds lines
+    monkeypatch.setattr(bar, "monitor_interval", 0.01)
+    for _ in log.progress([*range(60), *log.progress(range(9), label="short")], label="long"):
+        time.sleep(0.01)
+    most = (time.monotonic() - began) / log.MINUTE
+    bar.monitor.exit()
+    said = [line for line in capsys.readouterr().err.split("\n") if line.strip()]
+    line = r"long: +\d+%\|.*\| \d+/69 \[\d+:\d+<\d+:\d+, +[\d.]+it/s\] *"
+    assert 2 <= len(said) <= most and all(re.fullmatch(line, text) for text in said)
 
 
 def test_a_reader_who_has_seen_enough_ends_a_command_quietly(world, tmp_path, monkeypatch, capsys):

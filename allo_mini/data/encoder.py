@@ -122,7 +122,8 @@ class Encoder:
         for response in responses:
             if not plain(response).strip():
                 return self.drop("empty response")
-            if self.ending in plain(response).rstrip(f"{self.ending} \n"):  # it may stand at the end
+            after = plain(response).partition(self.ending)[2]
+            if after.replace(self.ending, "").strip():  # it may stand at the end
                 return self.drop(f"response with {self.ending} inside, which ends responses")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")

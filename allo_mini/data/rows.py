@@ -91,14 +91,14 @@ def messages_of(row, key, where):
     value = row.get(key)
     if not isinstance(value, (list, dict)):
         return text_of(row, key, where)
-    messages, place = [], f"{where}: {key!r}"
-    for message in value if isinstance(value, list) else [value]:
-        if not isinstance(message, dict):
-            raise UserError(f'{place} must be a string or [{{"role", "content"}}, ...]')
-        message = renamed(message)
-        role = text_of(message, "role", place)
+    messages, place = value if isinstance(value, list) else [value], f"{where}: {key!r}"
+    if set(map(type, messages)) != {dict}:
+        raise UserError(f'{place} must be a string or [{{"role", "content"}}, ...]')
+    messages = list(map(renamed, messages))
+    for message in messages:
         text_of(message, "content", place)
-        messages.append(message | {"role": OUR_NAMES.get(role, role)})
+        role = text_of(message, "role", place)
+        message["role"] = OUR_NAMES.get(role, role)
     return messages
 
 
@@ -130,7 +130,8 @@ def task_of(id, given, where, need_output):
         row["input"] = "\n\n".join(filter(None, [text_of(row, "instruction", where), more]))
     if "messages" in row:
         row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
-    if "text" in row and "input" not in row:
+    alone = "text" in row and "input" not in row
+    if alone:
         prompt, row["output"] = "", text_of(row, "text", where)
     else:
         prompt = messages_of(row, "input", where)
@@ -141,7 +142,7 @@ def task_of(id, given, where, need_output):
         row["output"] = plain(messages_of(row, "output", where))
     texts = [text_of(row, key, where, key != "output" or not need_output)
              for key in ("output", "answer", "rewrite")]
-    return Task(id, prompt, *texts, where, not {"completion", "text"}.isdisjoint(given))
+    return Task(id, prompt, *texts, where, alone or "completion" in given)
 
 
 def last_answer(messages, where):

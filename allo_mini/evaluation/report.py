@@ -24,7 +24,7 @@ from allo_mini.run.config import schedule
 from allo_mini.run.files import read_json, read_jsonl, reading, write_json, write_jsonl, write_text
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
-from allo_mini.run.memory import training_stages
+from allo_mini.run.memory import percent_of, training_stages
 
 SHOWN = 12  # negatives, and rows where the models differ
 POINTS = 150  # of a curve
@@ -184,11 +184,10 @@ def record_tokens(run, before, after, examples):
 def reprint(run):
     """Whether the run is finished; if so, its table is printed again."""
     path = run.folder / "results.json"
-    if path.exists():
+    finished = run.has(path.name, "report.html")  # the page is written last
+    if finished:
         say(f"{run.folder}: this run is finished\n\n{read_json(path).get('table')}")
-        if not run.has("report.html"):
-            write_report(run.folder)
-    return path.exists()
+    return finished
 
 
 def evaluated(run, name, policy):
@@ -228,27 +227,33 @@ def finish(run, models):
     folders = {name: str(policy.folder) for name, policy in models.items()}
     for name, folder in folders.items():
         if Path(folder).parent == run.folder:
-            write_text(f"{folder}/README.md", card(run, name, text))
+            write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
     write_json(run.folder / "results.json", {
         "models": folders, "results": results, "table": text, "seconds": run.log.seconds,
         "command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__})
     say(text + "\n")
     for name, folder in folders.items():
         say(f"{name:>10}  {folder}")
-    say(f"    report  {write_report(run.folder)}\n\n"
-        f"grade  python eval.py --model {folder} --test {test}\n"
+    grade = f"grade  python eval.py --model {folder} --test {test}\n" if run.test else ""
+    say(f"    report  {write_report(run.folder)}\n\n{grade}"
         f"talk   python eval.py --model {folder} --chat\n"
         f"share  hf upload YOU/NAME {folder}")
 
 
-def card(run, name, text):
-    """The README.md of a trained model's folder: a model card, as the hub shows it."""
+def card(run, name, stage, text):
+    """The README.md of the folder of a stage's model: a model card, as the hub shows it.
+
+    Of a base model on disk it names the last folder alone: the hub takes no paths.
+    """
     cfg = run.cfg
+    base = cfg.model.partition("@")[0] or "allo_mini/demo"
+    if cfg.model and Path(cfg.model).is_dir():
+        base = Path(cfg.model).resolve().name
     data = ", ".join(Path(path).name for path in cfg.pairs or cfg.train) or "the demo's questions"
     rates = ", ".join(f"{stage} {schedule(cfg, stage, run.parameters, 1).lr:g}"
                       for stage in training_stages(cfg))
-    return CARD.format(base=cfg.model or "allo_mini/demo", name=name, data=data, p=cfg.p,
-                       rates=rates, seed=cfg.seed, text=text)
+    return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rates=rates,
+                       seed=cfg.seed, text=text)
 
 
 if __name__ == "__main__":

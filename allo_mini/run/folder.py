@@ -264,8 +264,9 @@ def open_run(cfg: Config) -> Run:
               encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
         f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {cfg.prompt}{hint}")
+    begun = run.has("config.json")  # then they have been looked at
     for name, held in ("test rows", run.test), ("val rows", run.val):
-        if held and isinstance(held[0], Pair):
+        if held and isinstance(held[0], Pair) and not begun:
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
     models = [model]
     if cfg.rewriter:

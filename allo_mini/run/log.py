@@ -13,6 +13,7 @@ from allo_mini import UserError
 from allo_mini.run import files, parallel
 
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
+MINUTE = 60  # seconds between two lines of a bar
 
 
 class Lines:
@@ -28,7 +29,8 @@ class Lines:
 
 def progress(items=None, total=None, label="", unit="it"):
     """A tqdm bar; where the output is no terminal a line a minute."""
-    quiet = {} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 60, "delay": 60, "ncols": 80}
+    lines = {"file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
+    quiet = {} if sys.stderr.isatty() else lines  # miniters: tqdm's own thread shows nothing then
     return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0, leave=False,
                 **quiet)
 
