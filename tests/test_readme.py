@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -129,6 +129,35 @@ def test_the_first_table_is_what_the_demo_prints(tmp_path, monkeypatch, capsys):
         words = re.sub(r"[\d.]+", "#", line).split()
         assert words in [line.split() for line in said] or set(line) == {"-"}, line
     assert "FORGET" in picture and "IMPROVE" in picture
+
+
+def test_the_curves_go_to_tensorboard(tmp_path, monkeypatch):
+    """The example with a stub for tensorboard, which stays optional."""
+    [code] = [text for kind, text in BLOCK.findall(README) if "SummaryWriter" in text]
+    monkeypatch.chdir(tmp_path)
+    Path("runs/prefs").mkdir(parents=True)
+    rows = [{"stage": "dpo", "step": 1, "loss": 0.7}, {"stage": "dpo", "seconds": 1.5},
+            {"stage": "test DPO", "mem/peak_gb": 0.4}]
+    Path("runs/prefs/metrics.jsonl").write_text(lines(*rows))
+    board = Mock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    exec(code, {})
+    assert {call.args for call in board.SummaryWriter().add_scalar.call_args_list} == {
+        ("dpo/loss", 0.7, 1), ("dpo/seconds", 1.5, None), ("test DPO/mem/peak_gb", 0.4, None)}
+    assert "tensorboard" not in (ROOT / "requirements.txt").read_text()
+
+
+def test_requirements_name_what_is_imported_and_nothing_else():
+    imported = {"pytest"}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("allo_mini/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [
+                    alias.name for alias in node.names]
+                imported.update(name.split(".")[0] for name in names)
+    named = (ROOT / "requirements.txt").read_text().splitlines()
+    assert {line.partition("==")[0].replace("-", "_") for line in named} == (
+        imported - sys.stdlib_module_names - {"allo_mini", "train", "eval"})
 
 
 def test_the_reading_order_names_every_file():
