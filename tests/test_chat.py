@@ -31,7 +31,6 @@ MISTRAL = (  # the system prompt stands in the last turn, unless an answer follo
     "{{ '[INST] ' + (system + '\n\n' if loop.last and system else '') + m['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}")
 IM = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-S_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 IM_ASK = ("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
           "<|im_start|>user\nhow?<|im_end|>\n<|im_start|>assistant\n")
 LLAMA_ASK = (HEADER.format("user") + "hi<|eot_id|>" + HEADER.format("assistant") + "hello<|eot_id|>"
@@ -44,9 +43,9 @@ FAMILIES = {  # template, settings, how ASK and SYSTEM + ASK are asked, the shap
                "<|begin_of_text|>" + LLAMA_ASK,
                f"<|begin_of_text|>{HEADER.format('system')}Be brief.<|eot_id|>{LLAMA_ASK}",
                "{}<|eot_id|>"),
-    "mistral 0.3": (MISTRAL, S_TOKENS, "<s>[INST] hi[/INST] hello</s>[INST] how?[/INST]",
+    "mistral 0.3": (MISTRAL, {}, "<s>[INST] hi[/INST] hello</s>[INST] how?[/INST]",
                     "<s>[INST] hi[/INST] hello</s>[INST] Be brief.\n\nhow?[/INST]", " {}</s>"),
-    "no end of turn": ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", S_TOKENS,
+    "no end of turn": ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", {},
                        "hi\nhello\nhow?\n", None, "{}\n</s>")}
 CASES = [(family, i) for family in FAMILIES for i in (0, 1) if FAMILIES[family][2 + i]]
 

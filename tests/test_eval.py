@@ -15,7 +15,6 @@ from allo_mini.patch import save_patch
 
 
 def write(path, rows):
-    Path(path).parent.mkdir(exist_ok=True, parents=True)
     Path(path).write_text(lines(*rows))
 
 

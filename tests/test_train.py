@@ -179,8 +179,8 @@ def test_locate_modes(world, tmp_path, mode):
 @pytest.mark.parametrize("mode", ["soft", "released", "edit", "uniform"])
 def test_token_weight_modes(world, tmp_path, mode):
     """And --rewriter, a model that becomes the rewriting one."""
-    other = ("--rewriter", world / "model")
-    out = run(world, tmp_path / "run", *EDIT, "--token-weights", mode, *other)
+    more = ("--token-weights", mode, "--rewriter", world / "model")
+    out = run(world, tmp_path / "run", *EDIT, *more)
     assert (out / "token_weights.jsonl").exists() == (mode in ("soft", "released"))
     fractions = [row["token_weight/fraction"] for row in steps_of(out, "forget")]
     assert all(0 < f < 1 for f in fractions) if mode == "edit" else set(fractions) == {1.0}
