@@ -59,8 +59,7 @@ class Pretend(TorchDispatchMode):
         asked = kwargs["device"].type if kwargs.get("device") is not None else None
         if asked == "cuda":
             kwargs["device"] = torch.device("cpu")
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
+        kwargs.pop("pin_memory", None)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         there = self.checked(name, tensors, args)
         node = torch._C._current_autograd_node()

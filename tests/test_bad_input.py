@@ -63,7 +63,7 @@ ROWS = {
     "a number for a string": (lines(task("a"), {"input": 5, "output": "x"}), "t.jsonl:2"),
     "a list as answer": (lines(task("a") | {"answer": [1]}), "t.jsonl:1"),
     "no input": (lines({"inputs": "a", "output": "x"}), "input"),
-    "no output": (lines({"input": "a", "answer": "x"}), "output"),
+    "no output": (lines({"input": "a", "answer": "x"}), "t.jsonl:1: missing key 'output' beside"),
     "an empty question": (lines(task("  ")), "t.jsonl:1"),
     "preferences": (GOOD["p.jsonl"], "t.jsonl:1"),
     "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),

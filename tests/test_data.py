@@ -75,24 +75,16 @@ def test_bom_crlf_and_blank_lines(encoding, end, tmp_path):
     assert task.source == f"{files[1]}:1"
 
 
-def test_official_rows_and_test_rows_without_output(tmp_path):
-    rows = [{"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
-    path = write(tmp_path / "t.jsonl", *rows)
-    tasks = read_tasks([path], need_output=False)
-    assert [(task.prompt, task.output) for task in tasks] == [("a?", None), ("b", None)]
-    with pytest.raises(UserError, match="t.jsonl:1: missing key 'output' beside"):
-        read_tasks([path])
-
-
-def test_downloaded_rows_of_gsm8k_and_math(tmp_path):
+def test_rows_of_gsm8k_of_math_official_ones_and_test_rows_without_output(tmp_path):
     solution = "He has <<2*600=1200>>1,200.\nSo 1,200."
     rows = [{"question": "How many?", "answer": solution + "\n#### 1,200"},
             {"problem": "p", "solution": "Thus $\\boxed{5}$.", "level": 1, "type": "Algebra"},
-            {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"}]
-    tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)])
-    assert [(task.prompt, task.output, task.answer) for task in tasks] == [
+            {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"},
+            {"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
+    tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False)
+    assert [(task.input, task.output, task.answer) for task in tasks] == [
         ("How many?", "He has 1,200.\nSo 1,200.\nThe answer is 1,200", "1200"),
-        ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5")]
+        ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5"), ("a?", None, None), ("b", None, "5")]
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"
