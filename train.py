@@ -200,7 +200,7 @@ def preferences(run):
                                  run.encoder, rewrites)
         if not pairs:
             raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
-                            "sample more (--n), or try another --prompt, --stop or --max-new-tokens")
+                            "sample more (--n), or try another --prompt or --stop; with a new --out")
         write_jsonl(wrong, [n._asdict() for n in negatives])
         write_jsonl(target, map(vars, pairs))
 

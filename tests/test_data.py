@@ -82,7 +82,7 @@ def test_rows_of_gsm8k_of_math_official_ones_and_test_rows_without_output(tmp_pa
             {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"},
             {"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
     tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False)
-    assert [(task.input, task.output, task.answer) for task in tasks] == [
+    assert [(task.prompt, task.output, task.answer) for task in tasks] == [
         ("How many?", "He has 1,200.\nSo 1,200.\nThe answer is 1,200", "1200"),
         ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5"), ("a?", None, None), ("b", None, "5")]
 

@@ -1,5 +1,6 @@
 """Nothing lost: kills, Ctrl-C, full disks, other processes; and what a run folder refuses."""
 
+import json
 import resource
 import shutil
 import signal
