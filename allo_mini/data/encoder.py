@@ -72,7 +72,7 @@ class Encoder:
         for talk, before in ((turns_of(prompt), framed), (turns_of("x"), self.short)):
             whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
             rest = whole.removeprefix(before)
-            if rest != whole and ("<think>" not in text or text.strip() in rest):
+            if rest != whole and ("think>" not in text or text.strip() in rest):
                 return rest
         if framed.rstrip().endswith("<think>"):
             text = text.lstrip().removeprefix("<think>").lstrip("\n")  # it is open already
