@@ -123,7 +123,7 @@ def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
     z, size = 1.959964, total + 1.959964 ** 2
     centre = (correct + z * z / 2) / size
-    spread = z * np.sqrt(correct * (total - correct) / total + z * z / 4) / size
+    spread = z * max(0.0, correct * (total - correct) / total + z * z / 4) ** 0.5 / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 
