@@ -113,7 +113,8 @@ class Progress:
         self.path = run.folder / f".{stage}.state.safetensors"
         if self.path.exists():
             self.load()
-        self.began = self.saved_at = time.monotonic()
+        self.began = self.opened = self.saved_at = time.monotonic()
+        self.first = self.step
 
     def load(self):
         """Read the checkpoint. Raises UserError when it is broken or of other weights or rows."""
@@ -146,7 +147,9 @@ class Progress:
         self.run.log.write(stage, step=self.step, **metrics)
         if self.step in (1, total) or self.step % -(-total // LINES) == 0:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
-            say(f"{stage:>8} {self.step:>{len(str(total))}}/{total}  {'  '.join(columns)}")
+            left = (now - self.opened) / (self.step - self.first) * (total - self.step) / 60
+            say(f"{stage:>8} {self.step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
+                f"{left:.0f} min left")
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and self.step < total
         if due and parallel.RANK == 0:
             known = {"step": self.step, "total": total, "state": self.objective.state}
