@@ -121,7 +121,8 @@ def show_generation(args) -> None:
     finish(args, [title, "new tokens/s", "peak GB"], rows, generate=done)
 
 
-def main() -> None:
+def arguments(argv=None):
+    """The flags."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--shape", choices=SHAPES, default="llama-2-7b" if GPU else "smollm2-135m")
@@ -141,7 +142,11 @@ def main() -> None:
     add("--n", type=int, default=10 if GPU else 4, help="responses a prompt")
     add("--new-tokens", type=int, default=256 if GPU else 32, help="tokens of a response")
     add("--repeat", type=int, default=5 if GPU else 2)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
     start(args)
     show_generation(args) if args.generate else show_training(args)
 
