@@ -7,14 +7,13 @@ for is left, or stopped; the same command goes on with what OUT.jsonl does not h
 shapes, to try it on a CPU or, by tests/pretend_cuda.py, on a pretended GPU.
 """
 
-import argparse
 import gc
 import json
 import signal
 import sys
 import tempfile
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -40,10 +39,6 @@ SHAPES["heads of 64"] = shape("LlamaForCausalLM", 512, 256, 384, 2, 4, 4)
 SHAPES["shared keys"] = shape("LlamaForCausalLM", 512, 256, 384, 2, 4, 2)
 SHOWN = ("of_cpu", "physical_per_s", "mfu", "of_gemm", "tokens_per_s", "pairs_per_s", "seconds",
          "estimate", "peak_bytes", "saved_bytes")
-
-
-class TimeUp(BaseException):
-    """The minutes are over; nobody on the way takes it for an error of his."""
 
 
 def two_steps(folder: Path, device: str, dtype: str, int8=False, resume=False):
@@ -99,8 +94,8 @@ def demo(a) -> dict:
     """The demo, as `python train.py` runs it."""
     with tempfile.TemporaryDirectory() as place:
         few = "--limit 6 --max-steps 2 --n 4 --no-eval".split() if a.gemm == 64 else []
-        code = train.main(["--device", a.device, "--out", f"{place}/demo", *few])
-    assert code == 0, f"exit code {code}"
+        cfg = train.parse(["--device", a.device, "--out", f"{place}/demo", *few])
+        train.run_all(train.open_run(cfg))
     return {}
 
 
@@ -144,26 +139,20 @@ def measured(name: str, job) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("out", type=Path)
     add("--minutes", type=float, default=8.5, help="for all of it [8.5]")
     add("--only", nargs="+", help="beginnings of rows' names")
     add("--tiny", action="store_true")
-    add("--shape", choices=SHAPES, help="of training and sampling")
     add("--device", default="auto")
     args = parser.parse_args()
-    device, dtype = pick_device(args.device, "bf16")
-    given = {"shape": args.shape} if args.shape else {}
-    a = Namespace(**TRUE | (TINY if args.tiny else {}) | given, device=device, dtype="bf16")
+    device, _ = pick_device(args.device, "bf16")
+    a = Namespace(**TRUE | TINY if args.tiny else TRUE, device=device, dtype="bf16")
     args.out.touch()
     rows = map(json.loads, args.out.read_text().splitlines())
     rows = [row for row in rows if "failed" not in row]
-
-    def stop(*_):
-        raise TimeUp
-
-    signal.signal(signal.SIGALRM, stop)
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as if Ctrl-C was pressed
     signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
     known = {row["row"] for row in rows}
     about = {"device": device_name(device), "torch": torch.__version__}
@@ -173,10 +162,9 @@ def main() -> int:
                 rows.append(measured(name, job))
                 with args.out.open("a") as file:  # closed: a kill loses nothing
                     file.write(json.dumps(rows[-1] | about) + "\n")
-    except TimeUp:
-        print(f"the time is up at {name}")
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        print(f"stopped at {name}")
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for row in rows:
         figures = [f"{key} {row[key]:.4g}" for key in SHOWN if row.get(key) is not None]
         print(f"{row['row']:28} {row['took']:6.1f} s", *figures, row.get("failed", ""))

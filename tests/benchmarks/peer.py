@@ -194,7 +194,6 @@ def show(args) -> None:
 
 
 def arguments(argv=None):
-    """The flags."""
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", help="folder or hub id")
