@@ -23,8 +23,8 @@ import memory
 import peer
 import speed
 import torch
-from common import (SHAPES, device_name, pick_device, random_mask, random_model, random_pairs, shape,
-                    train)
+from common import (SHAPES, device_name, pick_device, random_mask, random_model, random_pairs,
+                    shape, train)
 
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.logprobs import pack, token_logps

@@ -77,7 +77,8 @@ def figures(args, batch: int, clock: Clock, before: int, saved: int, state: str)
     """What all report. before: peak before the model was read; saved: bytes; state: its types."""
     seconds = clock.seconds(args.warm)
     return {"pairs_per_s": batch * len(seconds) / sum(seconds), **peaks(args.device),
-            "before_model_bytes": before, "saved_bytes": saved, "losses": [row["loss"] for row in clock.rows[:5]],
+            "before_model_bytes": before, "saved_bytes": saved,
+            "losses": [row["loss"] for row in clock.rows[:5]],
             "logps_chosen": [row["logps/chosen"] for row in clock.rows[:5]], "state": state}
 
 
@@ -98,8 +99,8 @@ def ours(args, pairs: list, batch: int, percent: float) -> dict:
     mask, values = optimizer.selected_weights()
     changed = to_tensors(mask, {name: x.to(dtype) for name, x in values.items()})
     saved = sum(x.nbytes for x in changed.values())
-    return figures(args, batch, run.log, before, saved, f"{args.dtype} weights; fp32 master and gradient, "
-                   f"{args.state_bits}-bit moments, of {len(optimizer.master):,} weights")
+    return figures(args, batch, run.log, before, saved, f"{args.dtype} weights; fp32 master and "
+                   f"gradient, {args.state_bits}-bit moments, of {len(optimizer.master):,} weights")
 
 
 def trl(args, pairs: list, batch: int, lora=False) -> dict:
@@ -189,7 +190,8 @@ def show(args) -> None:
                 notes.append(f"batch {batch}: {mine[0]} / {name}: {rate:.2f} x pairs/s, {size:.1%} "
                              "of peak GB")
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
-    header = ["DPO", "pairs/s", "peak GB", "(before the model)", "saved MB", "losses", "logps/chosen"]
+    header = ["DPO", "pairs/s", "peak GB", "(before the model)", "saved MB", "losses",
+              "logps/chosen"]
     finish(args, header, rows, [*notes, str(versions)], versions=versions, by_batch=by_batch)
 
 

@@ -1,11 +1,11 @@
 """Speed of training, of sampling and of the optimizer, with random weights of a known shape.
 
-all.py runs what stands here. A training step is the improving stage's (p % of the weights) on random
-pairs of two sequences of `length` tokens, a quarter of which is their common prompt. *Physical*
-tokens are those the model reads: the prompt once a pair. *Logical* ones count it for each response,
-as trainers do that read it twice. MFU: 6 x weights in matrix products x physical tokens/s
-(recomputing does not count) over the bf16 FLOP/s of the data sheet; "of GEMM" over a large matrix
-product's, measured in the same run.
+all.py runs what stands here. A training step is the improving stage's (p % of the weights) on
+random pairs of two sequences of `length` tokens, a quarter of which is their common prompt.
+*Physical* tokens are those the model reads: the prompt once a pair. *Logical* ones count it for
+each response, as trainers do that read it twice. MFU: 6 x weights in matrix products x physical
+tokens/s (recomputing does not count) over the bf16 FLOP/s of the data sheet; "of GEMM" over a large
+matrix product's, measured in the same run.
 """
 
 import tempfile
