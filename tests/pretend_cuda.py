@@ -5,13 +5,15 @@
 Every tensor's memory remembers a place, "cuda" or "cpu"; all is computed on the CPU. An operation
 whose tensors are in different places fails, as on a GPU, and so does a copy to the host that nobody
 waits for. At the end each place of our code that waited for the GPU is printed, and how often.
-It cannot show speed, memory, rounding, and kernels that differ.
+The bytes of tensors on "cuda" are metered, as an allocator without fragments would; what kernels
+take for themselves is not seen. It cannot show speed, rounding, and kernels that differ.
 """
 
 import os
 import runpy
 import sys
 import traceback
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -30,13 +32,26 @@ WAITS = Counter()  # place in our code -> how often the host waited there for th
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero"}
 MOVES = {"copy_", "_to_copy"}
 INDEXED = {"index", "index_put_", "index_put", "_index_put_impl_"}  # positions may be on the host
+SIZE = 80 << 30  # bytes that the GPU seems to have
 moving = []  # where the tensor that `to` is moving goes
+meter = Counter()  # bytes on the GPU: now, and at the peak
 
 
 def place_of(t) -> str:
     """"cuda", "cpu" or "meta"; "any": made in autograd's C++, where whatever it meets is."""
     kind = real_device(t).type
     return getattr(t.untyped_storage(), "place", "cpu") if kind == "cpu" else kind
+
+
+def settle(t, place: str) -> None:
+    """A tensor's memory is going to stay in this place, unless it already has one."""
+    storage = t.untyped_storage()
+    if getattr(storage, "place", "any") == "any":
+        storage.place = place
+        if place == "cuda":
+            meter["now"] += storage.nbytes()
+            meter["peak"] = max(meter["peak"], meter["now"])
+            weakref.finalize(storage, meter.subtract, {"now": storage.nbytes()})
 
 
 def line() -> str:
@@ -47,7 +62,14 @@ def line() -> str:
 
 
 class Pretend(TorchDispatchMode):
-    """Sees every operation: checks the places of its tensors, remembers those of what it makes."""
+    """Sees every operation: checks the places of its tensors, remembers those of what it makes.
+
+    hollow: matrix products are zeros, random weights what was there; for who wants bytes alone.
+    """
+
+    def __init__(self, hollow=False):
+        super().__init__()
+        self.hollow = hollow
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func._schema.name.removeprefix("aten::")
@@ -68,11 +90,15 @@ class Pretend(TorchDispatchMode):
         elif asked == "cpu" and node is not None and not isinstance(node, BackwardCFunction):
             asked = "any"
         place = moving[-1] if moving and name in ("_to_copy", "clone") else asked or there
-        made = func(*args, **kwargs)
+        if self.hollow and name in ("mm", "normal_"):
+            made = args[0]
+            if name == "mm":
+                made = made.new_zeros(len(made), args[1].shape[1])
+        else:
+            made = func(*args, **kwargs)
         for t in tree_leaves(made):
             if isinstance(t, torch.Tensor) and real_device(t).type == "cpu":
-                storage = t.untyped_storage()
-                storage.place = getattr(storage, "place", place)
+                settle(t, place)
         return made
 
     def checked(self, name: str, tensors: list, args) -> str:
@@ -81,7 +107,8 @@ class Pretend(TorchDispatchMode):
         on_gpu = "cuda" in places
         for i, t in enumerate(tensors):
             if places[i] == "any" and {"cuda", "cpu"} & {*places}:
-                places[i] = t.untyped_storage().place = "cuda" if on_gpu else "cpu"
+                places[i] = "cuda" if on_gpu else "cpu"
+                settle(t, places[i])
         free = name in MOVES or name in INDEXED and places[0] == "cuda"
         if on_gpu and {*places} != {"cuda"} and not free:
             strict = "fused" in name or "foreach" in name  # elsewhere a number may be on the host
@@ -142,11 +169,14 @@ def install() -> None:
     def nothing(*args):
         return 0
 
-    for name in ("_lazy_init", "empty_cache", "reset_peak_memory_stats", "max_memory_allocated"):
+    for name in ("_lazy_init", "empty_cache", "set_per_process_memory_fraction", "synchronize"):
         setattr(torch.cuda, name, nothing)
+    torch.cuda.reset_peak_memory_stats = lambda *args: meter.__setitem__("peak", meter["now"])
+    torch.cuda.max_memory_allocated = torch.cuda.max_memory_reserved = lambda *args: meter["peak"]
+    torch.cuda.get_device_name = lambda *args: "pretended GPU"
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda **kind: True
     torch.cuda.device_count = lambda: 1
-    torch.cuda.mem_get_info = lambda *args: (80 << 30, 80 << 30)
+    torch.cuda.mem_get_info = lambda *args: (SIZE - meter["now"], SIZE)
     pretended = torch.device("cuda", 0)
     torch.Tensor.device = property(lambda t: pretended if place_of(t) == "cuda" else real_device(t))
     torch.Tensor.is_cuda = property(lambda t: place_of(t) == "cuda")

@@ -1,60 +1,176 @@
-"""The tests that need a GPU, where there is one, then every benchmark that needs no files of yours.
+"""Every benchmark that needs no files of yours, in one process, what is worth most first.
 
-    python tests/benchmarks/all.py OUT [--minutes 60] [--only memory speed ...]
+    python tests/benchmarks/all.py OUT.jsonl [--minutes 8.5] [--only step speed ...] [--tiny]
 
-OUT gets NAME.json and NAME.txt of each. What has not ended after the minutes is stopped; the same
-command goes on with what OUT does not have yet.
+OUT.jsonl gets a line as each row ends, a table of all comes last. What the minutes do not suffice
+for is left, or stopped; the same command goes on with what OUT.jsonl does not have. --tiny: small
+shapes, to try it on a CPU or, by tests/pretend_cuda.py, on a pretended GPU.
 """
 
-import argparse
-import os
+import gc
+import json
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from contextlib import suppress
+from argparse import ArgumentParser, Namespace
+from contextlib import redirect_stdout
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
+import memory
+import peer
+import speed
 import torch
+from common import (SHAPES, device_name, pick_device, random_mask, random_model, random_pairs,
+                    shape, train)
 
-HERE = Path(__file__).parent
-JOBS = {"tests": f"-m pytest -q {HERE.parent} -k gpu", "memory": "memory.py", "speed": "speed.py",
-        "generate": "speed.py --generate", "peer": "peer.py --shape smollm2-135m"}
-if torch.cuda.is_available():
-    JOBS["peer"] = "peer.py --shape llama-3.2-1b --batch 8 16 --turns 1"
+from allo_mini.checkpoint import load_model, save_model
+from allo_mini.logprobs import pack, token_logps
+from allo_mini.masked_adamw import MaskedAdamW
+
+TRUE = {"shape": "llama-2-7b", "tokens": 8192, "length": 1024, "micros": 2, "repeat": 3, "p": 5.0,
+        "gemm": 8192, "prompts": 32, "n": 10, "new_tokens": 256, "small": "llama-3.2-1b",
+        "batch": 8, "cards": {"12gb": "llama-2-7b", "24gb": "llama-2-7b", "16gb": "llama-3-8b"}}
+TINY = {"shape": "tiny", "tokens": 64, "length": 32, "gemm": 64, "prompts": 2, "n": 2, "batch": 2,
+        "new_tokens": 4, "small": "tiny", "cards": {"12gb": "tiny"}}
+SHAPES["heads of 64"] = shape("LlamaForCausalLM", 512, 256, 384, 2, 4, 4)
+SHAPES["shared keys"] = shape("LlamaForCausalLM", 512, 256, 384, 2, 4, 2)
+SHOWN = ("of_cpu", "physical_per_s", "mfu", "of_gemm", "tokens_per_s", "pairs_per_s", "seconds",
+         "estimate", "peak_bytes", "saved_bytes")
 
 
-def run(command: list[str], log: Path, seconds: float) -> str:
-    """What became of a command; nothing that it started goes on after it."""
-    with log.open("w") as file:
-        work = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT,
-                                start_new_session=True)
-        try:
-            return "FAILED" if work.wait(seconds) else "done"
-        except subprocess.TimeoutExpired:
-            return "stopped: the time is up"
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(work.pid, signal.SIGKILL)
+def two_steps(folder: Path, device: str, dtype: str, int8=False, resume=False):
+    """Gradient of the second of two steps over 30 % of the weights, on the CPU."""
+    shapes = {name: p.shape for name, p in load_model(folder, dtype, "meta").named_parameters()}
+    mask, state = random_mask(shapes, 30, "cpu"), None
+    for _ in range(2):
+        if state is None or resume:
+            model = load_model(folder, dtype, device, int8, mask)
+            optimizer = MaskedAdamW(model.named_parameters(), mask, 1e-4)
+        if state and resume:
+            optimizer.load_state_dict(state)
+        logps = token_logps(model, pack(random_pairs(3, 40, 512), device))
+        logps.sin().sum().backward()
+        gradient = optimizer.grad.to("cpu", copy=True)  # which a step empties
+        optimizer.step()
+        state = {name: x.clone() for name, x in optimizer.state_dict().items()}
+    return gradient
+
+
+def check(a, name: str, dtype: str, int8=False, resume=False) -> dict:
+    """How far a gradient is from a CPU's in fp32, without a stop; as a share of its norm."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "model"
+        save_model(random_model(name, torch.float32, "cpu"), folder)
+        expected = two_steps(folder, "cpu", "fp32", int8)
+        found = two_steps(folder, a.device, dtype, int8, resume)
+    apart = float((found - expected).norm() / expected.norm())
+    assert apart < (1e-3 if dtype == "fp32" else 0.05), f"{apart:.2g} of the gradient's norm off"
+    return {"of_cpu": apart}
+
+
+def under_cap(a, name: str, card: str, stage: str) -> dict:
+    """A row of memory.py; on a CPU of two layers."""
+    settings = {"p": a.p, "memory": card}
+    if a.device == "cpu":
+        return memory.all_layers(name, stage, settings, "cpu", (1, 2))
+    layers = SHAPES[name]["num_hidden_layers"]
+    return memory.one_stage(name, layers, stage, settings, a.device)
+
+
+def beside(a, side, *more) -> dict:
+    """A side of peer.py: median pairs/s, peak, saved bytes."""
+    args = peer.arguments(f"--shape {a.small} --batch {a.batch} --steps 6 --warm 2".split())
+    args.device, args.dtype = a.device, args.trl_weights
+    with tempfile.TemporaryDirectory() as place:
+        peer.make_world(args, Path(place))
+        pairs = peer.usable_pairs(args, 8 * a.batch)
+        return side(args, pairs, a.batch, *more)
+
+
+def demo(a) -> dict:
+    """The demo, as `python train.py` runs it."""
+    with tempfile.TemporaryDirectory() as place:
+        few = "--limit 6 --max-steps 2 --n 4 --no-eval".split() if a.gemm == 64 else []
+        cfg = train.parse(["--device", a.device, "--out", f"{place}/demo", *few])
+        train.run_all(train.open_run(cfg))
+    return {}
+
+
+def jobs(a) -> dict:
+    """{row's name: what measures it}"""
+    rows = {"step fp32": partial(check, a, "heads of 64", "fp32"),
+            "step bf16": partial(check, a, "heads of 64", "bf16"),
+            "step int8": partial(check, a, "heads of 64", "bf16", True),
+            "step GQA": partial(check, a, "shared keys", "bf16"),
+            "step resumed": partial(check, a, "heads of 64", "fp32", False, True),
+            f"speed {a.tokens}": partial(speed.training, a, a.shape, False),
+            f"speed {a.tokens} recompute": partial(speed.training, a, a.shape, True)}
+    for card, name in a.cards.items():
+        for stage in ("improve", "sft", "forget", "sample"):
+            if (card, stage) != ("24gb", "sft"):  # of all weights: 130 GB of host memory
+                rows[f"memory {name} {card} {stage}"] = partial(under_cap, a, name, card, stage)
+    rows |= {f"sample {'int8' if int8 else a.dtype}": partial(speed.generation, a, a.shape, int8)
+             for int8 in (True, False)}
+    rows |= {f"optimizer {name}": partial(speed.optimizer_step, a, name)
+             for name in (a.shape, a.small)}
+    sides = {"allo_mini": (peer.ours, a.p), "TRL": (peer.trl,), "TRL LoRA": (peer.trl, True)}
+    if find_spec("trl"):
+        rows |= {f"peer {name}": partial(beside, a, *side) for name, side in sides.items()}
+    return rows | {"demo": partial(demo, a)}
+
+
+def measured(name: str, job) -> dict:
+    """A row: its figures, or why there are none."""
+    began = time.monotonic()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    try:
+        with redirect_stdout(sys.stderr):
+            found = job()
+    except Exception as e:
+        found = {"failed": f"{type(e).__name__}: {e}"[:300]}
+    return {"row": name, "took": time.monotonic() - began, **found}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all of it [60]")
-    parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS))
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("out", type=Path)
+    add("--minutes", type=float, default=8.5, help="for all of it [8.5]")
+    add("--only", nargs="+", help="beginnings of rows' names")
+    add("--tiny", action="store_true")
+    add("--device", default="auto")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    end, states = time.monotonic() + 60 * args.minutes, []
-    for name in args.only:
-        command, log = JOBS[name].split(), args.out / f"{name}.txt"
-        if name != "tests":
-            command[0] = str(HERE / command[0])
-            command += ["--json", str(args.out / f"{name}.json")]
-        if not (args.out / f"{name}.json").exists() and time.monotonic() < end:
-            states.append(run(command, log, end - time.monotonic()))
-            print(f"=== {name}: {states[-1]}\n{log.read_text()[-4000:]}", flush=True)
-    return int("FAILED" in states)
+    device, _ = pick_device(args.device, "bf16")
+    a = Namespace(**TRUE | TINY if args.tiny else TRUE, device=device, dtype="bf16")
+    args.out.touch()
+    rows = map(json.loads, args.out.read_text().splitlines())
+    rows = [row for row in rows if "failed" not in row]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)  # as if Ctrl-C was pressed
+    signal.setitimer(signal.ITIMER_REAL, 60 * args.minutes)
+    known = {row["row"] for row in rows}
+    about = {"device": device_name(device), "torch": torch.__version__}
+    try:
+        for name, job in jobs(a).items():
+            if name not in known and name.startswith(tuple(args.only or [""])):
+                rows.append(measured(name, job))
+                with args.out.open("a") as file:  # closed: a kill loses nothing
+                    file.write(json.dumps(rows[-1] | about) + "\n")
+    except KeyboardInterrupt:
+        print(f"stopped at {name}")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for row in rows:
+        figures = [f"{key} {row[key]:.4g}" for key in SHOWN if row.get(key) is not None]
+        print(f"{row['row']:28} {row['took']:6.1f} s", *figures, row.get("failed", ""))
+    failed = [row["row"] for row in rows if "failed" in row]
+    print(f"{len(rows)} rows, {len(failed)} failed: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import train  # noqa: E402
 from allo_mini import UserError  # noqa: E402
 from allo_mini.linear import is_quantized, to_int8  # noqa: E402
@@ -167,6 +168,8 @@ class RandomRun(Run):
         int8 = self.cfg.int8 and not (training and mask is None)
         model = random_model(self.name, self.dtype, self.device, int8, mask)
         model.recompute = self.cfg.recompute
+        if self.device.startswith("cuda"):  # a folder is read by pieces
+            torch.cuda.reset_peak_memory_stats(self.device)
         return model
 
 

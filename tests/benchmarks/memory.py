@@ -1,136 +1,147 @@
 """Memory of every training stage: the estimate that train.py prints against what was allocated.
 
-    python tests/benchmarks/memory.py [--shape llama-2-7b ...] [--card 24gb 16gb 12gb] [--p 5 10]
+    python tests/benchmarks/memory.py [--true llama-2-7b ...] [--memory 24gb 16gb 12gb] [--p 5]
 
-On CUDA each stage runs on a random model of the shape and one pair of 2 x 1024 tokens under a cap
-(23, 15 or 11 GiB for the cards); allocated and reserved are the allocator's peaks. On a CPU micro
-shapes run with chunks as small as they are, and the bytes are those of live tensors, metered: they
-hold the estimate's terms against what is there, and measure no card.
+Each stage takes one step on a random model of the shape, with the settings of --memory and a
+micro-batch as full as they allow: a pair of 2 x 1024 tokens after a prompt of 352. On CUDA under a
+cap: 23, 15 or 11 GiB for the cards. Without CUDA it is the same code on a pretended GPU
+(pretend_cuda.py), which meters tensors' bytes: widths, heads and vocabulary are true, but layers,
+which are all alike, are few; their difference, times those left out, is added. What that does not
+see: kernels' own workspaces, and fragments.
 """
 
+import ctypes
+import mmap
+import os
 import sys
 import tempfile
-import weakref
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
 import torch
-from common import (SHAPES, exit_code, finish, fresh_process, gb, make_parser, peaks, random_pairs,
-                    random_run, shape, start, train_steps)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from common import (SHAPES, exit_code, finish, fresh_process, make_parser, peaks, random_pairs,
+                    random_run, start, train, train_steps)
 
-from allo_mini import logprobs, mask
+from allo_mini import locate
 from allo_mini.data.encoder import Example
-from allo_mini.mask import Selected
+from allo_mini.generate import sample
+from allo_mini.masked_adamw import FlatGradient
 from allo_mini.objectives import dpo_objective, npo_objective, sft_objective
 from allo_mini.run import memory
+from allo_mini.run.device import keep_freed_memory
 
-MICRO = {"micro-wide": shape("LlamaForCausalLM", 8000, 1024, 2752, 4, 8, 8),
-         "micro-vocabulary": shape("LlamaForCausalLM", 30000, 512, 1408, 6, 8, 2)}
-SHAPES |= MICRO
 CAPS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0}  # GiB: the card less context, desktop, driver
-OBJECTIVES = {"sft": sft_objective(), "forget": npo_objective(0.1),
-              "improve": dpo_objective(0.1, 0.1)}  # "rewrite" is as sft, "warmup" as improve
-VARIANTS = ({}, {"recompute": True}, {"int8": True}, {"int8": True, "state_bits": 8, "p_sft": 10},
-            {"int8": True, "offload": True, "recompute": True, "p_sft": 10})  # on a CPU
-SMALL = 1 << 22  # values of a chunk, and bytes of logits, for micro shapes
+STAGES = {"locate": dpo_objective(0.1), "sft": sft_objective(), "forget": npo_objective(0.1),
+          "improve": dpo_objective(0.1, 0.1), "sample": None}  # "rewrite" is as sft
+RESPONSE, PROMPT = 1024, 352  # a pair has 2400 tokens, as many as a card's micro-batch
+BLOCK = 1 << 26
+FEW = 2, 4  # layers, on a pretended GPU
 
 
-class Meter(TorchDispatchMode):
-    """`peak` is the most bytes that tensors made inside the block held at one time.
-
-    What a caching allocator would report, on any device; kernels' own scratch is not seen. Inside,
-    positions of selected weights are decoded anew every time, as on a GPU.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.live, self.peak, self.sizes = 0, 0, {}
-
-    def __enter__(self):
-        self.chunks, Selected.chunks = Selected.chunks, Selected.decode
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        Selected.chunks = self.chunks
-        return super().__exit__(*error)
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.take_in(tensor.untyped_storage())
-        return out
-
-    def take_in(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.sizes and storage.device.type != "meta":
-            self.sizes[key] = size
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.let_go, key)
-
-    def let_go(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, 0)
+def hollow(count, *_) -> torch.Tensor:
+    """fp32 [count] that stands for a vector in the host's memory: the same 64 MB over and over."""
+    libc, size, block = ctypes.CDLL(None), 4 * count, os.memfd_create("hollow")
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [
+        ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_size_t]
+    os.truncate(block, BLOCK)
+    both = mmap.PROT_READ | mmap.PROT_WRITE
+    place = libc.mmap(None, size, both, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    for at in range(0, size, BLOCK):  # 16: MAP_FIXED
+        libc.mmap(place + at, min(BLOCK, size - at), both, mmap.MAP_SHARED | 16, block, 0)
+    return torch.frombuffer((ctypes.c_float * count).from_address(place), dtype=torch.float32)
 
 
-def one_stage(name: str, stage: str, settings: dict, dtype: str, device: str, tokens: int) -> dict:
-    """Train one step of a stage on a pair of 2 x `tokens` tokens; estimate and peaks in bytes."""
-    [(prompt, [chosen, rejected])] = random_pairs(1, tokens, SHAPES[name]["vocab_size"])
-    example = Example(prompt, [chosen], [1.0] * len(chosen))
-    if stage == "improve":
-        example = Example(prompt, [chosen, rejected])
-    settings = settings | {"micro_tokens": logprobs.size_of(example), "max_steps": 1}
-    meter = None if device.startswith("cuda") else Meter()
-    if meter:  # chunks as small as the models
-        mask.CHUNK = SMALL << 4  # of which a CPU takes a sixteenth
-        memory.CHUNK = memory.HEAD_BYTES = SMALL
-        logprobs.head_logps.__defaults__ = (SMALL,)
+def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -> dict:
+    """A stage's step with so many of the shape's layers, on CUDA or a pretended one: its peaks."""
+    pretended, zeros = nullcontext(), FlatGradient.zeros
+    if device == "cpu":
+        import pretend_cuda
+        keep_freed_memory()
+        pretend_cuda.install()
+        pretended = pretend_cuda.Pretend(hollow=True)
+        FlatGradient.zeros = lambda self, n: (hollow if self.offload else zeros)(n)
+        locate.scratch = lambda folder, count: hollow(count)
+        settings = settings | {"locate_groups": 8}
     else:
         cap = CAPS[settings["memory"]] * 2**30 / torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap), device)
-    with tempfile.TemporaryDirectory() as place:
-        run = random_run(name, settings, device, dtype, Path(place))
-        percent = memory.percent_of(run.cfg, stage)
-        estimate = sum(memory.estimate(run, stage).values())
-        with meter or nullcontext():
-            optimizer = train_steps(run, stage, [example], OBJECTIVES[stage], percent)
-    found = peaks(device)
-    if meter:  # but for what would stand in the host's memory
-        offload = run.cfg.offload
-        state = optimizer.state_dict() if offload else {"start": optimizer.start}
-        host = sum(x.nbytes for x in state.values()) + optimizer.grad.nbytes * offload
-        found = {"peak_bytes": meter.peak - host, "reserved_bytes": 0}
-    return {"estimate": estimate, **found, "ratio": found["peak_bytes"] / estimate}
+    SHAPES["cut"] = SHAPES[name] | {"num_hidden_layers": layers}
+    with tempfile.TemporaryDirectory() as place, pretended:
+        whole = random_run(name, settings, "cuda", "bf16", Path(place))
+        run = random_run("cut", settings | {"max_steps": 1}, "cuda", "bf16", Path(place))
+        run.report_change = lambda name, optimizer, skipped: optimizer.close()
+        work(run, stage, slots_of(whole))
+        estimate = sum(memory.estimate(whole, stage).values())
+        return {"estimate": estimate, "layers": layers, **peaks("cuda")}
+
+
+def slots_of(run) -> int:
+    """How many samples generate.py's Cache runs at once under the cap."""
+    c, free = run.config, CAPS[run.cfg.memory] * 2**30 - memory.estimate(run, "improve")["weights"]
+    token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    return min(run.cfg.sample_batch, int(0.6 * free / token / (RESPONSE + 8)))
+
+
+def work(run, stage: str, slots: int) -> None:
+    """Let a run take one step of a stage, or sample 8 tokens after each of 4 prompts."""
+    vocab, objective = run.config.vocab_size, STAGES[stage]
+    if stage == "sample":
+        prompts = [prompt for prompt, _ in random_pairs(4, RESPONSE + 1, vocab, RESPONSE)]
+        sample(run.load(run.base), prompts, -(-slots // 4), 8, slots=slots)
+        return
+    examples = [Example(*pair) for pair in random_pairs(1, PROMPT + RESPONSE, vocab, PROMPT)]
+    if stage == "locate":
+        train.importance_of(run, run.base, lambda: examples, objective, run.cfg.locate)
+        return
+    if stage != "improve":  # two responses, each after half a prompt
+        pairs = random_pairs(2, PROMPT // 2 + RESPONSE, vocab, PROMPT // 2)
+        examples = [Example(prompt, [y], [1.0] * RESPONSE) for prompt, [y, _] in pairs]
+    train_steps(run, stage, examples, objective, memory.percent_of(run.cfg, stage))
+
+
+def all_layers(name: str, stage: str, settings: dict, device: str, few: list[int]) -> dict | None:
+    """A stage's figures with all of the shape's layers; None when memory runs out."""
+    layers = SHAPES[name]["num_hidden_layers"]
+    if device != "cpu":
+        return fresh_process(one_stage, name, layers, stage, settings, device)
+    done = [fresh_process(one_stage, name, each, stage, settings, device) for each in few]
+    at, peaks_at = zip(*((one["layers"], one["peak_bytes"]) for one in done))
+    each = (peaks_at[-1] - peaks_at[0]) / (at[-1] - at[0])
+    line = [peaks_at[0] + each * (x - at[0]) for x in (*at, layers)]
+    off = max(abs(found / straight - 1) for found, straight in zip(peaks_at, line))
+    return done[0] | {"peak_bytes": line[-1], "layer_bytes": each, "off": off, "reserved_bytes": 0}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--shape", nargs="+", choices=SHAPES)
-    add("--card", nargs="+", default=list(CAPS), choices=tuple(CAPS))
-    add("--p", type=float, nargs="+", default=[5.0, 10.0])
-    add("--tokens", type=int, default=1024, help="of each of a pair's sequences")
+    add("--true", nargs="+", choices=SHAPES, default=["llama-2-7b", "llama-3-8b", "qwen2.5-7b"])
+    add("--memory", nargs="+", default=list(CAPS), choices=tuple(CAPS))
+    add("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
+    add("--p", type=float, default=5.0)
+    add("--few", type=int, nargs="+", default=FEW, help="layers run on a pretended GPU, ascending")
     args = parser.parse_args()
-    names, dtype, variants = args.shape or MICRO, "fp32", VARIANTS
-    if start(args):
-        names, dtype = args.shape or ("llama-2-7b", "llama-3-8b", "qwen2.5-7b"), "bf16"
-        variants = [{"memory": card} for card in args.card]
+    start(args)
     rows, done = [], []
-    for name, p, variant, stage in product(names, args.p, variants, OBJECTIVES):
-        settings = {"p": p, **variant}
-        one = fresh_process(one_stage, name, stage, settings, dtype, args.device, args.tokens)
+    for name, card, stage in product(args.true, args.memory, args.stages):
+        settings = {"p": args.p, "memory": card}
+        one = all_layers(name, stage, settings, args.device, args.few)
         done.append({"shape": name, "stage": stage, "settings": settings, **(one or {})})
         figures = ["-", "out of memory", "-", "-"]
         if one:
-            figures = [gb(one[key]) for key in ("estimate", "peak_bytes", "reserved_bytes")]
-            figures.append(f"{one['ratio']:.3f}")
-        words = " ".join(f"{key}={value}" for key, value in settings.items())
-        rows.append([f"{name}, {stage}", words, *figures])
-    finish(args, ["GB", "settings", "estimate", "peak", "reserved", "of estimate"], rows,
-           stages=done)
+            guess, peak, reserved = (one[key] / 2**30 for key in
+                                     ("estimate", "peak_bytes", "reserved_bytes"))
+            figures = [f"{guess:.2f}", f"{peak:.2f}", f"{reserved:.2f}" if reserved else "-",
+                       f"{guess / peak - 1:+.1%}"]
+            if stage in ("locate", "sample"):  # for which none is printed
+                figures[0] = figures[3] = "-"
+        rows.append([f"{name} {card}, {stage}", *figures, CAPS[card]])
+        print(*rows[-1], flush=True)
+    off = max((one.get("off", 0) for one in done), default=0)
+    note = f"at most {off:.2%} from a straight line through the layers run" if off else ""
+    finish(args, ["GiB", "estimate", "peak", "reserved", "estimate / peak", "cap"], rows,
+           [note], stages=done)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""DPO with TRL's DPOTrainer and with allo_mini side by side: pairs/s over steady steps, peak bytes.
+"""DPO with TRL's DPOTrainer, with PEFT's LoRA in it, and with allo_mini: pairs/s, peak bytes.
 
     python tests/benchmarks/peer.py --model DIR --pairs FILE.jsonl [--batch 2] [--dtype bf16]
     python tests/benchmarks/peer.py --shape llama-3.2-1b       random weights, the demo's words
 
-TRL is not one of our requirements: `pip install trl` beside them for this. Both sides read the same
+TRL is not one of our requirements: `pip install trl peft` beside them for this. All read the same
 rows in the same order as the same tokens, one forward and backward over the whole batch a step,
 reference log-probs computed before the first step, the same length limit, clipping at 1, a tiny
 rate. Each runs in a process of its own, in turns. Ours is the improving stage with a random mask of
@@ -13,6 +13,8 @@ With --trl-weights bf16 (what it does with a bf16 checkpoint) TRL's weights, gra
 are bf16, which cannot take a step of 5e-7; with fp32 it is mixed precision with bf16 autocast. Ours
 always has fp32 masters, gradients and moments of the selected weights. Speed is the median of the
 turns, memory the highest: allocated on CUDA; on a CPU the process's (beside: before the model).
+LoRA has r = 16, alpha = 32, in all linear layers. What a side saves: its tensors' bytes in a file,
+of ours a patch's in the model's dtype if all selected weights change.
 """
 
 import importlib.metadata
@@ -32,6 +34,7 @@ from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder, Example
 from allo_mini.data.rows import Pair, read_pairs
 from allo_mini.data.tokenizer import load_tokenizer
+from allo_mini.mask import to_tensors
 from allo_mini.objectives import dpo_objective
 from allo_mini.run.files import write_jsonl
 from allo_mini.run.inputs import style_of
@@ -70,11 +73,12 @@ def usable_pairs(args, count: int) -> list[tuple[Pair, Example]]:
     return usable[:count]
 
 
-def figures(args, batch: int, clock: Clock, before: int, state: str) -> dict:
-    """What both sides report. before: peak before the model was read; state: its types."""
+def figures(args, batch: int, clock: Clock, before: int, saved: int, state: str) -> dict:
+    """What all report. before: peak before the model was read; saved: bytes; state: its types."""
     seconds = clock.seconds(args.warm)
     return {"pairs_per_s": batch * len(seconds) / sum(seconds), **peaks(args.device),
-            "before_model_bytes": before, "losses": [row["loss"] for row in clock.rows[:5]],
+            "before_model_bytes": before, "saved_bytes": saved,
+            "losses": [row["loss"] for row in clock.rows[:5]],
             "logps_chosen": [row["logps/chosen"] for row in clock.rows[:5]], "state": state}
 
 
@@ -92,11 +96,14 @@ def ours(args, pairs: list, batch: int, percent: float) -> dict:
                   [], [], [], [], Clock(device))
         examples = [example for _, example in pairs]
         optimizer = train_steps(run, "improve", examples, dpo_objective(BETA, 0.1), percent)
-    return figures(args, batch, run.log, before, f"{args.dtype} weights; fp32 master and gradient, "
-                   f"{args.state_bits}-bit moments, of {len(optimizer.master):,} weights")
+    mask, values = optimizer.selected_weights()
+    changed = to_tensors(mask, {name: x.to(dtype) for name, x in values.items()})
+    saved = sum(x.nbytes for x in changed.values())
+    return figures(args, batch, run.log, before, saved, f"{args.dtype} weights; fp32 master and "
+                   f"gradient, {args.state_bits}-bit moments, of {len(optimizer.master):,} weights")
 
 
-def trl(args, pairs: list, batch: int) -> dict:
+def trl(args, pairs: list, batch: int, lora=False) -> dict:
     """DPOTrainer over the pairs, in the order in which our loop takes them."""
     import transformers
     from datasets import Dataset
@@ -119,15 +126,23 @@ def trl(args, pairs: list, batch: int) -> dict:
             use_cpu=args.device == "cpu", logging_steps=1, report_to="none", save_strategy="no",
             disable_tqdm=True,
             model_init_kwargs={"dtype": str(DTYPES[args.trl_weights]).removeprefix("torch.")})
+        adapter = None
+        if lora:
+            from peft import LoraConfig
+            adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear",
+                                 task_type="CAUSAL_LM")
         trainer = DPOTrainer(model=args.model, args=config, callbacks=[Stamp()],
-                             train_dataset=Dataset.from_list(rows))
+                             train_dataset=Dataset.from_list(rows), peft_config=adapter)
         trainer.train()
+        trainer.save_model(f"{place}/saved")
+        saved = sum(path.stat().st_size for path in Path(place).glob("saved/*.safetensors"))
     clock.rows = [row for row in trainer.state.log_history if "loss" in row]
     moments = {str(value.dtype) for state in trainer.optimizer.state.values()
                for value in state.values() if value.dim()}
-    weights = next(trainer.model.parameters()).dtype
-    return figures(args, batch, clock, before, f"{weights} weights and gradient; {config.optim}, "
-                   f"moments {', '.join(sorted(moments))}")
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return figures(args, batch, clock, before, saved, f"{trained[0].dtype} weights and gradient of "
+                   f"{sum(p.numel() for p in trained):,} weights; {config.optim}, moments "
+                   f"{', '.join(sorted(moments))}")
 
 
 def in_turns(args, batch: int) -> dict[str, dict | None]:
@@ -135,7 +150,10 @@ def in_turns(args, batch: int) -> dict[str, dict | None]:
     pairs = usable_pairs(args, (args.warm + args.steps) * batch)
     jobs = {f"allo_mini, {args.p:g} % of the weights": (ours, args, pairs, batch, args.p),
             f"TRL, {args.trl_weights} weights": (trl, args, pairs, batch),
+            "TRL with LoRA, r = 16": (trl, args, pairs, batch, True),
             "allo_mini, all weights": (ours, args, pairs, batch, 100.0)}
+    if not find_spec("peft"):
+        del jobs["TRL with LoRA, r = 16"]
     turns = {name: [] for name in jobs}
     for number in range(args.turns):
         for name, job in jobs.items():
@@ -157,24 +175,27 @@ def show(args) -> None:
     for batch in args.batch:
         sides = by_batch[batch] = in_turns(args, batch)
         for name, side in sides.items():
-            cells = ["out of memory", "", "", "", ""]
+            cells = ["out of memory", "", "", "", "", ""]
             if side:
                 cells = [f"{side['pairs_per_s']:.3f}", gb(side["peak_bytes"]),
-                         gb(side["before_model_bytes"]),
+                         gb(side["before_model_bytes"]), f"{side['saved_bytes'] / 1e6:.2f}",
                          " ".join(f"{loss:.5f}" for loss in side["losses"][:3]),
                          " ".join(f"{value:.1f}" for value in side["logps_chosen"][:3])]
                 notes.append(f"batch {batch}: {name}: {side['state']}")
             rows.append([f"batch {batch}: {name}", *cells])
-        mine, peer, _ = sides.values()
-        if mine and peer:
-            rate, size = (mine[key] / peer[key] for key in ("pairs_per_s", "peak_bytes"))
-            notes.append(f"batch {batch}: ours / TRL: {rate:.2f} x pairs/s, {size:.1%} of peak GB")
+        mine, *others = sides.items()
+        for name, peer in others:
+            if mine[1] and peer:
+                rate, size = (mine[1][key] / peer[key] for key in ("pairs_per_s", "peak_bytes"))
+                notes.append(f"batch {batch}: {mine[0]} / {name}: {rate:.2f} x pairs/s, {size:.1%} "
+                             "of peak GB")
     versions = {name: importlib.metadata.version(name) for name in ("trl", "transformers")}
-    header = ["DPO", "pairs/s", "peak GB", "(before the model)", "losses", "logps/chosen"]
+    header = ["DPO", "pairs/s", "peak GB", "(before the model)", "saved MB", "losses",
+              "logps/chosen"]
     finish(args, header, rows, [*notes, str(versions)], versions=versions, by_batch=by_batch)
 
 
-def main() -> None:
+def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--model", help="folder or hub id")
@@ -191,13 +212,18 @@ def main() -> None:
     add("--steps", type=int, default=12, help="timed steps")
     add("--warm", type=int, default=3, help="steps before the timed ones")
     add("--turns", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    args.trl_weights = args.trl_weights or args.dtype
+    return args
+
+
+def main() -> None:
+    args = arguments()
     if not find_spec("trl"):
         raise UserError("TRL is not installed; for this comparison alone: pip install trl")
     if [bool(args.model), bool(args.pairs)] != [not args.shape] * 2:
         raise UserError("expected --model and --pairs, or --shape")
     start(args)
-    args.trl_weights = args.trl_weights or args.dtype
     with tempfile.TemporaryDirectory() as place:
         if args.shape:
             make_world(args, Path(place))

@@ -36,6 +36,11 @@ def attempt(command: list[str], said: Path, before=lambda: None) -> int:
     return in_child(lambda: train.main(command), begin)
 
 
+def after(seconds: float):
+    """Die after a time."""
+    return lambda: threading.Timer(seconds, die).start()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=30, help="kills")
@@ -65,10 +70,9 @@ def main() -> int:
             arm, kind = (lambda: None), "none"  # to finish the run that was killed last
             if kills.total() < args.count:
                 kind = rng.choice(["time", "a write", "half a write"])
-                arm = at_write(folder, rng.randint(1, WRITES), kind == "half a write")
-                if kind == "time":
-                    timer = threading.Timer(rng.uniform(0, seconds), die)
-                    arm = timer.start
+                arm = after(rng.uniform(0, seconds))
+                if kind != "time":
+                    arm = at_write(folder, rng.randint(1, writes), kind == "half a write")
             code = attempt(command, said, arm)
             if code == -signal.SIGKILL:
                 stages = len(list(folder.glob("[!.]*")))
