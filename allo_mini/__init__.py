@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less of a GPU's memory is lost to fragments
+# less of a GPU's memory is lost to fragments
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class UserError(Exception):

@@ -36,8 +36,8 @@ def find_folder(path_or_id, download=True):
     """
     if os.path.isdir(path_or_id):
         if os.path.exists(f"{path_or_id}/adapter_config.json"):
-            raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge it "
-                            "into its base model first (peft's merge_and_unload), and save that")
+            raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge "
+                            "it into its base model first (peft's merge_and_unload), and save that")
         return Path(path_or_id)
     name, _, revision = path_or_id.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -83,8 +83,8 @@ def meta_model(folder):
     if head and config.tie_word_embeddings:
         table = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
         if not read_tensor(head, "lm_head.weight").equal(table):
-            raise UserError(f"{path}: tie_word_embeddings is true, but {head.name} holds an lm_head "
-                            "of its own; say false, or take it out")
+            raise UserError(f"{path}: tie_word_embeddings is true, but {head.name} holds an "
+                            "lm_head of its own; say false, or take it out")
     model.folder, model.files = folder, files
     return model.requires_grad_(False)
 

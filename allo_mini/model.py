@@ -271,7 +271,8 @@ class CausalLM(nn.Module):
         rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rope, attend, use_reentrant=False,
+                               preserve_rng_state=False)  # nothing here is random
             else:
                 x = block(x, rope, attend)
         return self.model.norm(x)

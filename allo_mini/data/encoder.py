@@ -128,7 +128,7 @@ class Encoder:
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
         prompt_ids, answers = self.split(prompt, responses)
-        if not prompt_ids and prompt == "" and len(answers) == 1:  # a text: its first token is given
+        if not prompt_ids and prompt == "" and not answers[1:]:  # a text: its first token is given
             prompt_ids, answers = answers[0][:1], [answers[0][1:]]
         if not prompt_ids:
             return self.drop("empty prompt")

@@ -114,7 +114,7 @@ class Tokenizer:
         Returns (ids of the shared prompt, what follows them for each text): nothing is lost. What
         stands before the prompt's last special token is encoded once: no token reaches over it.
         """
-        at = max((prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt), default=0)
+        at = max([0, *(prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)])
         head, tail = self.encode(prompt[:at], bos), prompt[at:]
         alone, *joint = [self.encode(tail + text, False) for text in ["", *texts]]
         cut = in_common(alone, *joint)

@@ -37,7 +37,7 @@ tags: [allo, preference-optimization]
 ---
 # {name} of {base}
 
-Trained on {data} with [ALLO](https://arxiv.org/abs/2406.12606) (or a method beside it) by allo_mini:
+Trained on {data} by allo_mini (ALLO: https://arxiv.org/abs/2406.12606):
 p = {p:g} % of the weights, peak rates {rates}, seed {seed}.
 
 ```
@@ -90,7 +90,8 @@ def curve(logged, stage, metric):
     """(percent of the stage's steps, value) of a metric; of long stages every so-many-th step, with
     the last."""
     steps = [row for row in logged if row["stage"] == stage and "step" in row]
-    points = [(100 * row["step"] / steps[-1]["step"], row[metric]) for row in steps if metric in row]
+    points = [(100 * row["step"] / steps[-1]["step"], row[metric])
+              for row in steps if metric in row]
     every = len(points) // POINTS + 1
     return points[(len(points) - 1) % every::every]
 

@@ -63,7 +63,7 @@ class Config:
     eval: bool = knob(True, "grade the models on --test at the end")
     dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
 
-    method: list[str] = knob(["dpo", "allo"], "trained from one start; sft alone samples nothing", METHODS)
+    method: list[str] = knob(["dpo", "allo"], "trained from one start; sft alone does not sample", METHODS)
     sft: bool = knob(False, "fine-tune first, on the solutions, or on what pairs have chosen")
     masked: bool = knob(False, "the other methods train allo's weights only, too")
     locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, the gradient, "

@@ -31,8 +31,9 @@ from allo_mini.run.files import load_tensors, lock, read_json, reading, save_ten
 from allo_mini.run.inputs import read_rows, style_of, unused_template
 from allo_mini.run.log import Log, progress, say
 
-ARTEFACTS = (*METHODS, "samples.jsonl", "pairs.jsonl", "negatives.jsonl", "movement.safetensors", "mask.safetensors", "more-sft",
-    "mask-forget.safetensors", "token_weights.jsonl", "forget.safetensors", "rewriter", "improve")
+ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "pairs.jsonl", "negatives.jsonl",
+    "movement.safetensors", "mask.safetensors", "mask-forget.safetensors", "token_weights.jsonl",
+    "forget.safetensors", "rewriter", "improve")
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
 

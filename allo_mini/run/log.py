@@ -70,8 +70,8 @@ class Log:
         if parallel.RANK == 0:
             files.keep_whole(path)
             self.file = path.open("a", buffering=1)
-        self.seconds = {row["stage"]: row["seconds"] for row in Log.read(folder) if "seconds" in row}
-        self.began = {}
+        notes = [row for row in Log.read(folder) if "seconds" in row]
+        self.seconds, self.began = {row["stage"]: row["seconds"] for row in notes}, {}
 
     def begin(self, stage):
         """A stage goes on from what the sittings before this one have taken."""
