@@ -23,12 +23,10 @@ import memory
 import peer
 import speed
 import torch
-from common import (SHAPES, device_name, pick_device, random_mask, random_model, random_pairs,
-                    shape, train)
+from common import SHAPES, device_name, pick_device, random_model, shape, train
 
-from allo_mini.checkpoint import load_model, save_model
-from allo_mini.logprobs import pack, token_logps
-from allo_mini.masked_adamw import MaskedAdamW
+from allo_mini.checkpoint import save_model
+from helpers import last_step
 
 TRUE = {"shape": "llama-2-7b", "tokens": 8192, "length": 1024, "micros": 2, "repeat": 3, "p": 5.0,
         "gemm": 8192, "prompts": 32, "n": 10, "new_tokens": 256, "small": "llama-3.2-1b",
@@ -41,31 +39,13 @@ SHOWN = ("of_cpu", "physical_per_s", "mfu", "of_gemm", "tokens_per_s", "pairs_pe
          "estimate", "peak_bytes", "saved_bytes")
 
 
-def two_steps(folder: Path, device: str, dtype: str, int8=False, resume=False):
-    """Gradient of the second of two steps over 30 % of the weights, on the CPU."""
-    shapes = {name: p.shape for name, p in load_model(folder, dtype, "meta").named_parameters()}
-    mask, state = random_mask(shapes, 30, "cpu"), None
-    for _ in range(2):
-        if state is None or resume:
-            model = load_model(folder, dtype, device, int8, mask)
-            optimizer = MaskedAdamW(model.named_parameters(), mask, 1e-4)
-        if state and resume:
-            optimizer.load_state_dict(state)
-        logps = token_logps(model, pack(random_pairs(3, 40, 512), device))
-        logps.sin().sum().backward()
-        gradient = optimizer.grad.to("cpu", copy=True)  # which a step empties
-        optimizer.step()
-        state = {name: x.clone() for name, x in optimizer.state_dict().items()}
-    return gradient
-
-
 def check(a, name: str, dtype: str, int8=False, resume=False) -> dict:
-    """How far a gradient is from a CPU's in fp32, without a stop; as a share of its norm."""
+    """How far the gradient of a second step is from a CPU's in fp32; as a share of its norm."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
         save_model(random_model(name, torch.float32, "cpu"), folder)
-        expected = two_steps(folder, "cpu", "fp32", int8)
-        found = two_steps(folder, a.device, dtype, int8, resume)
+        _, expected, _ = last_step(folder, "cpu", "fp32", int8, steps=2)
+        _, found, _ = last_step(folder, a.device, dtype, int8, steps=2, resume=resume)
     apart = float((found - expected).norm() / expected.norm())
     assert apart < (1e-3 if dtype == "fp32" else 0.05), f"{apart:.2g} of the gradient's norm off"
     return {"of_cpu": apart}

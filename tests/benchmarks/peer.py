@@ -1,7 +1,8 @@
-"""DPO with TRL's DPOTrainer, with PEFT's LoRA in it, and with allo_mini: pairs/s, peak bytes.
+"""DPO beside TRL's DPOTrainer, with PEFT's LoRA in it, too: pairs/s, peak bytes; or sampling.
 
     python tests/benchmarks/peer.py --model DIR --pairs FILE.jsonl [--batch 2] [--dtype bf16]
     python tests/benchmarks/peer.py --shape llama-3.2-1b       random weights, the demo's words
+    python tests/benchmarks/peer.py --model DIR --test FILE.jsonl      sampling, by transformers too
 
 TRL is not one of our requirements: `pip install trl peft` beside them for this. All read the same
 rows in the same order as the same tokens, one forward and backward over the whole batch a step,
@@ -21,19 +22,23 @@ import importlib.metadata
 import random
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
+import torch
 from common import (DTYPES, SHAPES, Clock, Policy, Run, UserError, exit_code, finish, fresh_process,
                     gb, make_parser, parse, peaks, pick_device, random_model, start, train,
                     train_steps)
+from torch.nn.utils.rnn import pad_sequence
 
-from allo_mini.checkpoint import find_folder, meta_model, save_model
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, meta_model, save_model
 from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder, Example
-from allo_mini.data.rows import Pair, read_pairs
+from allo_mini.data.rows import Pair, read_pairs, read_tasks
 from allo_mini.data.tokenizer import load_tokenizer
+from allo_mini.generate import sample
 from allo_mini.mask import to_tensors
 from allo_mini.objectives import dpo_objective
 from allo_mini.run.files import write_jsonl
@@ -195,6 +200,55 @@ def show(args) -> None:
     finish(args, header, rows, [*notes, str(versions)], versions=versions, by_batch=by_batch)
 
 
+def ours_sampling(folder, prompts: list, eos: tuple, args) -> tuple[int, float]:
+    """(tokens, seconds) of our sampling."""
+    model = load_model(folder, args.dtype, args.device)
+    began = time.perf_counter()
+    responses = sample(model, prompts, args.n, args.max_new_tokens, 0.7, 0.95, eos,
+                       slots=args.prompts * args.n)
+    seconds = time.perf_counter() - began
+    return sum(len(response) for row in responses for response in row), seconds
+
+
+def theirs_sampling(folder, prompts: list, eos: tuple, args) -> tuple[int, float]:
+    """(tokens, seconds) of transformers' generate, prompts padded on the left."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(args.device)
+    ids = [torch.tensor(prompt, device=args.device) for prompt in prompts]
+    real = [torch.ones_like(prompt) for prompt in ids]
+    ids = pad_sequence(ids, True, eos[0], padding_side="left")
+    real = pad_sequence(real, True, 0, padding_side="left")
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=real, do_sample=True, temperature=0.7, top_p=0.95,
+                             top_k=0, num_return_sequences=args.n, pad_token_id=eos[0],
+                             max_new_tokens=args.max_new_tokens, eos_token_id=list(eos))
+    seconds, count = time.perf_counter() - began, 0
+    for row in out[:, ids.shape[1]:].tolist():
+        ends = [at for at, token in enumerate(row) if token in eos]
+        count += ends[0] + 1 if ends else len(row)
+    return count, seconds
+
+
+def show_sampling(args) -> None:
+    """Sampling on both sides; tokens count up to and including EOS."""
+    model = load_model(args.model, args.dtype, "meta")
+    tasks = read_tasks([args.test], need_output=False)[:args.prompts]
+    tokenizer = load_tokenizer(Path(args.model), model.config.vocab_size)
+    encoder = Encoder(tokenizer, style_of(args.prompt, tasks), 2048)
+    prompts = [encoder.prompt_ids(task.prompt) for task in tasks]
+    sides = {"allo_mini": ours_sampling, "transformers": theirs_sampling}
+    rates, rows = {}, []
+    for name, side in list(sides.items())[:2 if find_spec("transformers") else 1]:
+        count, seconds = side(args.model, prompts, eos_ids(model, encoder), args)
+        rates[name] = count / seconds
+        rows.append([name, count, f"{seconds:.1f}", f"{rates[name]:.0f}"])
+    ratio = rates["allo_mini"] / rates.get("transformers", float("nan"))
+    finish(args, ["side", "tokens", "seconds", "tokens/s"], rows,
+           [f"allo_mini / transformers: {ratio:.2f}"], tokens_per_s=rates, ratio=ratio)
+
+
 def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -207,11 +261,15 @@ def arguments(argv=None):
     add("--p", type=float, default=5.0, help="percent of the weights that our side trains")
     add("--state-bits", type=int, default=32, choices=(8, 32))
     add("--checkpointing", action="store_true", help="recompute activations, on both sides")
-    add("--prompt", default="auto", choices=("auto", "none", "chat"))
+    add("--prompt", default="auto", choices=("auto", "none", "chat", "alpaca"))
     add("--max-length", type=int, default=1024)
     add("--steps", type=int, default=12, help="timed steps")
     add("--warm", type=int, default=3, help="steps before the timed ones")
     add("--turns", type=int, default=2)
+    add("--test", help="questions: compare sampling")
+    add("--prompts", type=int, default=32)
+    add("--n", type=int, default=10)
+    add("--max-new-tokens", type=int, default=128)
     args = parser.parse_args(argv)
     args.trl_weights = args.trl_weights or args.dtype
     return args
@@ -219,16 +277,16 @@ def arguments(argv=None):
 
 def main() -> None:
     args = arguments()
-    if not find_spec("trl"):
+    if not args.test and not find_spec("trl"):
         raise UserError("TRL is not installed; for this comparison alone: pip install trl")
-    if [bool(args.model), bool(args.pairs)] != [not args.shape] * 2:
-        raise UserError("expected --model and --pairs, or --shape")
+    if [bool(args.model), bool(args.pairs or args.test)] != [not args.shape] * 2:
+        raise UserError("expected --model, and --pairs or --test; or --shape")
     start(args)
     with tempfile.TemporaryDirectory() as place:
         if args.shape:
             make_world(args, Path(place))
         args.model = str(find_folder(args.model))
-        show(args)
+        show_sampling(args) if args.test else show(args)
 
 
 if __name__ == "__main__":
