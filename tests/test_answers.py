@@ -1,18 +1,30 @@
-"""Plain grading, samples -> pairs and negatives, responses, intervals."""
+"""evaluation/: pairs of samples, intervals, eval.py's tables and chat; token_weights.py."""
 
+import io
+import json
 import math
+import random
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import tiny_model, write_tokenizer
+import torch
+from helpers import EOS, separate_logps, tiny_model, write_tokenizer
+from runs import TEMPLATE, lines, rows_of
 
+import eval as evaluation
+from allo_mini.checkpoint import save_model
 from allo_mini.data.encoder import Encoder
-from allo_mini.data.rows import Task
+from allo_mini.data.rows import Negative, Task
 from allo_mini.data.tokenizer import Tokenizer
+from allo_mini.evaluation import answers
 from allo_mini.evaluation.answers import (bootstrap, label, read_samples, respond, summary,
                                           summary_row, wilson)
-from allo_mini.evaluation.graders import bare, gold_answer, is_correct
+from allo_mini.patch import save_patch
+from allo_mini.run.files import write_jsonl
+from allo_mini.token_weights import (edit_weights, nearest, read_scores, rewrite_examples,
+                                     rewrite_prompt, token_scores, weights_from_scores)
 
 RIGHT = ["aaaa. The answer is 5", "bbbb. The answer is 5", "cccc. The answer is 5"]
 WRONG = ["bbbx. The answer is 6", "cxcc. The answer is 7", "no idea", "aaaa. The answer is 55"]
@@ -27,25 +39,6 @@ def encoder(tmp_path_factory):
     return Encoder(Tokenizer(write_tokenizer(tmp_path_factory.mktemp("t"))), "none", 200)
 
 
-# ---- rows of no known task --------------------------------------------------------------------
-
-@pytest.mark.parametrize("text, answer", [
-    ("2,125", "2125"), ("1,234,567.", "1234567"), ("43.0", "43"), ("18", "$18.00"), ("Paris", "paris")])
-def test_answers_are_graded_by_value_not_by_form(text, answer):
-    """Those of a row's answer, or of its solution; test_graders.py has many more."""
-    for task in (Task(0, "q", None, answer), Task(0, "q", f"So.\nThe answer is {answer}", None)):
-        assert is_correct(f"The answer is {text}", task)
-        assert not is_correct(f"The answer is 1{text}", task) and not is_correct("", task)
-
-
-def test_the_answer_field_goes_before_the_solution():
-    assert gold_answer(Task(0, "q", "The answer is 1", "2")) == "2"
-    assert gold_answer(Task(0, "q", "no conclusion", None)) is None
-    assert not is_correct("The answer is 1", Task(0, "q", "no conclusion", None))
-    for text in ("$2,125.00.", "43.0", " A  b! ", "1,234,567", "-7.0", "x.0"):
-        assert bare(bare(text)) == bare(text)
-
-
 # ---- samples -> pairs and negatives -------------------------------------------------------------
 
 def test_samples_of_a_question_are_read_from_all_its_lines(tmp_path, capsys):
@@ -56,27 +49,21 @@ def test_samples_of_a_question_are_read_from_all_its_lines(tmp_path, capsys):
     assert "2 that hit the length limit are left out" in capsys.readouterr().out
 
 
-def test_all_pairs_of_different_responses(encoder):
-    samples = {"question 0": RIGHT + WRONG + RIGHT}
-    pairs, negatives = label([question(0)], samples, 1000, 1, encoder)
-    assert {(p.chosen, p.rejected) for p in pairs} == set(product(RIGHT, WRONG))
-    assert {(p.prompt, p.task) for p in pairs} == {("question 0", 0)}
-    assert [n.response for n in negatives] == WRONG
-
-
-@pytest.mark.parametrize("limit", [1, 5])
-def test_at_most_so_many_pairs_but_every_wrong_response_is_kept(encoder, limit, capsys):
+@pytest.mark.parametrize("limit, some", [(1, 1), (5, 5), (1000, 12)])
+def test_at_most_so_many_pairs_but_every_wrong_response_is_kept(encoder, limit, some, capsys):
+    """Of 3 x 4 different responses; what comes twice counts once."""
     rows = [question(i) for i in range(4)]  # the last has no samples
-    samples = {rows[0].prompt: RIGHT + WRONG, rows[1].prompt: WRONG,
+    samples = {rows[0].prompt: RIGHT + WRONG + RIGHT, rows[1].prompt: WRONG,
                rows[2].prompt: RIGHT[:1] + WRONG[:1]}
     pairs, negatives = label(rows, samples, limit, 1, encoder)
-    assert [p.task for p in pairs] == [0] * limit + [2]
-    assert len({(p.chosen, p.rejected) for p in pairs[:-1]}) == limit
+    assert [p.task for p in pairs] == [0] * some + [2] and pairs[0].prompt == "question 0"
+    drawn = {(p.chosen, p.rejected) for p in pairs[:-1]}
+    assert len(drawn) == some and drawn <= {*product(RIGHT, WRONG)}
     assert [(n.prompt, n.response) for n in negatives] == [
         *((rows[0].prompt, w) for w in WRONG), *((rows[1].prompt, w) for w in WRONG),
         (rows[2].prompt, WRONG[0])]
     assert capsys.readouterr().out == ("pairs: 3 questions, 4 different correct and 9 wrong "
-                                       f"responses -> {limit + 1} pairs, 9 negatives\n")
+                                       f"responses -> {some + 1} pairs, 9 negatives\n")
 
 
 def test_a_rewrite_is_the_rows_own_else_the_nearest_correct_sample_else_the_reference(encoder):
@@ -149,3 +136,179 @@ def test_bootstrap_agrees_with_the_normal_approximation():
     assert p == pytest.approx(math.erfc(0.03 / deviation / math.sqrt(2)), abs=0.002)
     assert bootstrap(theirs, ours)[:2] == pytest.approx((-difference, -high), abs=0.0015)
     assert bootstrap(ours, ours) == (0, 0, 0, 1.0)
+
+
+# ---- token weights ------------------------------------------------------------------------------
+
+NEGATIVES = [Negative("2 + 2?", "It is 5.", "It is 4.", "It is 4."),
+             Negative("Capital of France?", "Rome, I think", "Paris", "Paris, I think")]
+
+
+def test_weights_by_edit_alignment_and_from_scores():
+    """Tokens of weight 0 stand in the rewrite, in that order; hand-worked cases."""
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ([rng.randrange(4) for _ in range(rng.randrange(14))] for _ in "ab")
+        rest = iter(b)
+        assert all(token in rest for token, w in zip(a, edit_weights(a, b), strict=True) if w == 0)
+    assert edit_weights([1, 2, 3, EOS], [1, 9, 3, EOS]) == [0, 1, 0, 0]  # replaced
+    assert edit_weights([1, 2, 3, EOS], [1, 3, EOS]) == [0, 1, 0, 0]  # deleted
+    assert edit_weights([1, 3, EOS], [1, 2, 3, EOS]) == [0, 0, 0]  # inserted: no token is wrong
+    assert edit_weights([5, 6], []) == edit_weights([5, 6], [7, 8, 9]) == [1, 1]
+    assert nearest([1, 2, 3, 4], [[9], [1, 4], [1, 2, 3, 4, 5], [1, 2, 4]]) == 2
+    scores = [0.0, 0.49, 0.5, 0.75, 1.0]
+    assert weights_from_scores(scores, "threshold", 0.5) == [1, 1, 0, 0, 0]  # 0.5 is aligned
+    assert weights_from_scores(scores, "soft", 0.5) == pytest.approx([1, 0.51, 0.5, 0.25, 0])
+    assert weights_from_scores(scores, "released", 0.5) == scores
+
+
+def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
+    """Each token's, EOS included although pad == eos; files of them; what the prompt shows."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, pad_token="</s>"))
+    encoder, model = Encoder(tokenizer, "alpaca", 600), tiny_model(seed=2, trainable=False)
+    examples = [encoder.example(n.prompt, [n.response]) for n in NEGATIVES]
+    scores = token_scores(model, encoder, NEGATIVES, examples, 8192, [].append)
+    for negative, example, row in zip(NEGATIVES, examples, scores, strict=True):
+        [ids] = example.responses
+        assert len(row) == len(ids) and ids.count(EOS) == 1 and ids[-1] == EOS
+        wanted = separate_logps(model, rewrite_prompt(encoder, negative, ids), [*ids]).exp()
+        torch.testing.assert_close(torch.tensor(row), wanted, atol=1e-6, rtol=1e-4)
+    path = tmp_path / "token_weights.jsonl"
+    rows = [{"input": n.prompt, "output": n.response, "reward": row}
+            for n, row in zip(NEGATIVES, scores)]
+    write_jsonl(path, rows)
+    assert read_scores(path, NEGATIVES, examples) == scores
+    text = tokenizer.decode(rewrite_prompt(encoder, NEGATIVES[1], []))
+    assert text.index("Capital of France?") < text.index("\nParis\n") < text.index("Rome, I think")
+    prompt, [rewrite], *_ = rewrite_examples(encoder, NEGATIVES)[1]
+    assert tokenizer.decode(rewrite) == " Paris, I think"
+    assert prompt == rewrite_prompt(encoder, NEGATIVES[1], rewrite)
+    tight = Encoder(tokenizer, "alpaca", 50)  # never cut: dropped and counted
+    assert rewrite_examples(tight, NEGATIVES) == [] and "2 dropped (rewriting prompt" in tight.report()
+    assert token_scores(model, tight, NEGATIVES, examples, 8192, [].append) == [[], []]
+
+
+# ---- eval.py ------------------------------------------------------------------------------------
+
+def write(path, rows):
+    Path(path).write_text(lines(*rows))
+
+
+@pytest.fixture
+def model(world):
+    return world / "model"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with one small file of each kind."""
+    monkeypatch.chdir(tmp_path)
+    write("gsm8k_test.jsonl", [{"input": f"{i} + {i}?", "answer": str(2 * i)} for i in range(7)])
+    write("qasc_test.jsonl", [{"input": "Colour?\nOptions:\nred\nblue", "answer": "Red"}] * 5)
+    write("rows.jsonl", [{"input": f"Row {i}?", "output": "The answer is 5"} for i in range(3)])
+    write("pairs.jsonl", [{"prompt": "Is it?", "chosen": "yes", "rejected": "no"}] * 4)
+    write("alpaca_eval.jsonl", [{"instruction": f"Write {i}.", "dataset": "d"} for i in range(3)])
+    write("arena_hard.jsonl", [{"uid": f"u{i}", "prompt": f"Do {i}."} for i in range(3)])
+    return tmp_path
+
+
+def run(model, *words):
+    sizes = ["--max-new-tokens", "4", "--max-length", "300", "--sample-batch", "2"]
+    assert evaluation.main(["--model", str(model), *sizes, *words]) == 0
+
+
+def answering(monkeypatch, answer):
+    """Let every question be answered by answer(question); returns the prompts that were asked."""
+    asked = []
+    def respond(model, encoder, prompts, settings, n=1, temperature=None, on_done=None):
+        assert temperature == 0.0
+        asked.extend(json.loads(json.dumps(prompts)))
+        return [[(answer(prompt), True)] for prompt in prompts]
+    monkeypatch.setattr(answers, "respond", respond)
+    monkeypatch.setattr(evaluation, "respond", respond)
+    return asked
+
+
+def test_several_files_in_one_call(model, place, capsys, monkeypatch):
+    answering(monkeypatch, lambda q: "The answer is " + {"C": "red", "R": "5"}.get(q[0], "6"))
+    run(model, "--test", "gsm8k_test.jsonl", "qasc_test.jsonl", "rows.jsonl", "pairs.jsonl",
+        "--out", "out")
+    table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    assert table["gsm8k_test.jsonl"][1:8] == ["(gsm8k)", "14.3", "%", "-", "[2.6,", "51.3]", "7"]
+    assert table["qasc_test.jsonl"][7:10] == ["5", "0.0", "%"]  # by the official grader
+    assert table["rows.jsonl"][1:3] == ["(generic)", "100.0"] and "pairs.jsonl" in table
+    assert rows_of(Path("out/gsm8k_test.jsonl"))[3] == {
+        "input": "3 + 3?", "gold": "6", "response": "The answer is 6", "finished": True,
+        "correct": True}
+    assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
+    assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"input", "margin", "correct"}
+    run(model, "--test", "rows.jsonl", "--out", "out", "--limit", "2")  # over its own file
+    assert len(rows_of(Path("out/rows.jsonl"))) == 2
+
+
+def test_the_flag_task_goes_before_the_name(model, place, monkeypatch):
+    answering(monkeypatch, lambda q: "It is 5")
+    for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
+        run(model, "--test", "rows.jsonl", "--out", "a", "--task", task)
+        assert sum(row["correct"] for row in rows_of(Path("a/rows.jsonl"))) == correct
+
+
+def test_prompts_for_a_judge_are_answered_and_not_graded(model, place, capsys, monkeypatch):
+    files = ["--test", "alpaca_eval.jsonl", "arena_hard.jsonl", "--out", "out"]
+    run(model, *files)
+    said = capsys.readouterr().out
+    assert "alpaca_eval: 3 rows, none dropped; prompts: chat\n" in said and "accuracy" not in said
+    save_model(tiny_model(), "plain")
+    answering(monkeypatch, lambda q: f"Done: {q}")
+    run(write_tokenizer(Path("plain")), *files)
+    assert "prompts: alpaca\n" in capsys.readouterr().out
+    assert rows_of(Path("out/alpaca_eval.jsonl"))[2]["response"] == "Done: Write 2."
+    last = {"response": "Done: Do 2.", "gold": None, "correct": None}
+    assert last.items() <= rows_of(Path("out/arena_hard.jsonl"))[2].items()
+
+
+def test_against_another_model(model, place, capsys, monkeypatch):
+    write("many_gsm8k.jsonl", [{"input": f"{i}?", "answer": "2111"[i % 4]} for i in range(200)])
+    files = ["--test", "many_gsm8k.jsonl", "alpaca_eval.jsonl", "rows.jsonl"]
+    answering(monkeypatch, lambda q: "The answer is 2")
+    run(model, *files, "--out", "a")  # 25 % right
+    answering(monkeypatch, lambda q: "The answer is 1")
+    capsys.readouterr()
+    run(model, *files, "--out", "b", "--against", "a")  # 75 % right
+    said = capsys.readouterr().out.splitlines()
+    many, rows = (line.split()[7:] for line in said if ".jsonl (" in line)
+    assert many[0] == "+50.0" and many[4] == "200" and float(many[3]) < 0.001
+    assert 35 < float(many[1].strip("[,")) < 43 and 57 < float(many[2].strip("]")) < 65
+    assert rows == ["+0.0", "[+0.0,", "+0.0]", "1.0000", "3"]
+
+
+def test_a_model_brings_its_runs_settings(model, place, capsys):
+    """In a run folder, or made of the base and a run's patch, which must be the same model."""
+    improved = Path("runs/demo/improve")
+    save_model(tiny_model(seed=1), improved)
+    write_tokenizer(improved, chat_template=TEMPLATE)
+    save_patch(model, improved, Path("runs/demo/patch.safetensors"))
+    write("runs/demo/config.json", [{"config": {"prompt": "chat", "max_new_tokens": 5, "p": 5.0}}])
+    for words in ([str(improved)], [str(model), "--patch", "runs/demo/patch.safetensors"]):
+        assert evaluation.main(["--model", *words, "--test", "rows.jsonl"]) == 0
+        assert "rows: 3 rows, none dropped; prompts: chat\n" in capsys.readouterr().out
+    rows = rows_of(Path("eval/demo-improve/rows.jsonl"))
+    assert rows == rows_of(Path("eval/demo-patch.safetensors/rows.jsonl"))
+    assert 1 < len(rows[0]["response"]) <= 5
+    run(model, "--test", "rows.jsonl")  # prompts: alpaca, and there is a template
+    assert "prompts: alpaca (the model has a chat" in capsys.readouterr().out
+
+
+def test_chat_remembers_until_an_empty_line(model, place, capsys, monkeypatch):
+    def type_in(text):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+    type_in(b"hi\n" + b"a long line " * 20 + b"\nno text: \xe9\n")
+    run(model, "--chat", "--max-length", "60", "--max-new-tokens", "2")
+    said = capsys.readouterr().out
+    assert said.count(" ... (cut: --max-new") == 3 and said.count("with a trimmed prompt") == 2
+    type_in(b"one\ntwo\n\nthree\n")
+    asked = answering(monkeypatch, lambda messages: f"reply {len(messages)}")
+    run(model, "--chat")
+    said = [[message["content"] for message in messages] for messages in asked]
+    assert said == [["one"], ["one", "reply 1", "two"], ["three"]]
+    assert [message["role"] for message in asked[1]] == ["user", "assistant", "user"]

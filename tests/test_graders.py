@@ -200,6 +200,8 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
         "~$1,234.05.|~1.234,50|~$1,234"),
     "negative": ("", "-3", "~−3|~$-3$|~x = -3|So we get -3|~-3 degrees", "~3|~x = 3|10-3"),
     "percent": ("", "25%", r"~25%.|~**25 %**|~25\%|~25", "~0.25|~24%"),
+    "many thousands": ("", "1,234,567", "~1234567.|~$1,234,567.00", "~11234567|~1,234"),
+    "dollars": ("", "$18.00", "~18|~18.0", "~118|"),
     "decimals": ("", "3.14", "~3.14. This is pi.|~$3.14$, roughly", "~3|~3,14"),
     "fraction": ("", "3/4", r"~$\frac{3}{4}$.|~0.75|~¾|~**3/4** of it.|~3 / 4, so less than 1.|"
         r"Final Answer: The final answer is $\dfrac{3}{4}$. I hope it is correct.",
@@ -215,7 +217,7 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
     "no": ("", "No", "~no.|~**No**, it is not.|~false", "~yes|~not sure|no"),
     "words": ("", "Paris", r'~"Paris", because it is.|Answer: *Paris*|\boxed{Paris}|'
         "~Paris. It is old.|~Paris (France).|~Paris, the capital of France.|~“Paris”.|"
-        r"~Paris, not Rome.|~indeed Paris|~$\text{Paris}$|~(B) Paris.|"
+        r"~Paris, not Rome.|~paris|~indeed Paris|~$\text{Paris}$|~(B) Paris.|"
         "~Paris. Let me check: so the answer is right.", "Paris|~not Paris|~Paris or Rome|"
         "~Paris, Rome|~Parish|~New Paris|~Rome. Not Paris.|It is Paris.\n~Rome"),
     "words with a stop": ("", "St. Louis", "~**St. Louis**. It has an arch.|~St. Louis, since",
@@ -336,6 +338,12 @@ def test_where_the_answer_stands():
     assert concluded("It is 3") is None and final("It is 3") == "3"
     assert final("first 3, then -4.5 of 1,200") == "1,200" and final("none") is None
     assert gold_answer(Task(0, "q", r"Thus \boxed{x^{2}}.", None, source="math")) == "x^{2}"
+    assert gold_answer(Task(0, "q", A + "1", "2")) == "2"  # the field goes before the solution
+    assert is_correct(A + "2,125", Task(0, "q", f"So.\n{A}2125", None))
+    silent = Task(0, "q", "no conclusion", None)
+    assert gold_answer(silent) is None and not is_correct(A + "1", silent)
+    for text in ("$2,125.00.", "43.0", " A  b! ", "1,234,567", "-7.0", "x.0"):
+        assert bare(bare(text)) == bare(text)
 
 
 def test_same_math_is_symmetric_and_reflexive():

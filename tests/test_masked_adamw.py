@@ -4,15 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import (assert_close, fixture_model, golden, gradients, random_ids, random_mask,
-                     state_of)
+from helpers import assert_close, golden, random_mask, state_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from allo_mini import mask as mask_module
-from allo_mini.logprobs import pack, token_logps
 from allo_mini.mask import to_tensors
-from allo_mini.masked_adamw import FlatGradient, MaskedAdamW, cosine_lr
+from allo_mini.masked_adamw import MaskedAdamW, cosine_lr
 from allo_mini.patch import begin_at
 from allo_mini.run.files import save_tensors
 
@@ -93,18 +91,6 @@ def test_backward_gathers_what_is_selected_and_leaves_no_dense_gradient():
     loss_of(model).backward()
     assert all(p.requires_grad and p.grad is not None for p in model.parameters())
     assert not optimizer.grad.any()
-
-
-def test_tied_embedding_is_one_slot_with_both_gradients():
-    """Embedding and head share one tensor: one name, one mask entry, the sum of both gradients."""
-    model, twin = (fixture_model("llama_gqa_tied", trainable=True) for _ in range(2))
-    flat = FlatGradient(model.named_parameters())
-    assert [slot.name for slot in flat.slots] == [name for name, _ in twin.named_parameters()]
-    batch = pack([(random_ids(5, 0), [random_ids(7, 1), random_ids(3, 2)])])
-    token_logps(model, batch).sum().backward()
-    token_logps(twin, batch).sum().backward()
-    assert (twin.head_weight.grad.abs().sum(-1) > 0).sum() > 15  # rows never read: from the head
-    assert_close({slot.name: slot.grad.view(slot.p.shape) for slot in flat.slots}, gradients(twin))
 
 
 def test_bf16_weights_take_steps_too_small_for_bf16():
