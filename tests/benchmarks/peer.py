@@ -4,18 +4,14 @@
     python tests/benchmarks/peer.py --shape llama-3.2-1b       random weights, the demo's words
     python tests/benchmarks/peer.py --model DIR --test FILE.jsonl      sampling, by transformers too
 
-TRL is not one of our requirements: `pip install trl peft` beside them for this. All read the same
-rows in the same order as the same tokens, one forward and backward over the whole batch a step,
-reference log-probs computed before the first step, the same length limit, clipping at 1, a tiny
-rate. Each runs in a process of its own, in turns. Ours is the improving stage with a random mask of
---p percent, and once with all weights, so that one sees what the mask itself brings.
-
-With --trl-weights bf16 (what it does with a bf16 checkpoint) TRL's weights, gradients and moments
-are bf16, which cannot take a step of 5e-7; with fp32 it is mixed precision with bf16 autocast. Ours
-always has fp32 masters, gradients and moments of the selected weights. Speed is the median of the
-turns, memory the highest: allocated on CUDA; on a CPU the process's (beside: before the model).
-LoRA has r = 16, alpha = 32, in all linear layers. What a side saves: its tensors' bytes in a file,
-of ours a patch's in the model's dtype if all selected weights change.
+They are not among our requirements: `pip install trl peft` beside them for this. All read the same
+rows in the same order as the same tokens, the whole batch at once, reference log-probs computed
+before the first step, each side in a process of its own, in turns. Ours is the improving stage with
+a random mask of --p percent, and once with all weights, so that one sees what the mask brings; it
+has fp32 masters, gradients and moments. With --trl-weights bf16 TRL's are bf16, which cannot take a
+step of 5e-7; with fp32 it is mixed precision. LoRA has r = 16, alpha = 32, in all linear layers.
+Speed is the median of the turns, memory the highest: allocated on CUDA, on a CPU the process's.
+Saved: the bytes of a side's tensors in a file, of ours a patch's if all selected weights change.
 """
 
 import importlib.metadata
