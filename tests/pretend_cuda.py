@@ -63,9 +63,7 @@ def line() -> str:
 
 class Pretend(TorchDispatchMode):
     """Sees every operation: checks the places of its tensors, remembers those of what it makes.
-
-    hollow: matrix products are zeros, random weights what was there; for who wants bytes alone.
-    """
+    hollow: matrix products are zeros, random weights what was there; for who wants bytes alone."""
 
     def __init__(self, hollow=False):
         super().__init__()

@@ -29,10 +29,8 @@ def int8_parameter(dense, mask) -> nn.Parameter:
 
 
 def twins(kind, dtype=torch.float32, int8=False):
-    """(parameters, twins that autograd trains, mask or None); with int8, up and down are.
-
-    Of kind "frozen" `up` has no selected entry.
-    """
+    """(parameters, twins that autograd trains, mask or None); with int8, up and down are. Of kind
+    "frozen" `up` has no selected entry."""
     generator = torch.Generator().manual_seed(0)
     ours = {n: (torch.randn(s, generator=generator) * 0.5).to(dtype) for n, s in SHAPES.items()}
     mask = kind and {n: torch.rand(s, generator=generator) < KINDS[kind] for n, s in SHAPES.items()}

@@ -72,17 +72,6 @@ def test_packed_logps_equal_separate_sequences(name, dtype, error):
         assert (x - expected[n]).norm() <= error * expected[n].norm(), n
 
 
-def test_pack_lays_out_the_documented_example():
-    batch = pack([([5, 6], [[7, 8], [9]])])
-    assert batch.input_ids.tolist() == [5, 6, 7, 8, 9]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 2]
-    assert batch.predictors.tolist() == [1, 2, 1] and batch.targets.tolist() == [7, 8, 9]
-    assert batch.lengths == [2, 1] and batch.trees == [(2, (2, 1))]
-    assert pack([([5, 6], [[], []])]).predictors.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="at least one token"):
-        pack([([], [[1]])])
-
-
 def test_packs_and_micro_batches_lose_nothing():
     """A packed token is predicted by the one before it in its own sequence; prompts stand once."""
     rng = random.Random(0)
@@ -93,6 +82,7 @@ def test_packs_and_micro_batches_lose_nothing():
             examples.append((lists[0], lists[rng.randrange(1, 4):]))
         batch, at = pack(examples), 0
         assert len(batch.input_ids) == sum(map(size_of, examples))  # no padding
+        assert batch.trees == [(len(p), tuple(map(len, rs))) for p, rs in examples]
         for prompt, response in [(p, r) for p, responses in examples for r in responses]:
             here = batch.predictors[at:at + len(response)]
             assert batch.targets[at:at + len(response)].tolist() == response
@@ -105,6 +95,9 @@ def test_packs_and_micro_batches_lose_nothing():
         groups = micro_batches(examples, tokens)
         assert sum(groups, []) == sorted(examples, key=size_of, reverse=True)  # longest first
         assert all(len(group) == 1 or sum(map(size_of, group)) <= tokens for group in groups)
+    assert pack([([5, 6], [[], []])]).predictors.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="at least one token"):
+        pack([([], [[1]])])
 
 
 def test_scores_margins_and_references_keep_the_given_order_whatever_the_budget():
@@ -285,10 +278,8 @@ def test_samples_end_with_their_first_eos_or_stop_and_are_handed_over_once():
 @pytest.mark.parametrize("top_p", [0.2, 0.6, 0.95, 1.0])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_pick_draws_from_the_nucleus_exactly(vocab, scale, top_p, temperature):
-    """u over a fine grid gives each token its share of the renormalised nucleus, to one grid step.
-
-    scale 0.1 over 1000 tokens is nearly flat: the nucleus is far larger than the first topk looks.
-    """
+    """u over a fine grid gives each token its share of the renormalised nucleus, to one grid step;
+    scale 0.1 over 1000 tokens is nearly flat: the nucleus is larger than the first topk looks."""
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)).double() * scale
     probs = (logits / temperature).softmax(-1)
     expected, mass, grid = torch.zeros(vocab), 0.0, 4000
