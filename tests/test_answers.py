@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import EOS, error_of, random_ids, separate_logps, tiny_model, write_tokenizer
-from runs import TEMPLATE, lines, rows_of
+from runs import TEMPLATE, rows_of
 
 import eval as evaluation
 from allo_mini.checkpoint import save_model
@@ -28,7 +28,7 @@ from allo_mini.evaluation.answers import (bootstrap, label, read_samples, respon
 from allo_mini.logprobs import score
 from allo_mini.mask import Selected, to_tensors
 from allo_mini.patch import save_patch
-from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl
+from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl as write
 from allo_mini.token_weights import (edit_weights, nearest, read_scores, rewrite_examples,
                                      rewrite_prompt, token_scores, weights_from_scores)
 
@@ -182,7 +182,7 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     path = tmp_path / "token_weights.jsonl"
     rows = [{"input": n.prompt, "output": n.response, "reward": row}
             for n, row in zip(NEGATIVES, scores)]
-    write_jsonl(path, rows)
+    write(path, rows)
     assert read_scores(path, NEGATIVES, examples) == scores
     text = tokenizer.decode(rewrite_prompt(encoder, NEGATIVES[1], []))
     assert text.index("Capital of France?") < text.index("\nParis\n") < text.index("Rome, I think")
@@ -190,15 +190,12 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     assert tokenizer.decode(rewrite) == " Paris, I think"
     assert prompt == rewrite_prompt(encoder, NEGATIVES[1], rewrite)
     tight = Encoder(tokenizer, "alpaca", 50)  # never cut: dropped and counted
-    assert rewrite_examples(tight, NEGATIVES) == [] and "2 dropped (rewriting prompt" in tight.report()
+    assert rewrite_examples(tight, NEGATIVES) == []
+    assert "2 dropped (rewriting prompt" in tight.report()
     assert token_scores(model, tight, NEGATIVES, examples, 8192, [].append) == [[], []]
 
 
 # ---- eval.py ------------------------------------------------------------------------------------
-
-def write(path, rows):
-    Path(path).write_text(lines(*rows))
-
 
 @pytest.fixture
 def model(world):
@@ -353,9 +350,9 @@ def folder(tmp_path):
     table = {name: summary(rows) for name, rows in evals.items()}
     write_json(tmp_path / "results.json", {"results": table})
     for name, rows in evals.items():
-        write_jsonl(tmp_path / f"eval-{name}.jsonl", rows)
-    write_jsonl(tmp_path / "metrics.jsonl", steps)
-    write_jsonl(tmp_path / "token_examples.jsonl", [{
+        write(tmp_path / f"eval-{name}.jsonl", rows)
+    write(tmp_path / "metrics.jsonl", steps)
+    write(tmp_path / "token_examples.jsonl", [{
         "prompt": EVIL, "tokens": [EVIL, "b"], "weights": [1.0, 0.0], "scores": [0.25, 0.75],
         "log_ratios": [-0.5, 0.125], "kept": [False, True]}])
     shapes = {name: " ".join(map(str, shape)) for name, shape in SHAPES.items()}
@@ -411,7 +408,7 @@ def test_of_preferences_rewards_come_first_and_raw_numbers_are_named(folder):
     cfg = {"config": {"model": "m", "pairs": ["a/b.jsonl", "c"]}, "machine": {}}
     write_json(folder / "config.json", cfg)
     for name, margins in {"start": [-9, 0, 3], "DPO": [-8, 2, 2]}.items():
-        write_jsonl(folder / f"eval-{name}.jsonl", [
+        write(folder / f"eval-{name}.jsonl", [
             {"input": "q", "margin": margin, "correct": margin > 0} for margin in margins])
     page = report.write_report(folder).read_text(encoding="utf-8")
     head = re.search("<thead><tr>(.*?)</thead>", page)[1]
@@ -460,8 +457,9 @@ def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):
 def test_watched_tokens_are_those_of_the_two_models(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "tokenizer"), 120)
     cfg = SimpleNamespace(epsilon=0.25, micro_tokens=4096)
-    run = SimpleNamespace(folder=tmp_path, encoder=Encoder(tokenizer, "none", 100), cfg=cfg, load=lambda x: x,
-               stage=lambda name, artefact, make: make(tmp_path / artefact))
+    run = SimpleNamespace(
+        folder=tmp_path, encoder=Encoder(tokenizer, "none", 100), cfg=cfg, load=lambda x: x,
+        stage=lambda name, artefact, make: make(tmp_path / artefact))
     examples = [Example(random_ids(5, i, 97), [random_ids(9, i + 50, 97)]) for i in range(30)]
     model, other = tiny_model(0, trainable=False), tiny_model(1, trainable=False)
     before, after = score(model, examples), score(other, examples)

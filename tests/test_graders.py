@@ -1,7 +1,6 @@
 """The graders of the eight tasks with answers: twelve hand-made rows a task, and the data sets' own.
 
-`ALLO_DATA=data python -m pytest -s tests/test_graders.py -k gold` prints how many gold solutions
-are accepted.
+`ALLO_DATA=data python -m pytest -s tests/test_graders.py -k gold` prints the share accepted.
 """
 
 import os

@@ -154,7 +154,7 @@ def test_bco_shifts_by_the_mean_of_earlier_rewards():
     assert float(loss) == pytest.approx(3 * (low(-0.2) + low(0.2)))
 
 
-# ---- which weights: exact selection, mask files --------------------------------------------------
+# ---- which weights: exact selection, mask files, importance by the gradient --------------------
 
 SHAPES = {"embed_tokens": (30, 8), "q_proj": (8, 8), "up_proj": (13, 8), "three": (3, 2, 2),
           "scalar": (), "norm": (79,)}  # 500 weights; as floats 0.57 * 500 < 285
@@ -266,8 +266,6 @@ def test_a_mask_file_gives_the_mask_back_and_what_does_not_fit_is_one_line(tmp_p
     with pytest.raises(UserError, match=rf"^{path}: .*\Z"):
         load_mask(path)
 
-
-# ---- importance by the gradient ----------------------------------------------------------------
 
 EXAMPLES = [Example(random_ids(5 + i, i), [random_ids(6, 20 + i), random_ids(3 + i, 40 + i)])
             for i in range(5)]

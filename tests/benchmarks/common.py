@@ -221,7 +221,3 @@ def fresh_process(function: Callable, *args):
                    "TRANSFORMERS_VERBOSITY": "error"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(quietly, function, *args).result()
-
-
-def gb(size: float) -> str:
-    return f"{size / 1e9:.2f}" if size else "-"

@@ -34,7 +34,6 @@ STAGES = {"locate": dpo_objective(0.1), "sft": sft_objective(), "forget": npo_ob
           "improve": dpo_objective(0.1, 0.1), "sample": None}  # "rewrite" is as sft
 RESPONSE, PROMPT = 1024, 352  # a pair has 2400 tokens, as many as a card's micro-batch
 BLOCK = 1 << 26
-FEW = 2, 4  # layers, on a pretended GPU
 
 
 def hollow(count, *_) -> torch.Tensor:
@@ -118,7 +117,8 @@ def main() -> None:
     add("--memory", nargs="+", default=list(CAPS), choices=tuple(CAPS))
     add("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
     add("--p", type=float, default=5.0)
-    add("--few", type=int, nargs="+", default=FEW, help="layers run on a pretended GPU, ascending")
+    add("--few", type=int, nargs="+", default=(2, 4),
+        help="layers run on a pretended GPU, ascending")
     args = parser.parse_args()
     start(args)
     rows, done = [], []

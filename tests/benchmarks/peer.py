@@ -25,8 +25,7 @@ from statistics import median
 
 import torch
 from common import (DTYPES, SHAPES, Clock, Policy, Run, UserError, exit_code, finish, fresh_process,
-                    gb, make_parser, parse, peaks, pick_device, random_model, start, train,
-                    train_steps)
+                    make_parser, parse, peaks, pick_device, random_model, start, train, train_steps)
 from torch.nn.utils.rnn import pad_sequence
 
 from allo_mini.checkpoint import eos_ids, find_folder, load_model, meta_model, save_model
@@ -178,8 +177,8 @@ def show(args) -> None:
         for name, side in sides.items():
             cells = ["out of memory", "", "", "", "", ""]
             if side:
-                cells = [f"{side['pairs_per_s']:.3f}", gb(side["peak_bytes"]),
-                         gb(side["before_model_bytes"]), f"{side['saved_bytes'] / 1e6:.2f}",
+                cells = [f"{side['pairs_per_s']:.3f}", f"{side['peak_bytes'] / 1e9:.2f}",
+                         f"{side['before_model_bytes'] / 1e9:.2f}", f"{side['saved_bytes'] / 1e6:.2f}",
                          " ".join(f"{loss:.5f}" for loss in side["losses"][:3]),
                          " ".join(f"{value:.1f}" for value in side["logps_chosen"][:3])]
                 notes.append(f"batch {batch}: {name}: {side['state']}")
