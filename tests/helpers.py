@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 
 from allo_mini.checkpoint import load_model, save_model
 from allo_mini.linear import dense_rows
+from allo_mini.logprobs import pack, token_logps
+from allo_mini.mask import Selected
+from allo_mini.masked_adamw import MaskedAdamW
 from allo_mini.model import CausalLM, parse_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -18,7 +21,6 @@ RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 
        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
        "max_position_embeddings": 4096, "tie_word_embeddings": False, "eos_token_id": EOS}
-
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 
@@ -82,6 +84,28 @@ def random_mask(model, share: float = 0.3) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {name: torch.rand(p.shape, generator=generator) < share
             for name, p in model.named_parameters()}
+
+
+def last_step(folder: Path, device: str, dtype="fp32", int8=False, recompute=False, steps=1,
+              resume=False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of steps on ragged pairs over 30 % of a saved model's weights: the last one's log-probs and
+    gradient, the change by all, on the CPU in fp32. resume: each with model and optimizer anew."""
+    mask = {n: Selected.from_dense(m) for n, m in random_mask(load_model(folder)).items()}
+    trees = [(random_ids(n, n), [random_ids(n + 9, 1), random_ids(n, 2)]) for n in (5, 40, 17)]
+    state = None
+    for _ in range(steps):
+        if state is None or resume:
+            model = load_model(folder, dtype, device, int8, mask)
+            model.recompute = recompute
+            optimizer = MaskedAdamW(model.named_parameters(), mask, 1e-4)
+        if state and resume:
+            optimizer.load_state_dict(state)
+        logps = token_logps(model, pack(trees, device))
+        logps.sin().sum().backward()
+        gradient = optimizer.grad.to("cpu", copy=True)  # which a step empties
+        optimizer.step()
+        state = {name: x.clone() for name, x in optimizer.state_dict().items()}
+    return logps.detach().float().cpu(), gradient, optimizer.master.cpu() - optimizer.start
 
 
 def low(x: float) -> float:

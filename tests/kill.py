@@ -64,16 +64,17 @@ def at_write(folder, number: int, torn: bool = False):
         for path, size in grown:
             os.truncate(path, (size + os.path.getsize(path) + 1) // 2)
 
-    def before() -> list[int]:
-        left, grown = [number], []
+    def before():
+        left, grown = number, []
 
         def hook(event, args):
+            nonlocal left
             opened = event == "open" and isinstance(args[2], int)
             writes = opened and args[2] & (os.O_WRONLY | os.O_RDWR)
             if not writes and event not in CHANGES or not str(args[0]).startswith(str(folder)):
                 return
-            left[0] -= 1
-            if left[0] == 0:
+            left -= 1
+            if left == 0:
                 if torn:
                     tear(event, args, grown)
                 die()
@@ -82,5 +83,4 @@ def at_write(folder, number: int, torn: bool = False):
                 grown.append((args[0], os.path.getsize(args[0])))
 
         sys.addaudithook(hook)
-        return left
     return before

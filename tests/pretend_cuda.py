@@ -4,9 +4,8 @@
 
 Every tensor's memory remembers a place, "cuda" or "cpu"; all is computed on the CPU. An operation
 whose tensors are in different places fails, as on a GPU, and so does a copy to the host that nobody
-waits for. At the end each place of our code that waited for the GPU is printed, and how often.
-The bytes of tensors on "cuda" are metered, as an allocator without fragments would; what kernels
-take for themselves is not seen. It cannot show speed, rounding, and kernels that differ.
+waits for. At the end each place of our code that waited for the GPU is printed, and how often. The
+bytes of tensors on "cuda" are metered. It cannot show speed, rounding, or what kernels take.
 """
 
 import os
@@ -63,9 +62,7 @@ def line() -> str:
 
 class Pretend(TorchDispatchMode):
     """Sees every operation: checks the places of its tensors, remembers those of what it makes.
-
-    hollow: matrix products are zeros, random weights what was there; for who wants bytes alone.
-    """
+    hollow: matrix products are zeros, random weights what was there; for who wants bytes alone."""
 
     def __init__(self, hollow=False):
         super().__init__()

@@ -37,10 +37,8 @@ def pair(prompt, chosen="yes", rejected="no") -> dict:
 
 
 def make_world(folder: Path) -> Path:
-    """A tiny random model and 24 questions, samples for them (one right, two wrong each), pairs.
-
-    Two questions stand twice, first without an answer.
-    """
+    """A tiny random model and 24 questions, samples for them (one right, two wrong each), pairs;
+    two questions stand twice, first without an answer."""
     write_folder(folder / "model", chat_template=TEMPLATE)
     questions = [task(f"{i} + {i % 7}?", str(i + i % 7)) for i in range(30)]
     silent = [row | {"output": "Hm."} for row in questions[:2]]

@@ -83,13 +83,6 @@ PAIRS = {
     "a single pair": (lines(pair("a")), "p.jsonl")}
 
 
-@pytest.mark.parametrize("name", [*ROWS, *PAIRS])
-def test_rows(name, place, capsys):
-    content, says = (ROWS | PAIRS)[name]
-    write(place, {"t.jsonl" if name in ROWS else "p.jsonl": content})
-    refused(T if name in ROWS else P, says, place, capsys)
-
-
 # ---- flags and files: the command, files, what the line says -----------------------------------
 
 BAD = """--p 0, --p 100.5, --p -5, --p nan, --p-forget -1, --p-sft 101, --epsilon 0, --epsilon 1.5,
@@ -147,8 +140,13 @@ FLAGS = [
     ("eval --model nowhere --test t.jsonl", {}, "nowhere")]
 
 
-@pytest.mark.parametrize("command, files, says", FLAGS, ids=[case[0][-60:] for case in FLAGS])
-def test_flags_and_files(command, files, says, place, capsys):
+NAMES = [*ROWS, *PAIRS, *(case[0][-60:] for case in FLAGS)]
+CASES = [*((T, {"t.jsonl": content}, says) for content, says in ROWS.values()),
+         *((P, {"p.jsonl": content}, says) for content, says in PAIRS.values()), *FLAGS]
+
+
+@pytest.mark.parametrize("command, files, says", CASES, ids=NAMES)
+def test_rows_flags_and_files(command, files, says, place, capsys):
     write(place, files)
     refused(command, says, place, capsys)
 

@@ -1,7 +1,6 @@
 """The lines for CUDA on a pretended GPU (pretend_cuda.py): no tensor in the wrong place, the host
 waits where it must and nowhere else, and what comes out is what a CPU gives. The runs begin when
-the tests are collected (conftest.py), and take a second core.
-"""
+the tests are collected (conftest.py), and take a second core."""
 
 import os
 import re

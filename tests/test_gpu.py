@@ -9,35 +9,17 @@ import pytest
 import torch
 
 import train
-from allo_mini.checkpoint import load_model, save_model
+from allo_mini.checkpoint import save_model
 from allo_mini.data.encoder import Example
 from allo_mini.generate import sample
-from allo_mini.logprobs import pack, score, token_logps
-from allo_mini.mask import Selected
-from allo_mini.masked_adamw import MaskedAdamW
+from allo_mini.logprobs import score
 from allo_mini.run.device import pick_device
 from allo_mini.run.log import Log
-from helpers import random_ids, tiny_model
+from helpers import last_step, random_ids, tiny_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = {"hidden_size": 256, "intermediate_size": 384}  # heads of 64
 SMALL = "--limit 12 --n 4 --max-new-tokens 70 --seed 7 --no-eval --method allo".split()
-EXAMPLES = [Example(random_ids(n, n), [random_ids(n + 9, 1), random_ids(n, 2)]) for n in (5, 40, 17)]
-
-
-def one_step(folder, device, dtype, int8, recompute):
-    """Log-probs, gradient and change of a step over all response tokens, on the CPU in fp32."""
-    generator = torch.Generator().manual_seed(5)
-    mask = {name: Selected.from_dense(torch.rand(p.shape, generator=generator) < 0.3)
-            for name, p in load_model(folder).named_parameters()}
-    model = load_model(folder, dtype, device, int8, mask)
-    model.recompute = recompute
-    optimizer = MaskedAdamW(model.named_parameters(), mask, 1e-3)
-    logps = token_logps(model, pack(EXAMPLES, device))
-    logps.sin().sum().backward()
-    gradient = optimizer.grad.to("cpu", copy=True)  # which a step empties
-    optimizer.step()
-    return logps.detach().float().cpu(), gradient, optimizer.master.cpu() - optimizer.start
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -45,10 +27,10 @@ def one_step(folder, device, dtype, int8, recompute):
 def test_a_step_on_a_gpu_is_a_cpus(dtype, most, change, int8, tmp_path):
     """Adam's first step has the gradient's signs, of which rounding turns the smallest."""
     save_model(tiny_model(std=0.05, **WIDE), tmp_path / "model")
-    expected = one_step(tmp_path / "model", "cpu", "fp32", int8, recompute=False)
+    expected = last_step(tmp_path / "model", "cpu", "fp32", int8)
     pick_device("cuda", dtype)
     for recompute in (False, True):
-        found = one_step(tmp_path / "model", "cuda", dtype, int8, recompute)
+        found = last_step(tmp_path / "model", "cuda", dtype, int8, recompute)
         apart = [(a - b).norm() / b.norm() for a, b in zip(found, expected)]
         assert apart[0] < most / 5 and apart[1] < most and apart[2] < change
 

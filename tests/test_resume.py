@@ -34,10 +34,7 @@ def moments(folder) -> list:
 
 
 def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monkeypatch, capfd):
-    """SIGKILL in every stage, each time in the process that goes on; then it may end.
-
-    tests/long/kills.py does it at random.
-    """
+    """SIGKILL in every stage, each time in the process that goes on; long/kills.py: at random."""
     monkeypatch.setattr(train, "GROUP", 4)  # questions sampled together
     folder = tmp_path / "run"
     command = demo_command(whole.parent, folder)
@@ -72,9 +69,9 @@ def test_ctrl_c_and_a_torn_metrics_file(whole, tmp_path, capsys):
     assert difference(results_of(whole), results_of(folder)) == []
 
 
-@pytest.mark.parametrize("stage, lean", [("dpo", ()), ("warmup", ("--method", "allo")), ("sft", ("--p-sft", "9")),
-                                         ("improve", ("--int8", "--state-bits", "8", "--offload")),
-                                         ("bco", ("--method", "bco", "allo"))])
+@pytest.mark.parametrize("stage, lean", [
+    ("dpo", ()), ("warmup", ("--method", "allo")), ("sft", ("--p-sft", "9")),
+    ("improve", ("--int8", "--state-bits", "8", "--offload")), ("bco", ("--method", "bco", "allo"))])
 def test_resume_inside_a_stage(world, tmp_path, capsys, stage, lean):
     """With every form of the optimizer's state, and an objective that remembers."""
     more = ("--sft", "--token-weights", "edit", "--config", world / "settings.json", *lean)

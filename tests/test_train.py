@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -13,7 +14,7 @@ from fractions import Fraction
 import pytest
 import torch
 from helpers import error_of
-from runs import (arguments, demo_command, difference, equal, lines, results_of, rows_of, run,
+from runs import (ROOT, arguments, demo_command, difference, equal, lines, results_of, rows_of, run,
                   steps_of, weights_of, with_samples)
 from safetensors.torch import load_file
 
@@ -201,21 +202,18 @@ def test_without_forgetting_and_with_all_weights(world, tmp_path):
     assert {row["stage"] for row in steps_of(out)} == {"improve"}
 
 
-def test_sft_and_rewriting_of_some_weights(world, tmp_path):
-    out = run(world, tmp_path / "run", *ALLO, "--sft", "--p-sft", "3", "--locate", "random")
-    start, tuned, rewriter = map(weights_of, (world / "model", out / "sft", out / "rewriter"))
-    for stage, before, after in (("sft", start, tuned), ("rewrite", tuned, rewriter)):
-        mask = dense_mask(out, f"mask-{stage}.safetensors")
-        assert count(mask) == 3 * WEIGHTS // 100 and only_inside(mask, before, after)
-
-
 def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys):
     (tmp_path / "c.json").write_text('{"locate_groups": 2}')
-    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 5 --config"
+    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3 --config"
     out = run(world, tmp_path / "run", *ALLO, *lean.split(), tmp_path / "c.json")
     losses = first_losses(capsys.readouterr().out)
     assert losses == pytest.approx({"forget": LN2, "improve": LN2}, rel=1e-5)
-    assert only_inside(dense_mask(out), weights_of(out / "sft"), weights_of(out / "improve"))
+    start, tuned, *ends = (weights_of(folder) for folder in (
+        world / "model", out / "sft", out / "rewriter", out / "improve"))
+    masks = [dense_mask(out, f"mask{of}.safetensors") for of in ("-sft", "-rewrite", "")]
+    assert [*map(count, masks)] == [percent * WEIGHTS // 100 for percent in (3, 3, 5)]
+    for mask, before, after in zip(masks, (start, tuned, tuned), (tuned, *ends)):
+        assert only_inside(mask, before, after)
 
 
 def test_bf16(world, tmp_path, capsys):
@@ -463,3 +461,43 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
     assert train.main(argv) == 2
     assert error_of(capsys).startswith("error: dpo")
     assert not (tmp_path / "run/dpo").exists()
+
+
+# ---- two ranks, on CPUs with gloo --------------------------------------------------------------
+
+def run_ranks(logs, argv) -> list[str]:
+    """Two ranks by torchrun; what each has printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               "--redirects=1", f"--log-dir={logs}", "train.py", *argv]
+    with subprocess.Popen(command, cwd=ROOT) as torchrun:
+        try:
+            assert torchrun.wait(120) == 0
+        finally:
+            torchrun.terminate()
+    return [re.sub(r".*\[Gloo\].*\n", "", path.read_text())
+            for path in sorted(logs.rglob("stdout.log"))]
+
+
+def test_two_ranks_give_the_run_of_one(world, tmp_path):
+    """Losses, every metric and the weights; some steps are of one row, along which the second rank
+    has none. All files are there."""
+    options = ("--sft --locate gradient --token-weights edit --micro-tokens 300 --batch 3 --p 10 "
+               "--max-steps 2 --limit 4 --lr-sft 1e-4 --lr-dpo 1e-5 --lr-forget 1e-4 "
+               "--lr-improve 1e-4").split()
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(world, one, *options)
+    with_samples(world, two)
+    said, silent = run_ranks(tmp_path / "logs", arguments(world, two, *options))
+    assert "ALLO" in said and silent == ""
+    names = [{path.relative_to(out) for path in out.rglob("*")} for out in (one, two)]
+    assert names[0] == names[1]
+    assert {row["stage"] for row in steps_of(one)} == {"sft", "dpo", "forget", "improve"}
+    for a, b in zip(steps_of(one), steps_of(two), strict=True):
+        assert a.keys() == b.keys() and a["stage"] == b["stage"]
+        for key in a.keys() - {"stage", "time", "tokens/s", "mem/peak_gb"}:
+            assert a[key] == pytest.approx(b[key], abs=1e-6, rel=1e-5), (a["stage"], key)
+    start = weights_of(world / "model")
+    for stage in ("sft", "dpo", "improve"):
+        a, b = weights_of(one / stage), weights_of(two / stage)
+        assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-6, stage
+        assert max(float((a[n] - start[n]).abs().max()) for n in a) > 1e-5, stage

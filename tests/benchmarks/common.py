@@ -112,10 +112,8 @@ def random_mask(shapes: dict[str, torch.Size], percent: float, device: str) -> d
 
 
 def random_model(name: str, dtype: torch.dtype, device: str, int8=False, mask=None) -> CausalLM:
-    """A model of a shape in SHAPES with normal(0, 0.02) weights, made where it is going to stand.
-
-    int8, mask: as checkpoint.load_model.
-    """
+    """A model of a shape in SHAPES with normal(0, 0.02) weights, made where it is going to stand;
+    int8, mask: as checkpoint.load_model."""
     model, generator, state = meta_of(name), torch.Generator(device).manual_seed(0), {}
     for key, p in model.named_parameters():
         p = torch.nn.Parameter(torch.zeros_like(p, dtype=dtype, device=device), requires_grad=False)
@@ -223,7 +221,3 @@ def fresh_process(function: Callable, *args):
                    "TRANSFORMERS_VERBOSITY": "error"}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(quietly, function, *args).result()
-
-
-def gb(size: float) -> str:
-    return f"{size / 1e9:.2f}" if size else "-"

@@ -2,12 +2,10 @@
 
     python tests/benchmarks/memory.py [--true llama-2-7b ...] [--memory 24gb 16gb 12gb] [--p 5]
 
-Each stage takes one step on a random model of the shape, with the settings of --memory and a
-micro-batch as full as they allow: a pair of 2 x 1024 tokens after a prompt of 352. On CUDA under a
-cap: 23, 15 or 11 GiB for the cards. Without CUDA it is the same code on a pretended GPU
-(pretend_cuda.py), which meters tensors' bytes: widths, heads and vocabulary are true, but layers,
-which are all alike, are few; their difference, times those left out, is added. What that does not
-see: kernels' own workspaces, and fragments.
+Each stage takes one step on a random model with the settings of --memory and a full micro-batch, on
+CUDA under a cap. Without CUDA it is the same code on a pretended GPU (pretend_cuda.py), which meters
+tensors' bytes, not kernels' workspaces or fragments: widths, heads and vocabulary are true, but
+layers, which are all alike, are few; their difference, times those left out, is added.
 """
 
 import ctypes
@@ -36,7 +34,6 @@ STAGES = {"locate": dpo_objective(0.1), "sft": sft_objective(), "forget": npo_ob
           "improve": dpo_objective(0.1, 0.1), "sample": None}  # "rewrite" is as sft
 RESPONSE, PROMPT = 1024, 352  # a pair has 2400 tokens, as many as a card's micro-batch
 BLOCK = 1 << 26
-FEW = 2, 4  # layers, on a pretended GPU
 
 
 def hollow(count, *_) -> torch.Tensor:
@@ -120,7 +117,8 @@ def main() -> None:
     add("--memory", nargs="+", default=list(CAPS), choices=tuple(CAPS))
     add("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
     add("--p", type=float, default=5.0)
-    add("--few", type=int, nargs="+", default=FEW, help="layers run on a pretended GPU, ascending")
+    add("--few", type=int, nargs="+", default=(2, 4),
+        help="layers run on a pretended GPU, ascending")
     args = parser.parse_args()
     start(args)
     rows, done = [], []
@@ -130,10 +128,9 @@ def main() -> None:
         done.append({"shape": name, "stage": stage, "settings": settings, **(one or {})})
         figures = ["-", "out of memory", "-", "-"]
         if one:
-            guess, peak, reserved = (one[key] / 2**30 for key in
-                                     ("estimate", "peak_bytes", "reserved_bytes"))
-            figures = [f"{guess:.2f}", f"{peak:.2f}", f"{reserved:.2f}" if reserved else "-",
-                       f"{guess / peak - 1:+.1%}"]
+            sizes = [one[key] for key in ("estimate", "peak_bytes", "reserved_bytes")]
+            figures = [f"{size / 2**30:.2f}" if size else "-" for size in sizes]
+            figures.append(f"{sizes[0] / sizes[1] - 1:+.1%}")
             if stage in ("locate", "sample"):  # for which none is printed
                 figures[0] = figures[3] = "-"
         rows.append([f"{name} {card}, {stage}", *figures, CAPS[card]])

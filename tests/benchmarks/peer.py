@@ -1,39 +1,39 @@
-"""DPO with TRL's DPOTrainer, with PEFT's LoRA in it, and with allo_mini: pairs/s, peak bytes.
+"""DPO beside TRL's DPOTrainer, with PEFT's LoRA in it, too: pairs/s, peak bytes; or sampling.
 
     python tests/benchmarks/peer.py --model DIR --pairs FILE.jsonl [--batch 2] [--dtype bf16]
     python tests/benchmarks/peer.py --shape llama-3.2-1b       random weights, the demo's words
+    python tests/benchmarks/peer.py --model DIR --test FILE.jsonl      sampling, by transformers too
 
-TRL is not one of our requirements: `pip install trl peft` beside them for this. All read the same
-rows in the same order as the same tokens, one forward and backward over the whole batch a step,
-reference log-probs computed before the first step, the same length limit, clipping at 1, a tiny
-rate. Each runs in a process of its own, in turns. Ours is the improving stage with a random mask of
---p percent, and once with all weights, so that one sees what the mask itself brings.
-
-With --trl-weights bf16 (what it does with a bf16 checkpoint) TRL's weights, gradients and moments
-are bf16, which cannot take a step of 5e-7; with fp32 it is mixed precision with bf16 autocast. Ours
-always has fp32 masters, gradients and moments of the selected weights. Speed is the median of the
-turns, memory the highest: allocated on CUDA; on a CPU the process's (beside: before the model).
-LoRA has r = 16, alpha = 32, in all linear layers. What a side saves: its tensors' bytes in a file,
-of ours a patch's in the model's dtype if all selected weights change.
+They are not among our requirements: `pip install trl peft` beside them for this. All read the same
+rows in the same order as the same tokens, the whole batch at once, reference log-probs computed
+before the first step, each side in a process of its own, in turns. Ours is the improving stage with
+a random mask of --p percent, and once with all weights, so that one sees what the mask brings; it
+has fp32 masters, gradients and moments. With --trl-weights bf16 TRL's are bf16, which cannot take a
+step of 5e-7; with fp32 it is mixed precision. LoRA has r = 16, alpha = 32, in all linear layers.
+Speed is the median of the turns, memory the highest: allocated on CUDA, on a CPU the process's.
+Saved: the bytes of a side's tensors in a file, of ours a patch's if all selected weights change.
 """
 
 import importlib.metadata
 import random
 import sys
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
+import torch
 from common import (DTYPES, SHAPES, Clock, Policy, Run, UserError, exit_code, finish, fresh_process,
-                    gb, make_parser, parse, peaks, pick_device, random_model, start, train,
-                    train_steps)
+                    make_parser, parse, peaks, pick_device, random_model, start, train, train_steps)
+from torch.nn.utils.rnn import pad_sequence
 
-from allo_mini.checkpoint import find_folder, meta_model, save_model
+from allo_mini.checkpoint import eos_ids, find_folder, load_model, meta_model, save_model
 from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder, Example
-from allo_mini.data.rows import Pair, read_pairs
+from allo_mini.data.rows import Pair, read_pairs, read_tasks
 from allo_mini.data.tokenizer import load_tokenizer
+from allo_mini.generate import sample
 from allo_mini.mask import to_tensors
 from allo_mini.objectives import dpo_objective
 from allo_mini.run.files import write_jsonl
@@ -177,8 +177,8 @@ def show(args) -> None:
         for name, side in sides.items():
             cells = ["out of memory", "", "", "", "", ""]
             if side:
-                cells = [f"{side['pairs_per_s']:.3f}", gb(side["peak_bytes"]),
-                         gb(side["before_model_bytes"]), f"{side['saved_bytes'] / 1e6:.2f}",
+                cells = [f"{side['pairs_per_s']:.3f}", f"{side['peak_bytes'] / 1e9:.2f}",
+                         f"{side['before_model_bytes'] / 1e9:.2f}", f"{side['saved_bytes'] / 1e6:.2f}",
                          " ".join(f"{loss:.5f}" for loss in side["losses"][:3]),
                          " ".join(f"{value:.1f}" for value in side["logps_chosen"][:3])]
                 notes.append(f"batch {batch}: {name}: {side['state']}")
@@ -195,6 +195,55 @@ def show(args) -> None:
     finish(args, header, rows, [*notes, str(versions)], versions=versions, by_batch=by_batch)
 
 
+def ours_sampling(folder, prompts: list, eos: tuple, args) -> tuple[int, float]:
+    """(tokens, seconds) of our sampling."""
+    model = load_model(folder, args.dtype, args.device)
+    began = time.perf_counter()
+    responses = sample(model, prompts, args.n, args.max_new_tokens, 0.7, 0.95, eos,
+                       slots=args.prompts * args.n)
+    seconds = time.perf_counter() - began
+    return sum(len(response) for row in responses for response in row), seconds
+
+
+def theirs_sampling(folder, prompts: list, eos: tuple, args) -> tuple[int, float]:
+    """(tokens, seconds) of transformers' generate, prompts padded on the left."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[args.dtype]).to(args.device)
+    ids = [torch.tensor(prompt, device=args.device) for prompt in prompts]
+    real = [torch.ones_like(prompt) for prompt in ids]
+    ids = pad_sequence(ids, True, eos[0], padding_side="left")
+    real = pad_sequence(real, True, 0, padding_side="left")
+    torch.manual_seed(0)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=real, do_sample=True, temperature=0.7, top_p=0.95,
+                             top_k=0, num_return_sequences=args.n, pad_token_id=eos[0],
+                             max_new_tokens=args.max_new_tokens, eos_token_id=list(eos))
+    seconds, count = time.perf_counter() - began, 0
+    for row in out[:, ids.shape[1]:].tolist():
+        ends = [at for at, token in enumerate(row) if token in eos]
+        count += ends[0] + 1 if ends else len(row)
+    return count, seconds
+
+
+def show_sampling(args) -> None:
+    """Sampling on both sides; tokens count up to and including EOS."""
+    model = load_model(args.model, args.dtype, "meta")
+    tasks = read_tasks([args.test], need_output=False)[:args.prompts]
+    tokenizer = load_tokenizer(Path(args.model), model.config.vocab_size)
+    encoder = Encoder(tokenizer, style_of(args.prompt, tasks), 2048)
+    prompts = [encoder.prompt_ids(task.prompt) for task in tasks]
+    sides = {"allo_mini": ours_sampling, "transformers": theirs_sampling}
+    rates, rows = {}, []
+    for name, side in list(sides.items())[:2 if find_spec("transformers") else 1]:
+        count, seconds = side(args.model, prompts, eos_ids(model, encoder), args)
+        rates[name] = count / seconds
+        rows.append([name, count, f"{seconds:.1f}", f"{rates[name]:.0f}"])
+    ratio = rates["allo_mini"] / rates.get("transformers", float("nan"))
+    finish(args, ["side", "tokens", "seconds", "tokens/s"], rows,
+           [f"allo_mini / transformers: {ratio:.2f}"], tokens_per_s=rates, ratio=ratio)
+
+
 def arguments(argv=None):
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -207,11 +256,15 @@ def arguments(argv=None):
     add("--p", type=float, default=5.0, help="percent of the weights that our side trains")
     add("--state-bits", type=int, default=32, choices=(8, 32))
     add("--checkpointing", action="store_true", help="recompute activations, on both sides")
-    add("--prompt", default="auto", choices=("auto", "none", "chat"))
+    add("--prompt", default="auto", choices=("auto", "none", "chat", "alpaca"))
     add("--max-length", type=int, default=1024)
     add("--steps", type=int, default=12, help="timed steps")
     add("--warm", type=int, default=3, help="steps before the timed ones")
     add("--turns", type=int, default=2)
+    add("--test", help="questions: compare sampling")
+    add("--prompts", type=int, default=32)
+    add("--n", type=int, default=10)
+    add("--max-new-tokens", type=int, default=128)
     args = parser.parse_args(argv)
     args.trl_weights = args.trl_weights or args.dtype
     return args
@@ -219,16 +272,16 @@ def arguments(argv=None):
 
 def main() -> None:
     args = arguments()
-    if not find_spec("trl"):
+    if not args.test and not find_spec("trl"):
         raise UserError("TRL is not installed; for this comparison alone: pip install trl")
-    if [bool(args.model), bool(args.pairs)] != [not args.shape] * 2:
-        raise UserError("expected --model and --pairs, or --shape")
+    if [bool(args.model), bool(args.pairs or args.test)] != [not args.shape] * 2:
+        raise UserError("expected --model, and --pairs or --test; or --shape")
     start(args)
     with tempfile.TemporaryDirectory() as place:
         if args.shape:
             make_world(args, Path(place))
         args.model = str(find_folder(args.model))
-        show(args)
+        show_sampling(args) if args.test else show(args)
 
 
 if __name__ == "__main__":

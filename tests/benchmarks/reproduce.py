@@ -25,18 +25,15 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from common import Selected, UserError, exit_code, parse, train, write_json
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-import eval as evaluation  # noqa: E402
-import train  # noqa: E402
-from allo_mini import UserError  # noqa: E402
-from allo_mini.checkpoint import find_folder, meta_model  # noqa: E402
-from allo_mini.mask import Selected  # noqa: E402
-from allo_mini.run.config import Config, from_file, parse, schedule  # noqa: E402
-from allo_mini.run.files import (append_rows, atomic, load_tensors, read_json,  # noqa: E402
-                                 read_jsonl, remove, write_json, write_text)
-from allo_mini.run.folder import open_run  # noqa: E402
-from allo_mini.run.log import Log, exit_code, say  # noqa: E402
+import eval as evaluation
+from allo_mini.checkpoint import find_folder, meta_model
+from allo_mini.run.config import Config, from_file, schedule
+from allo_mini.run.files import (append_rows, atomic, load_tensors, read_json, read_jsonl, remove,
+                                 write_text)
+from allo_mini.run.folder import open_run
+from allo_mini.run.log import Log, say
 
 TEN = "--method dpo --masked --p 10"
 OWN = "own rates"  # an ablation whose learning rates are tuned, as one more method, and not ALLO's

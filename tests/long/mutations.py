@@ -106,7 +106,6 @@ def fill(place: Path) -> None:
         checkpoint.save_model(checkpoint.load_model(place / "model"), place / "shards")
     for name in ("begun", "done", "half", "scored"):
         shutil.copytree(place / "run", place / name)
-
     with contextlib.redirect_stdout(Watched(io.StringIO(), "^ improve 2/2", press)):
         assert train.main((B + " --out begun").split()[1:]) == 130, "the run that is cut off"
     assert (place / "begun/.improve.state.safetensors").exists()
