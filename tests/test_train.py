@@ -267,7 +267,7 @@ def test_a_run_of_preferences(world, tmp_path, monkeypatch, capsys):
     assert table in said and table.startswith("ALLO and DPO: no difference that 2 rows can show")
     for name, p in ("dpo", 100), ("improve", 5):
         card = (out / name / "README.md").read_text()
-        for text in ("---\nbase_model: model\nlibrary_name: transformers\n", "on pairs.jsonl with",
+        for text in ("---\nbase_model: model\nlibrary_name: transformers\n", "on pairs.jsonl by",
                      table, f"p = {p} % ", "improve 0.001, seed 2023"):
             assert text in card and str(world) not in card
 
