@@ -352,6 +352,8 @@ def baseline(run, method, policy, pairs, negatives):
     name = "more-sft" if method == "sft" and run.cfg.sft else method
     if method == "sft":
         pairs = run.encoded(solutions(run), "training rows")
+        if not run.cfg.masked:
+            return fine_tuned(run, name, policy, pairs)
     if method == "npo":
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":

@@ -357,8 +357,8 @@ def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monk
 
 @pytest.mark.parametrize("more", [
     ["--method", "npo", "rft", "simpo", "--sft"], ["--p-forget", "2", "--p", "7"],
-    ["--locate", "snr", "--no-forget"], ["--masked", "--method", "dpo", "--p", "7"], [],
-    ["--method", "sft"]], ids=str)
+    ["--locate", "snr", "--no-forget"], ["--masked", "--method", "dpo", "sft", "--p", "7"], [],
+    ["--method", "sft", "--p-sft", "9"], ["--method", "sft", "--sft", "--p-sft", "8"]], ids=str)
 def test_the_plan_is_what_is_then_run(world, tmp_path, capsys, more):
     """A line for each training stage: rows, steps, batch, rate, share of the weights."""
     argv = ["--model", f"{world}/model", "--pairs", f"{world}/pairs.jsonl", "--token-weights",

@@ -44,8 +44,10 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
                      settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
                      stopped=stopped, **more)
-    return [[cut(*one) for one in product([prompt], responses)]
-            for prompt, responses in zip(ids, sampled)]
+    texts = []
+    for prompt, responses in zip(ids, sampled):
+        texts.append([cut(prompt, tokens) for tokens in responses])
+    return texts
 
 
 def read_samples(path):

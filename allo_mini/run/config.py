@@ -119,7 +119,6 @@ class Config:
     save_minutes: float = knob(10.0, "between checkpoints inside a stage")
     locate_groups: int = knob(0, "passes of locating, each for a group of tensors (0: as needed)")
 
-
     @property
     def dpo_is_warmup(self):
         """Whether the dpo baseline trains what the warm-up would train again."""

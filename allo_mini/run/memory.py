@@ -14,9 +14,10 @@ from allo_mini.run.log import say, table
 def percent_of(cfg, stage):
     """How many percent of the weights a stage trains."""
     own, forget = cfg.p_sft or 100, cfg.p_forget or cfg.p
-    known = {"sft": own, "rewrite": own, "warmup": 100, "forget": forget, "improve": cfg.p}
+    method = cfg.p if cfg.masked else own  # sft as one of the methods
+    known = {"sft": own if cfg.sft else method, "more-sft": method, "rewrite": own, "warmup": 100,
+             "forget": forget, "improve": cfg.p}
     return known.get(stage, cfg.p if cfg.masked else 100)
-
 
 
 def estimate(run, stage):
@@ -58,7 +59,7 @@ def training_stages(cfg):
             scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
             stages += ["rewrite"] * scored + ["forget"] * cfg.forget + ["improve"]
         else:
-            stages.append(method)
+            stages.append("more-sft" if method == "sft" and cfg.sft else method)
     return list(dict.fromkeys(stages))
 
 
@@ -69,7 +70,7 @@ def show_plan(run):
         asked = len(run.questions[:cfg.sample_questions or None])
         say(f"samples {cfg.n} responses to each of {asked} questions first")
     for stage in training_stages(cfg):
-        rows = len(run.tasks if stage == "sft" and run.tasks else run.pairs)  # 0: to be sampled
+        rows = len(run.tasks if "sft" in stage and run.tasks else run.pairs)  # 0: to be sampled
         plan = schedule(cfg, stage, run.parameters, rows or 10**9)
         steps = -(-round(rows * plan.epochs) // plan.batch)
         steps = min(steps, cfg.max_steps or steps)
