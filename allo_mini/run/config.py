@@ -179,7 +179,7 @@ def make_parser() -> Parser:
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py [--model FOLDER (--pairs FILE | --train FILE)] [flags]",
         description="ALLO: align a language model by training few weights on few tokens.\n\n"
-                    "  python train.py                                   the demo, two minutes\n"
+                    "  python train.py                                   the demo, a minute or two\n"
                     "  python train.py --model M --pairs prefs.jsonl --memory 24gb\n"
                     "  python train.py --model M --train gsm8k_train.jsonl --sft")
     parser.add_argument("--config", metavar="FILE", help="settings as JSON, also those without "
