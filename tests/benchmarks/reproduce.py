@@ -44,7 +44,8 @@ CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights unifor
            "snr location": "--locate snr", f"no forgetting, {OWN}": "--no-forget",
            f"gradient location, {OWN}": "--locate gradient", f"all weights, {OWN}": "--p 100"}
 PARTS = {  # part -> cell -> flags
-    "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo"},
+    "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo",
+                "masked DPO": "--method dpo --masked"},
     "empirical": {"DPO, top 10 %": TEN, "DPO, last 10 %": TEN,
                   "DPO, random 10 %": f"{TEN} --locate random"},
     "ablations": {f"ALLO, {name}": f"--method allo {flags}" for name, flags in CHANGES.items()}}
@@ -59,7 +60,8 @@ def middle(cell: str, study) -> float:
     name = "ALLO" if cell.startswith("ALLO") else cell
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return DEMO_RATES.get(name, 8e-5 if "%" in cell else 4e-5)
-    stage = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve"}.get(name, "dpo")
+    stages = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve", "masked DPO": "improve"}
+    stage = stages.get(name, "dpo")
     model = meta_model(find_folder(study.model))
     rate = schedule(Config(), stage, sum(p.numel() for p in model.parameters()), 1000).lr
     return rate * (2 if "%" in cell else 1)
@@ -132,8 +134,9 @@ class Study:
             files["mask.safetensors"] = self.moved_mask(seed, last="last" in cell)
         if "allo" in flags:
             files["token_weights.jsonl"] = folder / "token_weights.jsonl"
-            if "--p" not in flags and "--locate" not in flags:
-                files["mask.safetensors"] = folder / "mask.safetensors"
+        masked = "allo" in flags or "--masked" in flags
+        if masked and "--p" not in flags and "--locate" not in flags:
+            files["mask.safetensors"] = folder / "mask.safetensors"
         return {name: file for name, file in files.items() if file.exists()}
 
     def cell(self, part: str, cell: str, seed: int, flags: list[str]) -> dict:
