@@ -53,25 +53,45 @@ def dense_rows(weight, dtype):
         yield rows, dense
 
 
-class MaskedLinear(torch.autograd.Function):
-    """y = x W^T: x [N,I], W [O,I] -> [N,O]. `handle`: an int8 W's in autograd's graph."""
+class Keep(torch.autograd.Function):
+    """x [N,I] as it is, kept for dW; `handle`: an int8 W's in autograd's graph.
+
+    It stands apart from the product, which keeps nothing: when activations are made again in
+    backward, that ends before a block's last product. `later`: where the product's backward, which
+    comes just before, leaves dy [N,O].
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, handle):
-        ctx.weight = weight
-        ctx.save_for_backward(x if hasattr(weight, "slot") else None)  # dx alone does not need x
+    def forward(ctx, x, weight, handle, later):
+        ctx.slot, ctx.later = weight.slot, later
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        x, = ctx.saved_tensors
+        dy = ctx.later.pop()
+        ctx.slot.add(lambda rows: dy[:, rows].T @ x)
+        return dx, None, None, None
+
+
+class Product(torch.autograd.Function):
+    """y = x W^T: x [N,I], W [O,I] -> [N,O]. later: see Keep."""
+
+    @staticmethod
+    def forward(ctx, x, weight, later):
+        ctx.weight, ctx.later = weight, later
         columns = [x @ dense.T for _, dense in dense_rows(weight, x.dtype)]
         return torch.cat(columns, 1) if columns[1:] else columns[0]
 
     @staticmethod
     def backward(ctx, dy):
-        x, = ctx.saved_tensors
-        if x is not None:
-            ctx.weight.slot.add(lambda rows: dy[:, rows].T @ x)
+        if ctx.later is not None:
+            ctx.later.append(dy)
         dx = None
         for rows, dense in dense_rows(ctx.weight, dy.dtype):
-            product = dy[:, rows] @ dense
-            dx = product if dx is None else dx.float().add_(product)
+            part = dy[:, rows] @ dense
+            dx = part if dx is None else dx.float().add_(part)
         return dx.to(dy.dtype), None, None
 
 
@@ -80,8 +100,11 @@ def linear(x, weight, bias=None):
     slot = getattr(weight, "slot", None)
     if slot is None and weight.is_floating_point():
         return F.linear(x, weight, bias)
-    y = MaskedLinear.apply(x.flatten(0, -2), weight, slot and slot.handle)
-    y = y.unflatten(0, x.shape[:-1])
+    flat, later = x.flatten(0, -2), None
+    if slot:
+        later = []
+        flat = Keep.apply(flat, weight, slot.handle, later)
+    y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
 

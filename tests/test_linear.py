@@ -109,6 +109,25 @@ def test_backward_of_a_matrix_makes_no_tensor_of_its_size(monkeypatch, int8):
         assert seen.bytes == 4 * rows * 32 and (weight.grad is None)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute, products", [(False, 9), (True, 10)])
+def test_recomputation_leaves_out_a_blocks_last_product(recompute, products):
+    """Of up, down and the head: y, dx and dW; again up's y alone."""
+    ours, _, mask = twins("many")
+    FlatGradient(ours.items(), mask)
+    with Products() as seen:
+        loss_of(ours, 0, linear, recompute).backward()
+    assert seen.count == products
+
+
 @pytest.mark.parametrize("width", [8, 96, 256, 520, 768])
 def test_int8_is_the_rows_quantised_with_the_selected_entries_exact(chunks, width):
     generator = torch.Generator().manual_seed(width)
