@@ -6,10 +6,15 @@ A prompt is read once and its keys and values are copied to its samples' slots. 
 leaves at once: the last running one moves into its slot, and when enough slots are free the next
 samples begin. Every sample draws from its own random stream, seeded by (seed, row, k), so company
 does not change what it says.
+
+Slots are as long as the samples are now, not as they may get, so memory holds more of them. When
+the samples outgrow their slots, all slots get longer; where memory does not hold that, the samples
+that are too long wait until the others are done, and are read again in fewer and longer slots.
 """
 
 import hashlib
 from collections import namedtuple
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -20,42 +25,103 @@ from allo_mini.logprobs import pack, size_of
 from allo_mini.run.device import free_memory
 
 PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes bounded memory
+AHEAD = 64  # tokens that a sample can add to its slot before slots must get longer
 
 # Its prompt's number and ids, its random stream (as long as it may get), its tokens so far
 Sample = namedtuple("Sample", "number prompt u tokens")
 
 
-class Cache:
-    """Keys and values of all running samples: of each layer [2, slots, g, room, d].
+def length(s):
+    """Tokens of a sample so far, its prompt's included."""
+    return len(s.prompt) + len(s.tokens)
 
-    At most `slots`, and no more than 60 % of the free memory holds, at full length.
+
+def wanted(s):
+    """Tokens that the slot of a sample should hold for now."""
+    return len(s.prompt) + min(len(s.tokens) + AHEAD, len(s.u))
+
+
+class Cache:
+    """The running samples; their keys and values, of each layer [2, slots, g, room, d].
+
+    room: tokens a slot holds. There are at most `slots` slots, and no more than fit in 60 % of the
+    free memory; on a card, where nothing else wants it, in 80 %.
     """
 
     def __init__(self, model, samples, slots):
-        self.longest = max(len(s.prompt) + len(s.u) for s in samples)
         c = model.config
         weight = model.model.embed_tokens.weight  # never int8
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
-        fit = int(0.6 * free_memory(weight.device) / (self.longest * token))
-        self.slots = max(1, min(slots, len(samples), fit))
-        room = min(max(len(s.prompt) for s in samples) + 64, self.longest)
-        shape = 2, self.slots, c.num_key_value_heads, room, c.head_dim
-        self.stores = [weight.new_zeros(shape) for _ in model.model.layers]
+        share = 0.8 if weight.is_cuda else 0.6
+        self.tokens = int(share * free_memory(weight.device) / token)  # in all slots together
+        self.most = min(slots, len(samples))
+        self.longest = max(len(s.prompt) + len(s.u) for s in samples)
+        self.running = []  # the sample in each slot
+        empty = weight.new_zeros(2, 0, c.num_key_value_heads, 0, c.head_dim)
+        self.stores = [empty for _ in model.model.layers]
+        self.resize(max(map(wanted, samples)))
 
-    def read_prompts(self, model, waiting, slot):
-        """The first of `waiting` get the slots from `slot` on -> they, hidden [n,H] to go on from.
+    def slots_of(self, room):
+        """How many slots of so many tokens there can be."""
+        return max(1, min(self.most, self.tokens // room))
 
-        As many as have PREFILL prompt tokens at most, one at least. A prompt they share is read
+    def resize(self, room):
+        """Make slots longer, and as many as memory holds then."""
+        self.room = min(room, self.longest)
+        self.slots = self.slots_of(self.room)
+        used = len(self.running)
+        for i, old in enumerate(self.stores):
+            new = old.new_zeros(2, self.slots, old.shape[2], self.room, old.shape[4])
+            new[:, :used, :, :old.shape[3]] = old[:, :used]
+            self.stores[i] = new
+
+    def leave(self, i):
+        """Running sample i leaves; the last one moves into its slot."""
+        last = self.running.pop()
+        if i < len(self.running):
+            self.running[i] = last
+            for store in self.stores:
+                store[:, i] = store[:, len(self.running)]
+
+    def make_room(self, waiting):
+        """Longer slots where a sample has outgrown its own; if memory has none, it joins `waiting`.
+
+        With no sample running, slots fit the first that waits.
+        """
+        more = self.room + self.room // 2  # by half: copying stays rare
+        if max(map(length, self.running), default=0) > self.room:
+            if self.slots_of(min(more, self.longest)) >= len(self.running):
+                self.resize(more)
+            for i in reversed(range(len(self.running))):
+                if length(self.running[i]) > self.room:
+                    waiting.append(self.running[i])
+                    self.leave(i)
+        if not self.running and wanted(waiting[0]) > self.room:
+            self.resize(max(more, wanted(waiting[0])))
+
+    def admit(self, waiting):
+        """Those of `waiting`, from the first on, that are to begin now: reading is cheap in bulk."""
+        free = self.slots - len(self.running)
+        if free * 8 < self.slots:
+            return []
+        return list(takewhile(lambda s: wanted(s) <= self.room, waiting[:free]))
+
+    def read_prompts(self, model, fresh):
+        """Prompts, and what was sampled before a sample had to wait -> hidden [n,H] of the first n.
+
+        As many begin as have PREFILL tokens at most, one at least. A prompt they share is read
         once, and its keys and values are copied to the slots of all.
         """
-        examples = {}  # a prompt's number -> its ids, the tokens (none yet) of each of its samples
-        for s in waiting:
-            examples.setdefault(s.number, (s.prompt, []))[1].append(s.tokens)
+        examples = {}  # what is read -> its ids, and an empty response for each sample
+        for s in fresh:
+            key = id(s) if s.tokens else s.number
+            examples.setdefault(key, (s.prompt + s.tokens, []))[1].append([])
         while len(examples) > 1 and sum(map(size_of, examples.values())) > PREFILL:
             examples.popitem()
         batch = pack(examples.values(), model.head_weight.device)
         sizes = [size for size, _ in batch.trees]
         alone = TreeAttention([(size, (0,)) for size in sizes])
+        slot = len(self.running)
 
         def attend(q, k, v, layer):
             at = slot
@@ -67,25 +133,21 @@ class Cache:
             return alone(q, k, v, layer)
 
         hidden = model(batch.input_ids, batch.positions, attend)  # [N,H]
-        return waiting[:len(batch.lengths)], hidden[batch.predictors]
+        self.running += fresh[:len(batch.lengths)]
+        return hidden[batch.predictors]
 
-    def read_tokens(self, model, running):
+    def read_tokens(self, model):
         """Put the newest token of every running sample into the cache -> hidden [A,H]."""
         device = model.head_weight.device
-        lengths = [len(s.prompt) + len(s.tokens) - 1 for s in running]
-        newest = [s.tokens[-1] for s in running]
-        newest, self.lengths = torch.tensor([newest, lengths], device=device)
-        self.rows = torch.arange(len(running), device=device)
-        self.used = max(lengths) + 1
-        room = self.stores[0].shape[3]
-        if self.used > room:
-            more = min(room // 2, self.longest - room)  # by half: copying stays rare
-            for i, store in enumerate(self.stores):
-                self.stores[i] = F.pad(store, (0, 0, 0, more))
-        hidden = torch.arange(self.used, device=device) > self.lengths[:, None, None, None]
+        places = [length(s) - 1 for s in self.running]
+        newest = [s.tokens[-1] for s in self.running]
+        newest, self.places = torch.tensor([newest, places], device=device)
+        self.rows = torch.arange(len(places), device=device)
+        self.used = max(places) + 1
+        hidden = torch.arange(self.used, device=device) > self.places[:, None, None, None]
         zeros = self.stores[0].new_zeros(hidden.shape)
         self.bias = zeros.masked_fill_(hidden, -torch.inf)  # [A,1,1,used], for all layers
-        return model(newest, self.lengths, self)
+        return model(newest, self.places, self)
 
     def __call__(self, q, k, v, layer):
         """q [A,h,d], k and v [A,g,d] of the A running samples' newest token -> [A,h,d].
@@ -93,7 +155,7 @@ class Cache:
         The h/g query heads that share a key head are laid out as its queries: no key is repeated.
         """
         store = self.stores[layer]
-        store[:, self.rows, :, self.lengths] = torch.stack((k, v), 1)
+        store[:, self.rows, :, self.places] = torch.stack((k, v), 1)
         keys, values = store[:, :len(q), :, :self.used]
         q = q.unflatten(1, (k.shape[1], -1))  # [A,g,h/g,d]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.bias).flatten(1, 2)
@@ -140,8 +202,7 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
     """
     if not prompts:
         return []
-    waiting, running = [], []
-    responses = [[] for _ in prompts]
+    waiting, responses = [], [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
         most = max(1, min(max_new_tokens, max_length - len(prompt)))
         for k in range(n):
@@ -149,14 +210,16 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
             waiting.append(Sample(i, prompt, u, []))
             responses[i].append(waiting[-1].tokens)
     cache = Cache(model, waiting, slots)
+    running = cache.running
     while waiting or running:
-        free = cache.slots - len(running)
-        if waiting and free * 8 >= cache.slots:  # reading is cheap in bulk
-            fresh, hidden = cache.read_prompts(model, waiting[:free], len(running))
-            running += fresh
+        cache.make_room(waiting)
+        fresh, before = cache.admit(waiting), len(running)
+        if fresh:
+            hidden = cache.read_prompts(model, fresh)
+            fresh = running[before:]
             del waiting[:len(fresh)]
         else:
-            fresh, hidden = running, cache.read_tokens(model, running)
+            fresh, hidden = running, cache.read_tokens(model)
         u = torch.stack([s.u[len(s.tokens)] for s in fresh]).to(hidden.device)
         tokens = pick(linear(hidden, model.head_weight), temperature, top_p, u).tolist()
         for s, token in zip(fresh, tokens):
@@ -165,10 +228,7 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
             s = running[i]
             if len(s.tokens) == len(s.u) or s.tokens[-1] in eos_ids or stopped(s.tokens):
                 on_done(s.number, s.tokens)
-                running[i] = running[-1]  # the last one moves into the gap
-                running.pop()
-                for store in cache.stores:
-                    store[:, i] = store[:, len(running)]
+                cache.leave(i)
     return responses
 
 

@@ -241,6 +241,25 @@ def test_the_cache_grows_past_its_first_size(monkeypatch, most, new):
         assert caches[-1].slots == caches[-1].stores[0].shape[1] == slots
 
 
+@pytest.mark.parametrize("tokens", [1, 200, 700])
+def test_samples_that_memory_does_not_hold_wait_and_are_read_again(monkeypatch, tokens):
+    """What they say stays the same, and no more than so many tokens are ever held."""
+    model, most = tiny_model(trainable=False), []
+    given = model, [random_ids(n, n) for n in (4, 30, 11)], 3, 150, 1.0, 1.0, {3, 50}
+    expected = sample(*given)
+    resize = generate_module.Cache.resize
+
+    def resized(cache, room):
+        if not cache.running:
+            cache.tokens = tokens
+        resize(cache, room)
+        most.append((cache.slots, cache.room))
+    monkeypatch.setattr(generate_module.Cache, "resize", resized)
+    assert sample(*given) == expected
+    assert all(slots * room <= max(tokens, room) for slots, room in most)
+    assert len(most) == 3 and most[0][0] == max(1, tokens // 94) >= most[-1][0]
+
+
 def test_sampling_does_not_depend_on_slots_company_or_order():
     model = fixture_model("llama_gqa_tied")
 

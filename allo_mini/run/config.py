@@ -31,7 +31,7 @@ LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 240
 CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
     "24gb": LEAN,
     "16gb": LEAN | {"int8": True, "p_sft": 10.0},
-    "12gb": LEAN | {"int8": True, "p_sft": 5.0, "sample_batch": 16}}
+    "12gb": LEAN | {"int8": True, "p_sft": 5.0}}
 GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
           "memory": "memory"}  # first field -> title in --help
 FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int, "metavar": "N"},

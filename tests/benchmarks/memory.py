@@ -77,7 +77,7 @@ def slots_of(run) -> int:
     """How many samples generate.py's Cache runs at once under the cap."""
     c, free = run.config, CAPS[run.cfg.memory] * 2**30 - memory.estimate(run, "improve")["weights"]
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return min(run.cfg.sample_batch, int(0.6 * free / token / (RESPONSE + 8)))
+    return min(run.cfg.sample_batch, int(0.8 * free / token / (RESPONSE + 8)))
 
 
 def work(run, stage: str, slots: int) -> None:
