@@ -431,7 +431,10 @@ def test_the_verdict_is_on_the_last_two_models(first, last, sentence):
         evals[name] = graded(pattern)
         margins[name] = [{"margin": 4.0 + 2 * int(x), "correct": True} for x in pattern]
     assert all(report.verdict(rows).startswith(sentence) for rows in (evals, margins))
-    assert report.verdict({"A": []}) == report.verdict({}) == ""
+    del margins["A"], evals["A"], evals["B"]
+    moved = f"B moved towards the chosen response on {last.count('1'):,} of {len(last):,} rows"
+    assert report.verdict(margins) == moved + ", as chance could" * (len(last) > 200) + "."
+    assert report.verdict(evals) == report.verdict({"A": []}) == report.verdict({}) == ""
 
 
 def test_what_is_not_there_is_left_out(folder):

@@ -144,6 +144,7 @@ def test_the_curves_go_to_tensorboard(tmp_path, monkeypatch):
     Path("runs/prefs/metrics.jsonl").write_text(lines(*rows))
     board = Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(torch.utils, "tensorboard", board, raising=False)
     exec(code, {})
     assert {call.args for call in board.SummaryWriter().add_scalar.call_args_list} == {
         ("dpo/loss", 0.7, 1), ("dpo/seconds", 1.5, None), ("test DPO/mem/peak_gb", 0.4, None)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from jinja2 import Template
 
-from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row
+from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row, wilson
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
@@ -46,28 +46,27 @@ p = {p:g} % of the weights, peak rates {rates}, seed {seed}.
 """
 
 
-def compare(evals):
-    """(later model, earlier model, their paired test) for every two models; see `bootstrap`.
+def right_of(evals):
+    """{model: whether each of its answers is right}; of a preference whether the margin is above
+    that of the first model, which is left out."""
+    start, *others = evals or [""]
+    if not others or "margin" not in evals[start][0]:
+        return {name: [row["correct"] for row in rows] for name, rows in evals.items()}
+    before = [row["margin"] for row in evals[start]]
+    return {name: [row["margin"] > old for row, old in zip(evals[name], before)] for name in others}
 
-    Right is an answer that is; of a preference one whose margin is above the first model's, with
-    which nothing is compared then.
-    """
-    right = {}
-    first = next(iter(evals.values()), [])
-    for name, rows in evals.items():
-        right[name] = [row["correct"] for row in rows]
-        if first and "margin" in first[0]:
-            right[name] = [row["margin"] > start["margin"] for row, start in zip(rows, first)]
-    if first and "margin" in first[0]:
-        right.pop(next(iter(evals)))
+
+def compare(evals):
+    """(later model, earlier model, their paired test) for every two models; see `bootstrap`."""
+    right = right_of(evals)
     return [(b, a, bootstrap(right[b], right[a])) for a, b in combinations(right, 2)]
 
 
 def verdict(evals):
-    """The last model beside the one before it, in a sentence; "" where there are no two."""
+    """The last model beside the one before it, in a sentence; "" where nothing can be said."""
     compared = compare(evals)
     if not compared:
-        return ""
+        return verdict_on_one(evals)
     later, earlier, (difference, _, _, p) = compared[-1]
     rows = len(evals[later])
     if p > 0.05:
@@ -75,6 +74,17 @@ def verdict(evals):
     side = "above" if difference > 0 else "below"
     points = abs(100 * difference)
     return f"{later} is {points:.1f} points {side} {earlier} on {rows:,} rows (p = {p:.2g})."
+
+
+def verdict_on_one(evals):
+    """Of preferences, one method: how often it moved towards the chosen response."""
+    if len(evals) < 2:
+        return ""
+    [(name, right)] = right_of(evals).items()
+    better, rows = sum(right), len(right)
+    low, high = wilson(better, rows)
+    chance = ", as chance could" if low < 0.5 < high else ""
+    return f"{name} moved towards the chosen response on {better:,} of {rows:,} rows{chance}."
 
 
 def differing(evals):
