@@ -341,14 +341,18 @@ def allo(run, policy, pairs, negatives):
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)
     if improve_mask:
-        run.stage("patch", "patch.safetensors",
-                  lambda target: save_patch(policy.folder, improved.folder, target))
+        patch(run, policy, improved, "patch.safetensors")
     return improved
+
+
+def patch(run, policy, tuned, artefact):
+    """What of `policy` changed, a twelfth of the model at p = 5 %, for patch.py to put on again."""
+    run.stage("patch", artefact, lambda target: save_patch(policy.folder, tuned.folder, target))
 
 
 def baseline(run, method, policy, pairs, negatives):
     """One of the methods that ALLO is compared with, from the same policy and samples."""
-    mask = locate(run, policy, pairs)[1] if run.cfg.masked else None
+    mask = locate(run, policy, pairs)[1] if run.cfg.masks(method) else None
     name = "more-sft" if method == "sft" and run.cfg.sft else method
     if method == "sft":
         pairs = run.encoded(solutions(run), "training rows")
@@ -358,7 +362,10 @@ def baseline(run, method, policy, pairs, negatives):
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
         pairs = functools.cache(lambda: run.encode(right_samples(run), "right samples"))
-    return trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
+    tuned = trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
+    if mask:
+        patch(run, policy, tuned, f"patch-{name}.safetensors")
+    return tuned
 
 
 def right_samples(run):

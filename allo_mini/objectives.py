@@ -162,4 +162,5 @@ BASELINES = {  # method -> its name in the table, its objective
     "ipo": ("IPO", ipo_objective),
     "bco": ("BCO", bco_objective),
     "simpo": ("SimPO", simpo_objective),
-    "npo": ("NPO", sequence_npo_objective)}
+    "npo": ("NPO", sequence_npo_objective),
+    "masked-dpo": ("masked DPO", lambda cfg: dpo_objective(cfg.beta))}  # of located weights

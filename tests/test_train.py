@@ -157,12 +157,22 @@ def test_every_method(world, tmp_path, capsys):
     losses = first_losses(capsys.readouterr().out)
     assert 0.6 < losses.pop("rdpo") < 0.8
     assert losses == pytest.approx({"dpo": LN2, "ipo": 25, "bco": 2 * LN2, "npo": LN2,
-                                    "forget": LN2, "improve": LN2}, rel=1e-5)
+                                    "masked-dpo": LN2, "forget": LN2, "improve": LN2}, rel=1e-5)
     start = weights_of(out / "sft")
     for name in ("more-sft", *METHODS[1:-1], "improve"):
         assert not equal(start, weights_of(out / name)), name
     assert set(json.loads((out / "results.json").read_text())["models"]) == {
-        "SFT", "+SFT", "RFT", "DPO", "R-DPO", "IPO", "BCO", "SimPO", "NPO", "ALLO"}
+        "SFT", "+SFT", "RFT", "DPO", "R-DPO", "IPO", "BCO", "SimPO", "NPO", "masked DPO",
+        "ALLO"}
+
+
+def test_masked_dpo_alone_trains_once(world, tmp_path, capsys):
+    """On weights that snr finds: no warm-up, no rewriting model, no forgetting."""
+    out = run(world, tmp_path / "run", *ALLO, "--method", "masked-dpo")
+    assert re.findall(r"(?m)^(\S+): \d+ rows, ", capsys.readouterr().out) == ["masked-dpo"]
+    start, end = weights_of(world / "model"), weights_of(out / "masked-dpo")
+    assert only_inside(dense_mask(out), start, end) and not equal(start, end)
+    assert (out / "patch-masked-dpo.safetensors").exists()
 
 
 @pytest.mark.parametrize("mode", ["random", "gradient", "snr"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
 
-METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "allo")
+METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "masked-dpo", "allo")
 
 
 # How a stage trains. lr: peak learning rate of a 7B model; batch: rows of a step at most;
@@ -22,7 +22,7 @@ SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others
     "warmup": Schedule(1e-6, 32, 1, 0.1), "dpo": Schedule(1e-6, 32, 1, 0.1),
     "forget": Schedule(5e-7, 128, 1, 0.03), "improve": Schedule(5e-6, 128, 1, 0.1)}
 SHARED = {"rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo",
-          "simpo": "dpo", "npo": "dpo"}  # stage -> whose schedule and rate it has
+          "simpo": "dpo", "npo": "dpo", "masked-dpo": "improve"}  # stage -> whose schedule and rate it has
 
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
@@ -118,6 +118,10 @@ class Config:
     weight_decay: float = knob(0.0, "of the selected weights")
     save_minutes: float = knob(10.0, "between checkpoints inside a stage")
     locate_groups: int = knob(0, "passes of locating, each for a group of tensors (0: as needed)")
+
+    def masks(self, method):
+        """Whether a method trains the located weights alone."""
+        return self.masked or method in ("masked-dpo", "allo")
 
     @property
     def dpo_is_warmup(self):
@@ -240,6 +244,8 @@ def parse(argv: list[str]) -> Config:
     path = given.pop("config")
     check(given)
     values = (from_file(path) if path else {}) | given
+    if values.get("method") == ["masked-dpo"]:  # the cheapest: no warm-up
+        values = {"locate": "snr"} | values
     own = any(values.get(key) for key in ("model", "train", "pairs"))
     cfg = Config(**({} if own else DEMO) | CARDS.get(values.get("memory"), {}) | values)
     if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:

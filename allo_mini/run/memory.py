@@ -17,7 +17,7 @@ def percent_of(cfg, stage):
     method = cfg.p if cfg.masked else own  # sft as one of the methods
     known = {"sft": own if cfg.sft else method, "more-sft": method, "rewrite": own, "warmup": 100,
              "forget": forget, "improve": cfg.p}
-    return known.get(stage, cfg.p if cfg.masked else 100)
+    return known.get(stage, cfg.p if cfg.masks(stage) else 100)
 
 
 def estimate(run, stage):
@@ -53,7 +53,7 @@ def training_stages(cfg):
     stages = ["sft"] * cfg.sft
     for method in cfg.method:
         moved = cfg.p < 100 and cfg.locate == "movement" and not cfg.dpo_is_warmup
-        if moved and (method == "allo" or cfg.masked):
+        if moved and cfg.masks(method):
             stages.append("warmup")
         if method == "allo":
             scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")

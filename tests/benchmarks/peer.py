@@ -103,11 +103,27 @@ def ours(args, pairs: list, batch: int, percent: float) -> dict:
                    f"gradient, {args.state_bits}-bit moments, of {len(optimizer.master):,} weights")
 
 
+def dpo_trainer(model, rows: list[dict], place, dtype, weights, lora: bool, batch: int, **more):
+    """TRL's DPOTrainer over rows {prompt, chosen, rejected}; more: DPOConfig's other settings."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    adapter = None
+    if lora:
+        from peft import LoraConfig
+        adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear",
+                             task_type="CAUSAL_LM")
+    config = DPOConfig(
+        output_dir=str(place), per_device_train_batch_size=batch, beta=BETA, max_grad_norm=1.0,
+        precompute_ref_log_probs=True, bf16=dtype == "bf16", report_to="none", save_strategy="no",
+        disable_tqdm=True,
+        model_init_kwargs={"dtype": str(DTYPES[weights]).removeprefix("torch.")}, **more)
+    return DPOTrainer(model=str(model), args=config, train_dataset=Dataset.from_list(rows),
+                      peft_config=adapter)
+
+
 def trl(args, pairs: list, batch: int, lora=False) -> dict:
     """DPOTrainer over the pairs, in the order in which our loop takes them."""
     import transformers
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
     clock = Clock(args.device)
 
     class Stamp(transformers.TrainerCallback):
@@ -118,21 +134,12 @@ def trl(args, pairs: list, batch: int, lora=False) -> dict:
             for step in train.steps_of(pairs, batch, 1, SEED) for pair, _ in step]
     before = peaks(args.device)["peak_bytes"]
     with tempfile.TemporaryDirectory() as place:
-        config = DPOConfig(
-            output_dir=place, per_device_train_batch_size=batch, max_steps=len(pairs) // batch,
-            learning_rate=LR, beta=BETA, max_length=args.max_length, seed=SEED, max_grad_norm=1.0,
-            precompute_ref_log_probs=True, train_sampling_strategy="sequential",
-            bf16=args.dtype == "bf16", gradient_checkpointing=args.checkpointing,
-            use_cpu=args.device == "cpu", logging_steps=1, report_to="none", save_strategy="no",
-            disable_tqdm=True,
-            model_init_kwargs={"dtype": str(DTYPES[args.trl_weights]).removeprefix("torch.")})
-        adapter = None
-        if lora:
-            from peft import LoraConfig
-            adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear",
-                                 task_type="CAUSAL_LM")
-        trainer = DPOTrainer(model=args.model, args=config, callbacks=[Stamp()],
-                             train_dataset=Dataset.from_list(rows), peft_config=adapter)
+        trainer = dpo_trainer(
+            args.model, rows, place, args.dtype, args.trl_weights, lora, batch,
+            max_steps=len(pairs) // batch, learning_rate=LR, seed=SEED, max_length=args.max_length,
+            train_sampling_strategy="sequential", gradient_checkpointing=args.checkpointing,
+            use_cpu=args.device == "cpu", logging_steps=1)
+        trainer.add_callback(Stamp())
         trainer.train()
         trainer.save_model(f"{place}/saved")
         saved = sum(path.stat().st_size for path in Path(place).glob("saved/*.safetensors"))
@@ -141,7 +148,7 @@ def trl(args, pairs: list, batch: int, lora=False) -> dict:
                for value in state.values() if value.dim()}
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     return figures(args, batch, clock, before, saved, f"{trained[0].dtype} weights and gradient of "
-                   f"{sum(p.numel() for p in trained):,} weights; {config.optim}, moments "
+                   f"{sum(p.numel() for p in trained):,} weights; {trainer.args.optim}, moments "
                    f"{', '.join(sorted(moments))}")
 
 

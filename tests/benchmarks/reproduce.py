@@ -26,6 +26,7 @@ from statistics import mean, stdev
 
 import torch
 from common import Selected, UserError, exit_code, parse, train, write_json
+from peer import dpo_trainer
 
 import eval as evaluation
 from allo_mini.checkpoint import find_folder, meta_model
@@ -37,6 +38,7 @@ from allo_mini.run.log import Log, say
 
 TEN = "--method dpo --masked --p 10"
 OWN = "own rates"  # an ablation whose learning rates are tuned, as one more method, and not ALLO's
+LORA = "LoRA-DPO"  # TRL's and PEFT's (peer.py), the only cell that this project does not train
 METHODS = {title: f"--method {name}" for name, (title, _) in train.BASELINES.items()}
 CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights uniform",
            "edit weights": "--token-weights edit", "no forgetting": "--no-forget",
@@ -45,7 +47,7 @@ CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights unifor
            f"gradient location, {OWN}": "--locate gradient", f"all weights, {OWN}": "--p 100"}
 PARTS = {  # part -> cell -> flags
     "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo",
-                "masked DPO": "--method dpo --masked"},
+                "masked DPO": "--method dpo --masked", LORA: "--method dpo"},
     "empirical": {"DPO, top 10 %": TEN, "DPO, last 10 %": TEN,
                   "DPO, random 10 %": f"{TEN} --locate random"},
     "ablations": {f"ALLO, {name}": f"--method allo {flags}" for name, flags in CHANGES.items()}}
@@ -57,6 +59,8 @@ MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a stage's steps
 
 def middle(cell: str, study) -> float:
     """The learning rate that --factors multiply: of improving in ALLO, see `setting`."""
+    if cell == LORA:
+        return 2e-4
     name = "ALLO" if cell.startswith("ALLO") else cell
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return DEMO_RATES.get(name, 8e-5 if "%" in cell else 4e-5)
@@ -151,14 +155,16 @@ class Study:
                 with atomic(out / name) as temporary:
                     shutil.copyfile(file, temporary)
         argv = self.argv(out, seed, part == "tune", [*CELLS[cell].split(), *flags])
-        if train.main(argv):
+        if cell == LORA:
+            self.train_lora(seed, parse(argv))
+        elif train.main(argv):
             raise SystemExit(1)
         bits = "".join("01"[item["correct"]] for item in self.graded(cell, out))
         row = {"part": part, "cell": cell, "seed": seed, "setting": flags, "n": len(bits),
                "correct": f"{int('1' + bits, 2):x}", "accuracy": bits.count("1") / len(bits),
                "seconds": round(time.monotonic() - began), "date": str(date.today()),
-               "curve": [] if part == "tune" else curve(out), "torch": torch.__version__,
-               "python": platform.python_version(),
+               "curve": [] if part == "tune" or cell == LORA else curve(out),
+               "torch": torch.__version__, "python": platform.python_version(),
                "device": str(read_json(out / "config.json")["machine"])}
         self.done.append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +174,27 @@ class Study:
                 remove(path)
         say(f"\n=== {part}, seed {seed}, {cell} {' '.join(flags)}: {100 * row['accuracy']:.1f} %\n")
         return row
+
+    def train_lora(self, seed: int, cfg) -> None:
+        """The run folder cfg.out with a merged model, trained on the pairs that all cells have."""
+        run, out = self.base(seed)[0], Path(cfg.out)
+        frame, answer, rows = run.encoder.frame, run.encoder.answer, []
+        for pair in train.preferences(run)[0]:
+            framed = frame(pair.prompt)
+            sides = {side: answer(pair.prompt, framed, getattr(pair, side))
+                     for side in ("chosen", "rejected")}
+            rows.append({"prompt": framed, **sides})
+        plan = schedule(cfg, "dpo", run.parameters, len(rows))
+        trainer = dpo_trainer(run.base.folder, rows, out / "trl", cfg.dtype, cfg.dtype, True,
+                              plan.batch, learning_rate=plan.lr, warmup_ratio=plan.warmup,
+                              lr_scheduler_type="cosine", num_train_epochs=plan.epochs,
+                              seed=cfg.seed, max_length=cfg.max_length, use_cpu=True)
+        trainer.train()
+        trainer.model.merge_and_unload().save_pretrained(out / "lora")
+        trainer.processing_class.save_pretrained(out / "lora")
+        machine = read_json(run.folder / "config.json")["machine"]
+        write_json(out / "config.json", {"config": vars(cfg), "machine": machine})
+        write_json(out / "results.json", {"models": {LORA: str(out / "lora")}})
 
     def graded(self, cell: str, out: Path) -> list[dict]:
         """Answers of the one model a cell is about; train.py would grade the first one, too."""
@@ -295,7 +322,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--allo-factors", type=float, nargs="+", help="ALLO's; then no row is prolonged")
     add("--ratios", type=float, nargs="+", help="ALLO's forgetting rates to try, of improving's")
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    add("--cells", nargs="+", choices=CELLS, default=list(CELLS), help="only these")
+    add("--cells", nargs="+", choices=CELLS, default=[c for c in CELLS if c != LORA],
+        help="only these (all but LoRA-DPO, which needs trl and peft)")
     for flag in ("--model", "--train", "--val", "--test", "--config"):
         add(flag, help="as train.py's, but --val serves --tune; without --model the demo")
     add("--val-limit", type=int, default=500)
