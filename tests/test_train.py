@@ -478,7 +478,7 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
 def run_ranks(logs, argv) -> list[str]:
     """Two ranks by torchrun; what each has printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--redirects=1", f"--log-dir={logs}", "train.py", *argv]
+               "--redirects=1", f"--log-dir={logs}", "--", "train.py", *argv]
     with subprocess.Popen(command, cwd=ROOT) as torchrun:
         try:
             assert torchrun.wait(120) == 0

@@ -1,4 +1,4 @@
-"""More than one GPU: `torchrun --nproc_per_node=N train.py ...` starts N ranks of one run.
+"""More than one GPU: `torchrun --nproc_per_node=N -- train.py ...` starts N ranks of one run.
 
 Every rank holds the whole model and takes its share of each step's examples; what travels is the flat
 gradient of the selected weights, p % of what ordinary data parallelism sends. Rank 0 alone writes,
