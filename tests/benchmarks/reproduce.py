@@ -186,7 +186,7 @@ class Study:
             rows.append({"prompt": framed, **sides})
         plan = schedule(cfg, "dpo", run.parameters, len(rows))
         trainer = dpo_trainer(run.base.folder, rows, out / "trl", cfg.dtype, cfg.dtype, True,
-                              plan.batch, learning_rate=plan.lr, warmup_ratio=plan.warmup,
+                              plan.batch, learning_rate=plan.lr, warmup_steps=plan.warmup,
                               lr_scheduler_type="cosine", num_train_epochs=plan.epochs,
                               seed=cfg.seed, max_length=cfg.max_length, use_cpu=True)
         trainer.train()
