@@ -115,8 +115,8 @@ def responses_of(model, micro):
     ref, real = logps.detach(), torch.ones_like(batch.targets).bool()
     if micro[0].ref is not None:
         ref = torch.cat([example.ref for example in micro]).to(ref.device, non_blocking=True)
-    rows = [x.split(batch.lengths) for x in (logps, ref, real)]
-    return [pad_sequence(x, batch_first=True) for x in rows]  # zeros on the right
+    return [pad_sequence(x.split(batch.lengths), batch_first=True)  # zeros on the right
+            for x in (logps, ref, real)]
 
 
 def size_of(example):

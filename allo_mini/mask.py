@@ -13,7 +13,6 @@ from fractions import Fraction
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from allo_mini import UserError
 
@@ -191,7 +190,7 @@ def select_neurons(importance, fraction, device="cpu"):
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    total = sum(map(Tensor.numel, importance.values()))
+    total = sum(values.numel() for values in importance.values())
     count = int(Fraction(fraction).limit_denominator(10**12) * total)
     threshold, ties = kth_largest(importance.values(), count, device) if count else (INFINITE, 0)
     mask = {}
