@@ -62,9 +62,9 @@ def shard_files(folder):
     return files
 
 
-def read_tensor(path, name):
-    """One tensor of a safetensors file."""
-    with open_tensors(path) as file:
+def read_tensor(files, name):
+    """One tensor; files: as shard_files gives them."""
+    with open_tensors(files[name]) as file:
         return file.get_tensor(name)
 
 
@@ -75,16 +75,13 @@ def meta_model(folder):
         config = parse_config(read_json(path), str(path))
         model = build(config)
     files = shard_files(folder)
-    for name in sorted(files.keys() ^ dict(model.named_parameters())):
-        tied_head = name == "lm_head.weight" and config.tie_word_embeddings
-        if not tied_head and not name.endswith("rotary_emb.inv_freq"):
+    for name in sorted(files.keys() ^ dict(model.named_parameters()), reverse=True):
+        if name == "lm_head.weight" and config.tie_word_embeddings:  # the last: the table is there
+            if not read_tensor(files, name).equal(read_tensor(files, "model.embed_tokens.weight")):
+                raise UserError(f"{path}: tie_word_embeddings is true, but {files[name].name} "
+                                "holds an lm_head of its own; say false, or take it out")
+        elif not name.endswith("rotary_emb.inv_freq"):
             raise UserError(f"{folder}: weight {name} is missing, or not {config.family}'s")
-    head = files.get("lm_head.weight")
-    if head and config.tie_word_embeddings:
-        table = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
-        if not read_tensor(head, "lm_head.weight").equal(table):
-            raise UserError(f"{path}: tie_word_embeddings is true, but {head.name} holds an "
-                            "lm_head of its own; say false, or take it out")
     model.folder, model.files = folder, files
     return model.requires_grad_(False)
 
@@ -102,7 +99,7 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
     model.changes = [read_patch(path, model.state_dict()) for path in changes]
     state = {}
     for name, p in model.named_parameters():
-        tensor = read_tensor(model.files[name], name)
+        tensor = read_tensor(model.files, name)
         if tensor.shape != p.shape or not tensor.is_floating_point():
             raise UserError(f"{model.files[name]}: {name} is {tensor.dtype} {list(tensor.shape)}, "
                             f"config.json asks for floating point {list(p.shape)}")
@@ -136,7 +133,7 @@ def dense_weight(model, name):
     if not hasattr(p, "int8"):
         return p.detach()
     values = p.int8.values
-    dense = put_changes(read_tensor(model.files[name], name), name, values.dtype, model.changes)
+    dense = put_changes(read_tensor(model.files, name), name, values.dtype, model.changes)
     p.int8.selected.to("cpu").scatter(dense, values)
     return dense
 
@@ -162,8 +159,8 @@ def save_model(model, folder, eos=()):
             save_tensors({n: dense_weight(model, n) for n in names}, new / file, {"format": "pt"})
             (new / file).chmod(0o644)  # safetensors makes private files
         if shards.is_sharded:
-            index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-            write_json(new / "model.safetensors.index.json", index)
+            write_json(new / "model.safetensors.index.json", {
+                "metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
         for name in TOKENIZER_FILES:
             if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)

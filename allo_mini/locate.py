@@ -17,24 +17,12 @@ import tempfile
 import numpy as np
 import torch
 
-from allo_mini.logprobs import micro_batches, responses_of
+from allo_mini.logprobs import grouped, micro_batches, responses_of
 from allo_mini.masked_adamw import FlatGradient
 from allo_mini.run.files import reading
 from allo_mini.run.log import progress
 
 TOGETHER = 8  # examples whose gradients are one g_t; from 1 to 9 the masks are alike (demo)
-
-
-def tensor_groups(parameters, most):
-    """(name, parameter) pairs in groups of at most so many weights; no tensor is cut."""
-    out, room = [], 0
-    for name, p in parameters:
-        if p.numel() > room:
-            out.append([])
-            room = most
-        out[-1].append((name, p))
-        room -= p.numel()
-    return out
 
 
 def scratch(folder, count):
@@ -59,7 +47,7 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
     parameters = list(model.named_parameters())
     size = sum(p.numel() for _, p in parameters)
     importance, rest = {}, scratch(folder, size)
-    for group in tensor_groups(parameters, -(-size // groups)):
+    for group in grouped(parameters, lambda pair: pair[1].numel(), -(-size // groups)):
         label = f"locate {100 - 100 * len(rest) // size} %"
         flat = FlatGradient(group, offload=offload)
         total, rest = rest.tensor_split([len(flat.grad)])
@@ -75,7 +63,7 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
         if snr:
             total /= squares.sqrt_().clamp_(min=1e-19)  # 0 where no gradient has come
         flat.close()
-        importance |= {slot.name: total[slot.where].view(slot.p.shape) for slot in flat.slots}
+        importance |= flat.shaped(total)
         del flat, g, squares  # before the next group's is made
     return importance
 

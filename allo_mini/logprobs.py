@@ -43,17 +43,18 @@ def pack(examples, device="cpu"):
     for prompt, responses, *_ in examples:
         if not prompt:
             raise ValueError("every prompt needs at least one token")
-        last = len(ids) + len(prompt) - 1
+        size = len(prompt)
+        last = len(ids) + size - 1
         ids += prompt
-        positions += range(len(prompt))
+        positions += range(size)
         for response in responses:
             predictors += [last, *range(len(ids), len(ids) + len(response) - 1)]
-            positions += range(len(prompt), len(prompt) + len(response))
+            positions += range(size, size + len(response))
             ids += response
             targets += response
         sizes = tuple(map(len, responses))
         lengths += sizes
-        trees.append((len(prompt), sizes))
+        trees.append((size, sizes))
     flat = [torch.tensor(values).to(device, non_blocking=True)
             for values in (ids, positions, predictors, targets)]
     return Batch(*flat, lengths, trees)
@@ -114,8 +115,8 @@ def responses_of(model, micro):
     ref, real = logps.detach(), torch.ones_like(batch.targets).bool()
     if micro[0].ref is not None:
         ref = torch.cat([example.ref for example in micro]).to(ref.device, non_blocking=True)
-    rows = [x.split(batch.lengths) for x in (logps, ref, real)]
-    return [pad_sequence(x, batch_first=True) for x in rows]  # zeros on the right
+    return [pad_sequence(x.split(batch.lengths), batch_first=True)  # zeros on the right
+            for x in (logps, ref, real)]
 
 
 def size_of(example):
@@ -123,16 +124,21 @@ def size_of(example):
     return len(example[0]) + sum(map(len, example[1]))
 
 
+def grouped(items, size, most):
+    """Lists of items in their order, never empty; size(item) of a list sums to `most` at most."""
+    groups, room = [], 0
+    for item in items:
+        if size(item) > room:
+            groups.append([])
+            room = most
+        groups[-1].append(item)
+        room -= size(item)
+    return groups
+
+
 def micro_batches(examples, tokens):
-    """Lists of at most `tokens` tokens, never empty; longest first, so memory runs out at once."""
-    batches, held = [], tokens  # as if one before were full
-    for example in sorted(examples, key=size_of, reverse=True):
-        held += size_of(example)
-        if held > tokens:
-            batches.append([])
-            held = size_of(example)
-        batches[-1].append(example)
-    return batches
+    """Lists of at most `tokens` tokens; longest first, so memory runs out at once."""
+    return grouped(sorted(examples, key=size_of, reverse=True), size_of, tokens)
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ patches.
 """
 
 from fractions import Fraction
+from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from allo_mini import UserError
 
@@ -44,7 +44,7 @@ class Selected:
         self.width = (self.shape or [1])[-1]
         if counts is None:
             counts = torch.full([self.shape[:-1].numel()], self.width)
-        self.counts, self.kept = counts, None
+        self.counts = counts
         self.ends = counts.cpu().cumsum(0)  # how many stand in a row and before it
 
     @classmethod
@@ -76,9 +76,12 @@ class Selected:
         Positions are None where all are selected. A CPU, where memory is plentiful, keeps them in 8
         bytes each; a GPU makes them anew.
         """
-        if self.kept is None and self.counts.device.type == "cpu":
-            self.kept = list(self.decode())
-        return self.kept or self.decode()
+        return self.kept if self.counts.device.type == "cpu" else self.decode()
+
+    @cached_property
+    def kept(self):
+        """The chunks as a list."""
+        return list(self.decode())
 
     def decode(self):
         """Yield the chunks."""
@@ -89,11 +92,9 @@ class Selected:
             end = int(self.ends[rows][-1])
             index = None
             if self.columns is not None:
-                index = self.columns[begin:end].long()
-            if self.columns is not None and end > begin:
                 counts = self.counts[rows].long()
                 row = torch.repeat_interleave(counts, output_size=end - begin)  # 0 0 2
-                index += row * self.width
+                index = self.columns[begin:end].add(row, alpha=self.width)
             yield rows, slice(begin, end), index
             begin = end
 
@@ -189,7 +190,7 @@ def select_neurons(importance, fraction, device="cpu"):
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], got {fraction}")
-    total = sum(map(Tensor.numel, importance.values()))
+    total = sum(values.numel() for values in importance.values())
     count = int(Fraction(fraction).limit_denominator(10**12) * total)
     threshold, ties = kth_largest(importance.values(), count, device) if count else (INFINITE, 0)
     mask = {}

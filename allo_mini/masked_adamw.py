@@ -79,6 +79,10 @@ class FlatGradient:
                 else:
                     slot.handle = torch.zeros(1, requires_grad=True, device=self.device)
 
+    def shaped(self, values):
+        """{name: its part of a flat vector, in the parameter's shape}; needs mask = None."""
+        return {slot.name: values[slot.where].view(slot.p.shape) for slot in self.slots}
+
     def zeros(self, size):
         """fp32 zeros on the device, or in host memory that a GPU copies from without a detour."""
         if self.offload:
@@ -184,15 +188,7 @@ class MaskedAdamW(FlatGradient):
 
     def movement(self):
         """The same as tensors of the parameters' shapes; needs mask = None."""
-        moved = self.moved()
-        return {slot.name: moved[slot.where].view(slot.p.shape) for slot in self.slots}
-
-    def begin_at(self, slot, dense):
-        """Before the first step: take over a parameter's selected weights from a dense fp32 tensor.
-
-        A bf16 parameter holds only what they round to: of a step of 1e-6 on 0.02, nothing.
-        """
-        self.master[slot.where] = self.start[slot.where] = slot.selected.to("cpu").gather(dense)
+        return self.shaped(self.moved())
 
     def state_dict(self):
         """Everything needed to go on: the flat vectors themselves and the step count."""
@@ -213,4 +209,4 @@ def cosine_lr(step, total, peak, warmup):
     rising = math.ceil(warmup * total)
     if step < rising:
         return peak * (step + 1) / rising
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))

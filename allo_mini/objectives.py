@@ -6,7 +6,7 @@ train.py divides it by the units of the whole step.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -50,10 +50,10 @@ def npo_objective(beta):
     def loss(logps, ref, real, examples):
         rows = [torch.tensor(example.weights) for example in examples]
         weights = pad_sequence(rows, batch_first=True).to(logps.device, non_blocking=True)  # [R,T]
-        reward, share = beta * (logps - ref).sum(-1), (weights != 0).sum(-1) / real.sum(-1)
         return losses.npo_loss(logps, ref, weights, beta).sum(), {
-            "rewards/rejected": reward, "logps/rejected": logps.sum(-1),
-            "token_weight/fraction": share}
+            "rewards/rejected": beta * (logps - ref).sum(-1),
+            "logps/rejected": logps.sum(-1),
+            "token_weight/fraction": (weights != 0).sum(-1) / real.sum(-1)}
 
     def first_loss(examples):
         return LN2 * fmean(w for example in examples for w in example.weights if w)
@@ -62,13 +62,14 @@ def npo_objective(beta):
     return Objective(loss, lambda example: sum(map(bool, example.weights)), first_loss, shown)
 
 
-def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
+def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
     """Mean over pairs of loss_of(scores, lengths); of y-'s tokens only the share `epsilon` counts.
 
     scores: chosen, rejected, ref_chosen, ref_rejected [B], log-probs summed over the tokens that
-    count, or with `mean` averaged; lengths: tokens of y+ and y- [B]. The logged rewards are of
-    whole responses: beta log pi_theta/pi_ref; without a reference (first_loss None) beta times the
-    mean log-prob of a token.
+    count, or with `mean` averaged; lengths: tokens of y+ and y- [B]. With a reference it depends on
+    the ratios alone, so its first loss is that of scores which are all 0. The logged rewards are of
+    whole responses: beta log pi_theta/pi_ref; without a `reference` beta times the mean log-prob of
+    a token.
     """
     def loss(logps, ref, real, examples):
         logps, ref, real = (x.unflatten(0, (-1, 2)) for x in (logps, ref, real))  # [B,2,T]
@@ -78,7 +79,7 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
         divisor = lengths if mean else 1
         now, before = ((x * counted).sum(-1).T / divisor for x in (logps, ref))
         whole = logps.sum(-1).T
-        ratios = (logps - ref).sum(-1).T if first_loss else whole / lengths
+        ratios = (logps - ref).sum(-1).T if reference else whole / lengths
         up, down = beta * ratios
         return loss_of((*now, *before), lengths).sum(), {
             "rewards/chosen": up, "rewards/rejected": down,
@@ -86,15 +87,18 @@ def pair_objective(loss_of, beta, first_loss, epsilon=1.0, mean=False):
             "logps/chosen": whole[0], "logps/rejected": whole[1],
             "useful/fraction": useful.sum(-1) / lengths[1]}
 
+    def first_loss(examples):
+        lengths = torch.tensor([list(map(len, example.responses)) for example in examples]).T
+        return float(loss_of(torch.zeros(4, len(examples)), lengths).mean())
+
     filtered = ["useful/fraction"] if epsilon < 1 else []
     shown = "loss", "rewards/margins", "rewards/accuracies", *filtered, "grad_norm", "tokens/s"
-    return Objective(loss, first_loss=first_loss, shown=shown)
+    return Objective(loss, first_loss=first_loss if reference else None, shown=shown)
 
 
 def dpo_objective(beta, epsilon=1.0):
     """DPO over whole pairs; with epsilon < 1 improving: only y-'s most useful tokens count."""
-    return pair_objective(lambda scores, lengths: losses.dpo_loss(*scores, beta), beta,
-                          lambda examples: LN2, epsilon)
+    return pair_objective(lambda scores, lengths: losses.dpo_loss(*scores, beta), beta, epsilon)
 
 
 # ---- the methods that ALLO is compared with ----------------------------------------------------
@@ -104,17 +108,13 @@ def rdpo_objective(cfg):
     def loss_of(scores, lengths):
         return losses.rdpo_loss(*scores, *lengths, cfg.beta, cfg.rdpo_alpha)
 
-    def first_loss(examples):
-        lengths = torch.tensor([list(map(len, example.responses)) for example in examples]).T
-        return float(loss_of((0, 0, 0, 0), lengths).mean())
-
-    return pair_objective(loss_of, cfg.beta, first_loss)
+    return pair_objective(loss_of, cfg.beta)
 
 
 def ipo_objective(cfg):
     """IPO on mean log-probs, as its authors advise for responses of different lengths."""
     return pair_objective(lambda scores, lengths: losses.ipo_loss(*scores, cfg.beta), cfg.beta,
-                          lambda examples: 1 / (4 * cfg.beta**2), mean=True)
+                          mean=True)
 
 
 def simpo_objective(cfg):
@@ -122,7 +122,7 @@ def simpo_objective(cfg):
     def loss_of(scores, lengths):
         return losses.simpo_loss(*scores[:2], cfg.simpo_beta, cfg.simpo_gamma)
 
-    return pair_objective(loss_of, cfg.simpo_beta, first_loss=None, mean=True)
+    return pair_objective(loss_of, cfg.simpo_beta, mean=True, reference=False)
 
 
 def bco_objective(cfg):
@@ -137,10 +137,7 @@ def bco_objective(cfg):
         state["steps"] += 1
         state["delta"] += (mean - state["delta"]) / state["steps"]
 
-    objective = pair_objective(loss_of, cfg.beta, lambda examples: 2 * LN2)
-    objective.state = state
-    objective.after = after
-    return objective
+    return replace(pair_objective(loss_of, cfg.beta), state=state, after=after)
 
 
 def sequence_npo_objective(cfg):

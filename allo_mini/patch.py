@@ -53,20 +53,25 @@ def put_changes(tensor, name, dtype, patches):
 
 
 def begin_at(optimizer, path):
-    """Before the first step: take over the fp32 weights of a file that another stage wrote."""
+    """Before the first step: take over the fp32 weights of a file that another stage wrote.
+
+    A bf16 parameter holds only what they round to: of a step of 1e-6 on 0.02, nothing.
+    """
     patch = path, *load_tensors(path)
     for slot in optimizer.slots:
-        dense = slot.selected.dense(optimizer.master[slot.where])
-        optimizer.begin_at(slot, put_changes(dense, slot.name, dense.dtype, [patch]))
+        selected = slot.selected.to("cpu")
+        dense = selected.dense(optimizer.master[slot.where])
+        values = selected.gather(put_changes(dense, slot.name, dense.dtype, [patch]))
+        optimizer.master[slot.where] = optimizer.start[slot.where] = values
 
 
 def save_patch(base, tuned, path):
     """Keep the entries in which two model folders differ, with their digests."""
     from allo_mini.checkpoint import read_tensor, shard_files
-    before = shard_files(base)
+    before, after = shard_files(base), shard_files(tuned)
     tensors, digests = {}, {}
-    for name, file in shard_files(tuned).items():
-        old, new = read_tensor(before[name], name), read_tensor(file, name)
+    for name in after:
+        old, new = read_tensor(before, name), read_tensor(after, name)
         changed = old.to(new.dtype) != new
         if changed.any():
             tensors |= to_tensors({name: Selected.from_dense(changed)}, {name: new[changed]})

@@ -38,13 +38,12 @@ def dequantize_rows(codes, scale, dtype):
 @lru_cache
 def dynamic_map(signed):
     """256 ascending codes in [-1, 1] or [0, 1], dense near 0: a decade has half the next one's."""
-    bits = 7 if signed else 8
+    top = 6 if signed else 7
     values = []
-    for decade in range(1 - bits, 1):
-        count = 2 ** (bits - 1 + decade)
-        edges = torch.linspace(0.1, 1, count + 1, dtype=torch.float64)
+    for decade in range(top + 1):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64)
         middles = (edges[1:] + edges[:-1]) / 2
-        values += (middles * 10.0**decade).tolist()
+        values += (middles * 10.0 ** (decade - top)).tolist()
     if signed:
         values += [-value for value in values]
     else:

@@ -24,7 +24,7 @@ def rewrite_prompt(encoder, negative, response):
     texts = negative.prompt, negative.reference, negative.response
     text = REWRITE_PROMPT.format(*map(plain, texts))
     if encoder.style == "chat":
-        text = encoder.tokenizer.render([{"role": "user", "content": text}], True)
+        text = encoder.frame(text)
     ids = encoder.tokenizer.encode(text, bos=encoder.bos)
     if len(ids) + len(response) > encoder.rewrite_length:
         return encoder.drop("rewriting prompt above three times --max-length or the model's limit")
@@ -63,7 +63,7 @@ def read_scores(path, negatives, examples):
     scores = []
     for negative, example in zip(negatives, examples):
         row = known.get((str(negative.prompt), str(negative.response)))
-        fits = row == [] or row and len(row) == len(example.responses[0])
+        fits = row is not None and len(row) in (0, len(example.responses[0]))
         if not fits or not all(0 <= s <= 1.001 for s in row):
             raise UserError(f"{path}: not one probability for each token, with EOS, of every wrong "
                             "response of this run; delete it to score again")
@@ -109,7 +109,7 @@ def nearest(response, candidates):
     for candidate in candidates:
         row = full
         for token in candidate:
-            matches = row & places.get(token, 0)
+            matches = row & places[token]
             row = (row + matches | row - matches) & full
         edits.append(len(candidate) + 2 * row.bit_count())  # and len(response) less, for all
     return edits.index(min(edits))

@@ -13,8 +13,11 @@ from allo_mini import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def pick_device(device: str, dtype: str) -> tuple[str, torch.dtype]:
-    """--device and --dtype -> what is there, the best for "auto". Raises UserError if it is not."""
+def pick_device(device, dtype):
+    """--device and --dtype -> a device's name and torch's dtype, the best for "auto".
+
+    Raises UserError for a device that is not there.
+    """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans half a second for every new length
     there = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
@@ -42,7 +45,7 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)
 
 
-def free_memory(device) -> int:
+def free_memory(device):
     """Bytes that work may take: what is free on a GPU, half of what a host has."""
     if str(device).startswith("cuda"):
         torch.cuda.empty_cache()
@@ -50,7 +53,7 @@ def free_memory(device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def peak_gb(device: str) -> float:
+def peak_gb(device):
     """Peak memory: allocated on the GPU since the stage began, or resident of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9

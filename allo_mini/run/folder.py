@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 from collections import namedtuple
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import starmap
 from pathlib import Path
 
@@ -59,18 +59,19 @@ class Run:
     log: Log | None = None
 
     @property
-    def parameters(self) -> int:
+    def parameters(self):
+        """How many weights the policy has."""
         return sum(shape.numel() for shape in self.shapes.values())
 
     @property
-    def questions(self) -> list[Task]:
-        """What is sampled: of rows with the same question the first that has an answer."""
+    def questions(self):
+        """Tasks that are sampled: of rows with the same question the first that has an answer."""
         first = {}
         for task in sorted(self.tasks, key=lambda task: gold_answer(task) is None):
             first.setdefault(task.question, task)
         return [task for task in self.tasks if first[task.question] is task]
 
-    def load(self, policy: Policy, mask=None, training=False):
+    def load(self, policy, mask=None, training=False):
         """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
 
         training: the weights in `mask` are, or all of them.
@@ -80,7 +81,7 @@ class Run:
         model.recompute = self.cfg.recompute
         return model
 
-    def save(self, what, target: Path):
+    def save(self, what, target):
         """A model's folder, or a file of tensors; written by rank 0."""
         if parallel.RANK == 0:
             if isinstance(what, dict):
@@ -88,12 +89,12 @@ class Run:
             else:
                 save_model(what, target, eos_ids(what, self.encoder))
 
-    def save_mask(self, mask, path: Path):
+    def save_mask(self, mask, path):
         """Write a mask; its file knows the shapes of its tensors."""
         shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
         save_tensors(to_tensors(mask), path, shapes)
 
-    def stage(self, name, artefact, make, ranks=False) -> Path:
+    def stage(self, name, artefact, make, ranks=False):
         """The path of a stage's artefact, made by make(path) unless it is there.
 
         Under torchrun all ranks take part if `ranks`, else the others wait for rank 0.
@@ -164,7 +165,7 @@ class Run:
         return items
 
 
-def load_mask(path: Path, shapes=None) -> dict:
+def load_mask(path, shapes=None):
     """A mask file -> {name: Selected}; with `shapes` held against a model's. Raises UserError."""
     tensors, metadata = load_tensors(path)
     with reading(path):
@@ -181,9 +182,8 @@ def load_mask(path: Path, shapes=None) -> dict:
 
 def fingerprint(path):
     """Of a file's content; of one above half a gigabyte, which takes long to read, of its size."""
-    with reading(path):
-        size = path.stat().st_size
-        content = path.read_bytes() if size < 1 << 29 else b""
+    size = path.stat().st_size
+    content = path.read_bytes() if size < 1 << 29 else b""
     return hashlib.sha256(f"{size} ".encode() + content).hexdigest()[:16]
 
 
@@ -193,7 +193,7 @@ def record_of(run, models):
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
     for one in models:
         files |= {one.folder / "config.json", one.folder / "tokenizer.json", *one.files.values()}
-    return {"config": {key: value for key, value in asdict(cfg).items() if key not in NO_MATTER},
+    return {"config": {key: value for key, value in vars(cfg).items() if key not in NO_MATTER},
             "data": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
                         "threads": torch.get_num_threads()}}
@@ -214,11 +214,12 @@ def check_folder(folder, record):
     for key, values in record.items():
         for name in known[key] | values:
             before, now = known[key].get(name), values.get(name)
-            if before != now and name == "threads":
-                say(f"begun with {before} threads, now {now}: sums may round differently")
-            elif before != now:
+            if before == now:
+                continue
+            if name != "threads":
                 raise UserError(f"{folder}: holds a run with another {name} ({before!r}, now "
                                 f"{now!r}); choose another --out")
+            say(f"begun with {before} threads, now {now}: sums may round differently")
 
 
 def claim_folder(run, record):
@@ -238,15 +239,15 @@ def claim_folder(run, record):
     run.log = Log(run.folder)
 
 
-def open_model(name, cfg) -> tuple:
+def open_model(name, cfg):
     """(model without weights, tokenizer, tokens of a row at most) of a folder or a hub id."""
     model = meta_model(find_folder(name, download=not cfg.dry_run))
     tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
     return model, tokenizer, model.config.length(cfg.max_length, f"{model.folder}/config.json")
 
 
-def open_run(cfg: Config) -> Run:
-    """Check what can be checked without training, then claim the run folder.
+def open_run(cfg):
+    """Config -> Run. Check what can be checked without training, then claim the run folder.
 
     Raises UserError for whatever would stop the run later.
     """
@@ -256,22 +257,22 @@ def open_run(cfg: Config) -> Run:
     encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
     encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
     eos_ids(model, encoder)  # reads generation_config.json
-    hint = unused_template(encoder, cfg.prompt)
     data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
-    cfg = replace(cfg, prompt=encoder.style, max_length=length)  # recorded: eval.py asks so, too
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    run = Run(cfg, folder, Policy(model.folder), parallel.join(device), dtype, model.config, shapes,
-              encoder, *rows)
+    known = replace(cfg, prompt=encoder.style, max_length=length)  # recorded: eval.py asks so, too
+    run = Run(known, folder, Policy(model.folder), parallel.join(device), dtype, model.config,
+              shapes, encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
-        f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {cfg.prompt}{hint}")
+        f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {encoder.style}"
+        f"{unused_template(encoder, cfg.prompt)}")
     begun = run.has("config.json")  # then they have been looked at
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair) and not begun:
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
     models = [model]
     if cfg.rewriter:
-        rewriter, theirs, _ = open_model(cfg.rewriter, cfg)
+        rewriter, theirs, _ = open_model(cfg.rewriter, run.cfg)
         if theirs.inner.get_vocab() != tokenizer.inner.get_vocab():
             raise UserError(f"{cfg.rewriter}: a rewriting model must share the policy's tokenizer")
         models.append(rewriter)

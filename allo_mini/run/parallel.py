@@ -16,8 +16,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 PART = 1 << 26  # values that travel through the device at a time
 
 
-def join(device: str) -> str:
-    """Meet the other ranks, if there are any; returns this rank's device."""
+def join(device):
+    """Meet the other ranks, if there are any; returns this rank's device's name."""
     if WORLD == 1:
         return device
     if device == "cuda":
@@ -28,8 +28,8 @@ def join(device: str) -> str:
     return device
 
 
-def sum_up(grad, sums: dict, device) -> dict:
-    """Add up the ranks' gradients, in place, and their sums; a rank without examples has none."""
+def sum_up(grad, sums, device):
+    """Add up the ranks' gradients, in place, and their sums, a dict (empty without examples)."""
     for part in grad.split(PART):
         there = part.to(device)
         dist.all_reduce(there)
