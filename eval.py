@@ -62,14 +62,11 @@ def settings_of(args, path):
 def read_rows(file, task):
     """(task, rows) of a --test file; preferences are of no task, "". Raises UserError."""
     if is_pairs(file):
-        return "", read_pairs(file)
+        return "", read_pairs([file])
     task = task_name(task or file)
     if task in JUDGED:
         return task, [Task(0, text_of(row, JUDGED[task], where)) for where, row in read_jsonl(file)]
-    rows = need_answers(read_tasks([file], need_output=False), task)
-    for row in rows:
-        row.source = task
-    return task, rows
+    return task, need_answers(read_tasks([file], need_output=False), task)
 
 
 def verdicts(path):

@@ -5,7 +5,7 @@ from collections import Counter, namedtuple
 
 from allo_mini import UserError
 from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
-from allo_mini.data.tokenizer import Ids, Tokenizer, in_common
+from allo_mini.data.tokenizer import in_common
 
 # The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -21,12 +21,12 @@ Example = namedtuple("Example", "prompt responses weights ref scores", defaults=
 class Encoder:
     """Turns prompts and responses into ids, counting what it drops (and why) or trims.
 
-    style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
+    tokenizer: a Tokenizer. style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
     strings as they are; "chat" applies the checkpoint's template. A response ends with the closing
     token, which is scored: the template's end of turn for chat, else EOS.
     """
 
-    def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
+    def __init__(self, tokenizer, style, max_length):
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
         self.bos = style != "chat"  # a template writes its own
@@ -41,9 +41,8 @@ class Encoder:
             talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
             if "marker" not in talk:
                 raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
-            added = tokenizer.inner.get_added_tokens_decoder()
             for id in tokenizer.encode(talk.rpartition("marker")[2], False):
-                if id in added and added[id].special:
+                if id in tokenizer.special:
                     return id
         if tokenizer.eos_id is None:
             raise UserError(f"{tokenizer.folder / 'tokenizer_config.json'}: eos_token is missing")

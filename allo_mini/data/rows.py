@@ -55,6 +55,11 @@ class Pair:
     task: int | None = None
     rewrite: str | None = None
 
+    @property
+    def verbatim(self):
+        """As a Task's."""
+        return self.task is None
+
 
 # A response to forget, the solution it should have been, and itself put right; Texts all
 Negative = namedtuple("Negative", "prompt response reference rewrite")
@@ -112,13 +117,13 @@ def is_pairs(path: str) -> bool:
     return "chosen" in next(read_jsonl(path))[1]
 
 
-def read_tasks(paths: list[str], need_output: bool = True) -> list[Task]:
+def read_tasks(paths: list[str], need_output=True) -> list[Task]:
     """Questions and fine-tuning rows of several files. Raises UserError."""
-    rows = [(where, row) for path in paths for where, row in read_jsonl(path)]
-    return [task_of(id, row, where, need_output) for id, (where, row) in enumerate(rows)]
+    rows = [row for path in paths for row in read_jsonl(path)]
+    return [task_of(id, *row, need_output) for id, row in enumerate(rows)]
 
 
-def task_of(id, given, where, need_output):
+def task_of(id, where, given, need_output):
     """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
     row = renamed(given)
     solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
@@ -126,8 +131,8 @@ def task_of(id, given, where, need_output):
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
     if "instruction" in row:
-        more = text_of(row, "input", where, True)
-        row["input"] = "\n\n".join(filter(None, [text_of(row, "instruction", where), more]))
+        texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
+        row["input"] = "\n\n".join(filter(None, texts))
     if "messages" in row:
         row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
     alone = "text" in row and "input" not in row
@@ -137,8 +142,7 @@ def task_of(id, given, where, need_output):
         prompt = messages_of(row, "input", where)
         if not plain(prompt).strip():
             raise UserError(f"{where}: 'input' is empty")
-    output = row.get("output")
-    if isinstance(output, (list, dict)):  # a completion as messages
+    if row.get("output") is not None:  # a completion may be messages
         row["output"] = plain(messages_of(row, "output", where))
     texts = [text_of(row, key, where, key != "output" or not need_output)
              for key in ("output", "answer", "rewrite")]
@@ -154,17 +158,17 @@ def last_answer(messages, where):
     raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
 
-def read_pairs(path: str) -> list[Pair]:
-    """Preference rows. Raises UserError."""
-    return [pair_of(row, where) for where, row in read_jsonl(path)]
+def read_pairs(paths: list[str]) -> list[Pair]:
+    """Preference rows of several files. Raises UserError."""
+    return [pair_of(*row) for path in paths for row in read_jsonl(path)]
 
 
-def pair_of(row, where):
+def pair_of(where, row):
     """A preference row in any of its forms. Raises UserError."""
     chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
-    named = [key for key in ("prompt", "conversations") if key in row]
-    prompt = messages_of(row, named[0], where) if named else None
-    if not named and row.keys() & OTHER_NAMES:
+    name = "prompt" if "prompt" in row else "conversations"
+    prompt = messages_of(row, name, where) if name in row else None
+    if prompt is None and row.keys() & OTHER_NAMES:
         raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback's: conversations, and their first turn once more

@@ -16,8 +16,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
 
-Ids = list[int]  # token ids
-
 
 def in_common(*sequences) -> int:
     """How many items at their beginning all sequences agree in."""
@@ -57,6 +55,8 @@ class Tokenizer:
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
+        added = self.inner.get_added_tokens_decoder()
+        self.special = {id: token.content for id, token in added.items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
@@ -94,13 +94,12 @@ class Tokenizer:
 
     def _marks(self):
         """Special tokens behind which a text is encoded as if it stood alone."""
-        tokens = self.inner.get_added_tokens_decoder()
         after = self.encode("\n a", False)
-        return [token.content for id, token in tokens.items() if token.special
-                and self.encode(token.content + "\n a", False) == [id, *after]]
+        return [token for id, token in self.special.items()
+                if self.encode(token + "\n a", False) == [id, *after]]
 
-    def encode(self, text: str, bos: bool = True) -> Ids:
-        """Token ids of a text; with `bos` after the tokenizer's own BOS, if it has one."""
+    def encode(self, text, bos):
+        """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one."""
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return self.prefix + ids if bos else ids
 
@@ -114,7 +113,8 @@ class Tokenizer:
         Returns (ids of the shared prompt, what follows them for each text): nothing is lost. What
         stands before the prompt's last special token is encoded once: no token reaches over it.
         """
-        at = max([0, *(prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)])
+        ends = (prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)
+        at = max(ends, default=0)
         head, tail = self.encode(prompt[:at], bos), prompt[at:]
         alone, *joint = [self.encode(tail + text, False) for text in ["", *texts]]
         cut = in_common(alone, *joint)

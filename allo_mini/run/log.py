@@ -23,14 +23,11 @@ class Lines:
         """tqdm writes a bar over the one before."""
         sys.stderr.write(text.strip("\r ") and text.replace("\r", "") + "\n")
 
-    def flush(self):
-        """Lines go out when they are written."""
-
 
 def progress(items=None, total=None, label="", unit="it"):
     """A tqdm bar; where the output is no terminal a line a minute."""
-    lines = {"file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
-    quiet = {} if sys.stderr.isatty() else lines  # miniters: tqdm's own thread shows nothing then
+    quiet = {} if sys.stderr.isatty() else {  # miniters: tqdm's own thread shows nothing then
+        "file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
     return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0, leave=False,
                 **quiet)
 
@@ -66,27 +63,26 @@ class Log:
     the last checkpoint stand there twice; `read` takes the later ones."""
 
     def __init__(self, folder):
-        path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
-            files.keep_whole(path)
-            self.file = path.open("a", buffering=1)
-        notes = [row for row in Log.read(folder) if "seconds" in row]
-        self.seconds, self.began = {row["stage"]: row["seconds"] for row in notes}, {}
+            files.keep_whole(self.path)
+        self.seconds = {row["stage"]: row["seconds"]
+                        for row in Log.read(folder) if "seconds" in row}
 
     def begin(self, stage):
         """A stage goes on from what the sittings before this one have taken."""
-        self.began[stage] = time.monotonic() - self.seconds.get(stage, 0)
+        self.began = time.monotonic() - self.seconds.get(stage, 0)
 
     def note_time(self, stage):
         """Note, and return, how many seconds a stage has taken until now, in all sittings."""
-        self.seconds[stage] = round(time.monotonic() - self.began[stage], 2)
+        self.seconds[stage] = round(time.monotonic() - self.began, 2)
         self.write(stage, seconds=self.seconds[stage])
         return self.seconds[stage]
 
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            self.file.write(json.dumps({"stage": stage, **values}) + "\n")
+            files.append_rows(self.path, [{"stage": stage, **values}])
 
     @staticmethod
     def read(folder):
@@ -141,21 +137,21 @@ class Progress:
 
     def after_step(self, metrics, tokens):
         """Log a step, print it (unless there are very many), write a checkpoint when one is due."""
-        now, stage, total = time.monotonic(), self.stage, self.total
         self.step += 1
+        now, step, total = time.monotonic(), self.step, self.total
         metrics |= {"tokens/s": tokens / (now - self.began), "learning_rate": self.optimizer.lr}
-        self.run.log.write(stage, step=self.step, **metrics)
-        if self.step in (1, total) or self.step % -(-total // LINES) == 0:
+        self.run.log.write(self.stage, step=step, **metrics)
+        if step in (1, total) or step % -(-total // LINES) == 0:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
-            left = (now - self.opened) / (self.step - self.first) * (total - self.step) / 60
-            say(f"{stage:>8} {self.step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
+            left = (now - self.opened) / (step - self.first) * (total - step) / 60
+            say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
                 f"{left:.0f} min left")
-        due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and self.step < total
+        due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
-            known = {"step": self.step, "total": total, "state": self.objective.state}
+            known = {"step": step, "total": total, "state": self.objective.state}
             metadata = {"progress": json.dumps(known)}
             files.save_tensors(self.optimizer.state_dict(), self.path, metadata)
-            self.run.log.note_time(stage)
+            self.run.log.note_time(self.stage)
             self.saved_at = now
         self.began = time.monotonic()
 
@@ -166,8 +162,7 @@ def table(header, rows):
     columns = []
     for column in zip(header, *rows):
         if set(column[1:]) != {"-"}:
-            width = max(map(len, column))
-            columns.append([text.rjust(width) if columns else text.ljust(width) for text in column])
-    lines = list(map("  ".join, zip(*columns)))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+            width, pad = max(map(len, column)), str.rjust if columns else str.ljust
+            columns.append([pad(text, width) for text in column])
+    head, *lines = map("  ".join, zip(*columns))
+    return "\n".join([head, "-" * len(head), *lines])
