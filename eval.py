@@ -8,7 +8,6 @@ Every --test file gives a file of that name in --out: a line a row, with the ans
 is right. Of alpaca_eval and arena_hard prompts it holds answers alone, which their own tools judge.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -106,7 +105,7 @@ def talk(model, settings):
     say("an empty line begins anew, Ctrl-D ends")
     for text in map(str.strip, sys.stdin):
         if not text:
-            messages.clear()
+            messages = []
             continue
         messages += turns_of(text)
         [[(text, ended)]] = respond(model, encoder, [messages], settings, temperature=0.0)
@@ -136,7 +135,7 @@ def grade(model, settings, jobs):
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
-    source = Path(os.path.abspath(args.patch or args.model))
+    source = Path(args.patch or args.model).resolve()
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers
     for file in args.test:

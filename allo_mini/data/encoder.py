@@ -4,7 +4,7 @@ from array import array
 from collections import Counter, namedtuple
 
 from allo_mini import UserError
-from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
+from allo_mini.data.rows import HH_TURN, plain, turns_of
 from allo_mini.data.tokenizer import in_common
 
 # The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
@@ -41,7 +41,7 @@ class Encoder:
             talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
             if "marker" not in talk:
                 raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
-            for id in tokenizer.encode(talk.rpartition("marker")[2], False):
+            for id in tokenizer.encode(talk.rpartition("marker")[2]):
                 if id in tokenizer.special:
                     return id
         if tokenizer.eos_id is None:
@@ -68,8 +68,9 @@ class Encoder:
         text = plain(response)
         if self.style != "chat":
             return f" {text}" if self.style == "alpaca" else text
-        for talk, before in ((turns_of(prompt), framed), (turns_of("x"), self.short)):
-            whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
+        for asked, before in ((prompt, framed), ("x", self.short)):
+            talk = turns_of(asked) + turns_of(response, "assistant")
+            whole = self.tokenizer.render(talk, False)
             rest = whole.removeprefix(before)
             if rest != whole and ("think>" not in text or text.strip() in rest):
                 return rest
@@ -111,17 +112,18 @@ class Encoder:
         bos = in_common(self.tokenizer.prefix, ids)
         return ids[:bos] + ids[bos:][bos - room:]
 
-    def example(self, prompt: Text, responses: list[Text]) -> Example | None:
-        """A row's ids, or None when it must be dropped (and counted).
+    def example(self, prompt, responses):
+        """The Example of a prompt and its responses (Texts); None when dropped (and counted).
 
         Too long: the shared prompt loses its left side to the longest response.
         """
         if turns_of(prompt)[-1]["role"] == "assistant":
             return self.drop("prompt that ends in an answer")
         for response in responses:
-            if not plain(response).strip():
+            text = plain(response)
+            if not text.strip():
                 return self.drop("empty response")
-            after = plain(response).partition(self.ending)[2]
+            after = text.partition(self.ending)[2]
             if after.replace(self.ending, "").strip():  # it may stand at the end
                 return self.drop(f"response with {self.ending} inside, which ends responses")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
@@ -144,7 +146,7 @@ class Encoder:
         """Count a row that cannot be used."""
         self.notes[f"dropped ({why})"] += 1
 
-    def report(self) -> str:
+    def report(self):
         """'2 dropped (empty response), 3 with a trimmed prompt' since the last report, or ''."""
         notes, self.notes = self.notes, Counter()
         return ", ".join(f"{count} {note}" for note, count in notes.items())

@@ -93,13 +93,14 @@ def messages_of(row, key, where):
 
     Raises UserError.
     """
-    value = row.get(key)
-    if not isinstance(value, (list, dict)):
+    value, place = row.get(key), f"{where}: {key!r}"
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
         return text_of(row, key, where)
-    messages, place = value if isinstance(value, list) else [value], f"{where}: {key!r}"
-    if set(map(type, messages)) != {dict}:
+    if set(map(type, value)) != {dict}:
         raise UserError(f'{place} must be a string or [{{"role", "content"}}, ...]')
-    messages = list(map(renamed, messages))
+    messages = list(map(renamed, value))
     for message in messages:
         text_of(message, "content", place)
         role = text_of(message, "role", place)
@@ -112,13 +113,13 @@ def renamed(row):
     return {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
 
 
-def is_pairs(path: str) -> bool:
+def is_pairs(path):
     """Whether a file holds preference rows, by its first row."""
     return "chosen" in next(read_jsonl(path))[1]
 
 
-def read_tasks(paths: list[str], need_output=True) -> list[Task]:
-    """Questions and fine-tuning rows of several files. Raises UserError."""
+def read_tasks(paths, need_output=True):
+    """Tasks: questions and fine-tuning rows of several files. Raises UserError."""
     rows = [row for path in paths for row in read_jsonl(path)]
     return [task_of(id, *row, need_output) for id, row in enumerate(rows)]
 
@@ -158,8 +159,8 @@ def last_answer(messages, where):
     raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
 
-def read_pairs(paths: list[str]) -> list[Pair]:
-    """Preference rows of several files. Raises UserError."""
+def read_pairs(paths):
+    """Pairs: preference rows of several files. Raises UserError."""
     return [pair_of(*row) for path in paths for row in read_jsonl(path)]
 
 

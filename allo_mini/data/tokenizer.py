@@ -17,7 +17,7 @@ from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
 
 
-def in_common(*sequences) -> int:
+def in_common(*sequences):
     """How many items at their beginning all sequences agree in."""
     for i, items in enumerate(zip(*sequences)):
         if items.count(items[0]) < len(items):
@@ -94,11 +94,11 @@ class Tokenizer:
 
     def _marks(self):
         """Special tokens behind which a text is encoded as if it stood alone."""
-        after = self.encode("\n a", False)
+        after = self.encode("\n a")
         return [token for id, token in self.special.items()
-                if self.encode(token + "\n a", False) == [id, *after]]
+                if self.encode(token + "\n a") == [id, *after]]
 
-    def encode(self, text, bos):
+    def encode(self, text, bos=False):
         """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one."""
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return self.prefix + ids if bos else ids
@@ -116,7 +116,7 @@ class Tokenizer:
         ends = (prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)
         at = max(ends, default=0)
         head, tail = self.encode(prompt[:at], bos), prompt[at:]
-        alone, *joint = [self.encode(tail + text, False) for text in ["", *texts]]
+        alone, *joint = [self.encode(tail + text) for text in ["", *texts]]
         cut = in_common(alone, *joint)
         return head + alone[:cut], [ids[cut:] for ids in joint]
 
@@ -133,8 +133,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the chat template fails: {e!r}") from None
 
 
-def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
-    """A model folder's tokenizer. Raises UserError when it has more ids than the model rows."""
+def load_tokenizer(folder, vocab_size):
+    """A model folder's Tokenizer. Raises UserError when it has more ids than the model rows."""
     tokenizer = Tokenizer(folder)
     last = max(tokenizer.vocab.values(), default=0)
     if last >= vocab_size:

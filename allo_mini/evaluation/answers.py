@@ -73,7 +73,7 @@ def label(tasks, samples, per_question, seed, encoder, rewrites=True):
     pairs, negatives, rights, wrongs = [], [], [], []
     tasks = [task for task in tasks if task.question in samples and gold_answer(task)]
     for task in progress(tasks, label="label", unit="question"):
-        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.question]}
+        ids = {text: encoder.tokenizer.encode(text) for text in samples[task.question]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
         rights += right
@@ -125,7 +125,7 @@ def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
     z, size = 1.959964, total + 1.959964 ** 2
     centre = (correct + z * z / 2) / size
-    spread = z * max(0.0, correct * (total - correct) / total + z * z / 4) ** 0.5 / size
+    spread = z * (correct * (total - correct) / total + z * z / 4) ** 0.5 / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 

@@ -9,7 +9,7 @@ from allo_mini.evaluation.graders import gold_answer
 from allo_mini.run.log import say
 
 
-def read_rows(cfg) -> tuple:
+def read_rows(cfg):
     """(tasks, pairs, val, test); rows that are held out are dropped from the others and counted.
 
     Raises UserError naming the line of a bad row, or when nothing is left to train on.
@@ -78,7 +78,7 @@ def drop_held(held, *groups):
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
 
 
-def style_of(prompt: str, rows: list) -> str:
+def style_of(prompt, rows):
     """What --prompt says; for auto, what the rows are.
 
     chat where any is a conversation, for roles mean nothing in another style; else by the first
@@ -91,7 +91,7 @@ def style_of(prompt: str, rows: list) -> str:
     return "none" if rows[0].verbatim else "alpaca"
 
 
-def unused_template(encoder, prompt: str) -> str:
+def unused_template(encoder, prompt):
     """A hint for who has not said --prompt, where the model has a chat template."""
     unused = prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template
     return " (the model has a chat template: --prompt chat uses it)" if unused else ""

@@ -32,14 +32,14 @@ def progress(items=None, total=None, label="", unit="it"):
                 **quiet)
 
 
-def say(text: str):
+def say(text):
     """Print a line (rank 0 alone) without tearing a progress bar."""
     if parallel.RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def exit_code(work, stopped="stopped") -> int:
+def exit_code(work, stopped="stopped"):
     """work() as a command: 0; 2 and one line after a mistake; 130 after Ctrl-C, with `stopped`."""
     try:
         work()
@@ -149,8 +149,8 @@ class Progress:
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
             known = {"step": step, "total": total, "state": self.objective.state}
-            metadata = {"progress": json.dumps(known)}
-            files.save_tensors(self.optimizer.state_dict(), self.path, metadata)
+            files.save_tensors(self.optimizer.state_dict(), self.path,
+                               {"progress": json.dumps(known)})
             self.run.log.note_time(self.stage)
             self.saved_at = now
         self.began = time.monotonic()
