@@ -59,13 +59,13 @@ def settings_of(args, path):
 # ---- files -----------------------------------------------------------------------------------
 
 def read_rows(file, task):
-    """(task, rows) of a --test file; preferences are of no task, "". Raises UserError."""
+    """(its task, rows) of a --test file; preferences are of no task, "". Raises UserError."""
     if is_pairs(file):
         return "", read_pairs([file])
-    task = task_name(task or file)
-    if task in JUDGED:
-        return task, [Task(0, text_of(row, JUDGED[task], where)) for where, row in read_jsonl(file)]
-    return task, need_answers(read_tasks([file], need_output=False), task)
+    name = task_name(task or file)
+    if name in JUDGED:
+        return name, [Task(0, text_of(row, JUDGED[name], where)) for where, row in read_jsonl(file)]
+    return name, need_answers(read_tasks([file], need_output=False), task)
 
 
 def verdicts(path):

@@ -69,8 +69,7 @@ class Encoder:
         if self.style != "chat":
             return f" {text}" if self.style == "alpaca" else text
         for asked, before in ((prompt, framed), ("x", self.short)):
-            talk = turns_of(asked) + turns_of(response, "assistant")
-            whole = self.tokenizer.render(talk, False)
+            whole = self.tokenizer.render(turns_of(asked) + turns_of(response, "assistant"), False)
             rest = whole.removeprefix(before)
             if rest != whole and ("think>" not in text or text.strip() in rest):
                 return rest
@@ -120,12 +119,11 @@ class Encoder:
         if turns_of(prompt)[-1]["role"] == "assistant":
             return self.drop("prompt that ends in an answer")
         for response in responses:
-            text = plain(response)
+            text, *after = plain(response).split(self.ending)
+            if any(map(str.strip, after)):  # at the end it may stand
+                return self.drop(f"response with {self.ending} inside, which ends responses")
             if not text.strip():
                 return self.drop("empty response")
-            after = text.partition(self.ending)[2]
-            if after.replace(self.ending, "").strip():  # it may stand at the end
-                return self.drop(f"response with {self.ending} inside, which ends responses")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
         prompt_ids, answers = self.split(prompt, responses)
@@ -148,5 +146,6 @@ class Encoder:
 
     def report(self):
         """'2 dropped (empty response), 3 with a trimmed prompt' since the last report, or ''."""
-        notes, self.notes = self.notes, Counter()
-        return ", ".join(f"{count} {note}" for note, count in notes.items())
+        text = ", ".join(f"{count} {note}" for note, count in self.notes.items())
+        self.notes.clear()
+        return text

@@ -65,8 +65,8 @@ class Pair:
 Negative = namedtuple("Negative", "prompt response reference rewrite")
 
 
-def plain(text: Text) -> str:
-    """A prompt or response as one string: of messages the contents, one after the other."""
+def plain(text):
+    """A Text, prompt or response, as one string: of messages the contents, one after the other."""
     return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
 
 
@@ -137,16 +137,14 @@ def task_of(id, where, given, need_output):
     if "messages" in row:
         row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
     alone = "text" in row and "input" not in row
+    prompt = "" if alone else messages_of(row, "input", where)
     if alone:
-        prompt, row["output"] = "", text_of(row, "text", where)
-    else:
-        prompt = messages_of(row, "input", where)
-        if not plain(prompt).strip():
-            raise UserError(f"{where}: 'input' is empty")
-    if row.get("output") is not None:  # a completion may be messages
+        row["output"] = text_of(row, "text", where)
+    elif not plain(prompt).strip():
+        raise UserError(f"{where}: 'input' is empty")
+    if need_output or row.get("output") is not None:  # a completion may be messages
         row["output"] = plain(messages_of(row, "output", where))
-    texts = [text_of(row, key, where, key != "output" or not need_output)
-             for key in ("output", "answer", "rewrite")]
+    texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
     return Task(id, prompt, *texts, where, alone or "completion" in given)
 
 

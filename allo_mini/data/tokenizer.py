@@ -62,7 +62,9 @@ class Tokenizer:
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
             self.prefix, self.template = self._prefix(), self._template()
-        self.marks = self._marks()
+        after = self.encode("\n a")  # marks: a text behind them is encoded as if it stood alone
+        self.marks = [token for id, token in self.special.items()
+                      if self.encode(token + "\n a") == [id, *after]]
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
@@ -92,12 +94,6 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
-    def _marks(self):
-        """Special tokens behind which a text is encoded as if it stood alone."""
-        after = self.encode("\n a")
-        return [token for id, token in self.special.items()
-                if self.encode(token + "\n a") == [id, *after]]
-
     def encode(self, text, bos=False):
         """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one."""
         ids = self.inner.encode(text, add_special_tokens=False).ids
@@ -105,7 +101,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of token ids, special tokens left out."""
-        return self.inner.decode(ids, skip_special_tokens=True)
+        return self.inner.decode(ids)
 
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.

@@ -66,7 +66,7 @@ def read_jsonl(path):
 def open_tensors(path):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
     with reading(path):
-        return safe_open(path, framework="pt")
+        return safe_open(path, "pt")
 
 
 def load_tensors(path):

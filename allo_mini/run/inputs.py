@@ -55,13 +55,13 @@ def held_rows(cfg, flag):
 
 
 def need_answers(tasks, task=None, flag="test"):
-    """The Tasks `tasks`, graded as their files' names say, or from now on as `task`'s rows are.
+    """The Tasks `tasks`, graded as their files' names say, or from now on as `task` is.
 
     Raises UserError naming a row without an answer.
     """
     for row in tasks:
         where = row.source
-        row.source = where if task is None else task
+        row.source = task or where
         if not (gold_answer(row) or "").strip():
             raise UserError(f"{where}: a --{flag} row needs 'answer', or 'output' ending in "
                             '"The answer is X"')

@@ -28,8 +28,7 @@ def progress(items=None, total=None, label="", unit="it"):
     """A tqdm bar; where the output is no terminal a line a minute."""
     quiet = {} if sys.stderr.isatty() else {  # miniters: tqdm's own thread shows nothing then
         "file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
-    return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0, leave=False,
-                **quiet)
+    return tqdm(items, label, total, leave=False, unit=unit, disable=parallel.RANK > 0, **quiet)
 
 
 def say(text):
@@ -75,9 +74,9 @@ class Log:
 
     def note_time(self, stage):
         """Note, and return, how many seconds a stage has taken until now, in all sittings."""
-        self.seconds[stage] = round(time.monotonic() - self.began, 2)
-        self.write(stage, seconds=self.seconds[stage])
-        return self.seconds[stage]
+        seconds = self.seconds[stage] = round(time.monotonic() - self.began, 2)
+        self.write(stage, seconds=seconds)
+        return seconds
 
     def write(self, stage, **values):
         """Append a line."""
@@ -104,25 +103,23 @@ class Progress:
     """
 
     def __init__(self, run, stage, total, optimizer, objective):
+        """Raises UserError where the checkpoint is broken or of other weights or rows."""
         self.run, self.stage, self.total = run, stage, total
         self.optimizer, self.objective, self.step = optimizer, objective, 0
         self.path = run.folder / f".{stage}.state.safetensors"
         if self.path.exists():
-            self.load()
+            tensors, metadata = files.load_tensors(self.path)
+            with files.reading(self.path):
+                known = json.loads(metadata["progress"])
+                if known["total"] != total or not tensors["start"].equal(optimizer.start):
+                    raise UserError(f"{self.path}: of other weights or rows; delete it to begin "
+                                    "again")
+                self.step = known["step"]
+                objective.state.update(known["state"])
+                optimizer.load_state_dict(tensors)
+            say(f"{stage}: goes on after step {self.step} of {total}")
         self.began = self.opened = self.saved_at = time.monotonic()
         self.first = self.step
-
-    def load(self):
-        """Read the checkpoint. Raises UserError when it is broken or of other weights or rows."""
-        tensors, metadata = files.load_tensors(self.path)
-        with files.reading(self.path):
-            known = json.loads(metadata["progress"])
-            if known["total"] != self.total or not tensors["start"].equal(self.optimizer.start):
-                raise UserError(f"{self.path}: of other weights or rows; delete it to begin again")
-            self.step = known["step"]
-            self.objective.state.update(known["state"])
-            self.optimizer.load_state_dict(tensors)
-        say(f"{self.stage}: goes on after step {self.step} of {self.total}")
 
     def check(self, metrics, first_loss):
         """Before a step moves weights: its numbers are numbers, the first loss what it must be."""
