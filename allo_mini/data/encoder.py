@@ -109,7 +109,7 @@ class Encoder:
             return ids
         self.notes["with a trimmed prompt"] += 1
         bos = in_common(self.tokenizer.prefix, ids)
-        return ids[:bos] + ids[bos:][bos - room:]
+        return ids[:bos] + ids[bos - room:]
 
     def example(self, prompt, responses):
         """The Example of a prompt and its responses (Texts); None when dropped (and counted).

@@ -219,9 +219,10 @@ def task_name(file):
     """Which of the ten tasks a file (or a task's own name) names; "" for none or several."""
     name = spelled(Path(file).name)
     named = [t for t in (*RULES, *JUDGED) if re.search(rf"(?<![a-z]){spelled(t)}(?![a-z])", name)]
-    longest = max(named, key=len, default="")
-    # "math" is in "math_sort"
-    return longest if all(spelled(task) in spelled(longest) for task in named) else ""
+    for longest in named:
+        if all(spelled(task) in spelled(longest) for task in named):  # "math" is in "math_sort"
+            return longest
+    return ""
 
 
 def gold_answer(task):
