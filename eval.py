@@ -14,14 +14,14 @@ from pathlib import Path
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
-from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of, turns_of
+from allo_mini.data.rows import Task, is_pairs, read_pairs, text_of, turns_of
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, evaluate, respond, summary, summary_row
 from allo_mini.evaluation.graders import JUDGED, RULES, task_name
 from allo_mini.run.config import KNOBS, Config, Parser, add_flag, check
 from allo_mini.run.device import pick_device
 from allo_mini.run.files import read_json, read_jsonl, reading, write_jsonl
-from allo_mini.run.inputs import need_answers, style_of, unused_template
+from allo_mini.run.inputs import read_questions, style_of, unused_template
 from allo_mini.run.log import exit_code, say, table
 
 OF_A_RUN = ("prompt", "max_length", "max_new_tokens", "stop")  # by default as the run had them
@@ -65,7 +65,7 @@ def read_rows(file, task):
     name = task_name(task or file)
     if name in JUDGED:
         return name, [Task(0, text_of(row, JUDGED[name], where)) for where, row in read_jsonl(file)]
-    return name, need_answers(read_tasks([file], need_output=False), task)
+    return name, read_questions([file], task)
 
 
 def verdicts(path):

@@ -38,7 +38,7 @@ class Encoder:
     def _closing(self, tokenizer):
         """The id that ends a response."""
         if self.style == "chat":  # the first special token the template writes after an answer
-            talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
+            talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"))
             if "marker" not in talk:
                 raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
             for id in tokenizer.encode(talk.rpartition("marker")[2]):
@@ -69,7 +69,7 @@ class Encoder:
         if self.style != "chat":
             return f" {text}" if self.style == "alpaca" else text
         for asked, before in ((prompt, framed), ("x", self.short)):
-            whole = self.tokenizer.render(turns_of(asked) + turns_of(response, "assistant"), False)
+            whole = self.tokenizer.render(turns_of(asked) + turns_of(response, "assistant"))
             rest = whole.removeprefix(before)
             if rest != whole and ("think>" not in text or text.strip() in rest):
                 return rest

@@ -55,8 +55,8 @@ class Tokenizer:
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
-        added = self.inner.get_added_tokens_decoder()
-        self.special = {id: token.content for id, token in added.items() if token.special}
+        self.special = {id: token.content for id, token
+                        in self.inner.get_added_tokens_decoder().items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
@@ -116,7 +116,7 @@ class Tokenizer:
         cut = in_common(alone, *joint)
         return head + alone[:cut], [ids[cut:] for ids in joint]
 
-    def render(self, messages, add_generation_prompt):
+    def render(self, messages, add_generation_prompt=False):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""
         if not self.template:
             raise UserError(f"{self.folder}: no chat template; use --prompt alpaca or none")

@@ -51,21 +51,22 @@ def held_rows(cfg, flag):
         if False in kinds or not cfg.pairs:
             raise UserError(f"--{flag} {' '.join(files)}: preference rows need a --pairs run")
         return read_pairs(files)
-    return need_answers(read_tasks(files, need_output=False), flag=flag)
+    return read_questions(files, flag=flag)
 
 
-def need_answers(tasks, task=None, flag="test"):
-    """The Tasks `tasks`, graded as their files' names say, or from now on as `task` is.
+def read_questions(files, task=None, flag="test"):
+    """Tasks with an answer each; graded as their files' names say, or as `task` is.
 
     Raises UserError naming a row without an answer.
     """
-    for row in tasks:
+    rows = read_tasks(files, need_output=False)
+    for row in rows:
         where = row.source
         row.source = task or where
         if not (gold_answer(row) or "").strip():
             raise UserError(f"{where}: a --{flag} row needs 'answer', or 'output' ending in "
                             '"The answer is X"')
-    return tasks
+    return rows
 
 
 def drop_held(held, *groups):
