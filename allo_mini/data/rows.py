@@ -174,11 +174,10 @@ def pair_of(where, row):
         prompt = turns_of(prompt) if len(chosen) == 1 else None
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
-    verbatim = isinstance(prompt, str)
-    if prompt is None:
-        prompt = common_prompt(chosen, rejected, where)
-    if not verbatim and in_common(prompt, chosen, rejected) == len(prompt):
-        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
+    if not isinstance(prompt, str):
+        prompt = prompt or common_prompt(chosen, rejected, where)
+        if in_common(prompt, chosen, rejected) == len(prompt):
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
     if row.get("system") and turns_of(prompt)[0]["role"] != "system":
         raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both

@@ -52,6 +52,7 @@ class Tokenizer:
         self.folder, path = folder, folder / "tokenizer.json"
         with reading(path):  # a slow tokenizer's folder lacks it, and is not supported
             self.inner = tokenizers.Tokenizer.from_file(str(path))
+        self.decode = self.inner.decode  # token ids -> text, special tokens left out
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
@@ -99,10 +100,6 @@ class Tokenizer:
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return self.prefix + ids if bos else ids
 
-    def decode(self, ids):
-        """Text of token ids, special tokens left out."""
-        return self.inner.decode(ids)
-
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
@@ -111,10 +108,9 @@ class Tokenizer:
         """
         ends = (prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)
         at = max(ends, default=0)
-        head, tail = self.encode(prompt[:at], bos), prompt[at:]
-        alone, *joint = [self.encode(tail + text) for text in ["", *texts]]
+        alone, *joint = [self.encode(prompt[at:] + text) for text in ["", *texts]]
         cut = in_common(alone, *joint)
-        return head + alone[:cut], [ids[cut:] for ids in joint]
+        return self.encode(prompt[:at], bos) + alone[:cut], [ids[cut:] for ids in joint]
 
     def render(self, messages, add_generation_prompt=False):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""

@@ -166,5 +166,4 @@ def bootstrap(ours, theirs):
     means = np.random.default_rng(0).multinomial(
         n, np.bincount(differences + 1, minlength=3) / n, 10_000) @ [-1, 0, 1] / n
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1  # no draw proves a p of 0
-    interval = np.quantile(means, [0.025, 0.975])
-    return differences.mean(), *interval, min(1.0, 2 * tail / 10_001)
+    return differences.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail / 10_001)

@@ -94,5 +94,6 @@ def style_of(prompt, rows):
 
 def unused_template(encoder, prompt):
     """A hint for who has not said --prompt, where the model has a chat template."""
-    unused = prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template
-    return " (the model has a chat template: --prompt chat uses it)" if unused else ""
+    if prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template:
+        return " (the model has a chat template: --prompt chat uses it)"
+    return ""
