@@ -70,7 +70,8 @@ class Tokenizer:
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
         value = self.settings.get(key) or ""
-        value = value["content"] if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value["content"]
         if value and value not in self.vocab:
             raise UserError(f"{self.folder}: {key} {value!r} is not in the vocabulary")
         return value

@@ -90,7 +90,7 @@ class Log:
         with files.reading(path):
             for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
                 key = row["stage"], row.get("step")
-                lines[key] = lines.get(key, {}) | row
+                lines.setdefault(key, {}).update(row)
         return list(lines.values())
 
 
