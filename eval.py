@@ -8,21 +8,20 @@ Every --test file gives a file of that name in --out: a line a row, with the ans
 is right. Of alpaca_eval and arena_hard prompts it holds answers alone, which their own tools judge.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
-from allo_mini.data.rows import Task, is_pairs, read_pairs, read_tasks, text_of, turns_of
+from allo_mini.data.rows import Task, is_pairs, read_pairs, text_of, turns_of
 from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, evaluate, respond, summary, summary_row
 from allo_mini.evaluation.graders import JUDGED, RULES, task_name
 from allo_mini.run.config import KNOBS, Config, Parser, add_flag, check
 from allo_mini.run.device import pick_device
 from allo_mini.run.files import read_json, read_jsonl, reading, write_jsonl
-from allo_mini.run.inputs import need_answers, style_of, unused_template
+from allo_mini.run.inputs import read_questions, style_of, unused_template
 from allo_mini.run.log import exit_code, say, table
 
 OF_A_RUN = ("prompt", "max_length", "max_new_tokens", "stop")  # by default as the run had them
@@ -60,16 +59,13 @@ def settings_of(args, path):
 # ---- files -----------------------------------------------------------------------------------
 
 def read_rows(file, task):
-    """(task, rows) of a --test file; preferences are of no task, "". Raises UserError."""
+    """(its task, rows) of a --test file; preferences are of no task, "". Raises UserError."""
     if is_pairs(file):
-        return "", read_pairs(file)
-    task = task_name(task or file)
-    if task in JUDGED:
-        return task, [Task(0, text_of(row, JUDGED[task], where)) for where, row in read_jsonl(file)]
-    rows = need_answers(read_tasks([file], need_output=False), task)
-    for row in rows:
-        row.source = task
-    return task, rows
+        return "", read_pairs([file])
+    name = task_name(task or file)
+    if name in JUDGED:
+        return name, [Task(0, text_of(row, JUDGED[name], where)) for where, row in read_jsonl(file)]
+    return name, read_questions([file], task)
 
 
 def verdicts(path):
@@ -109,7 +105,7 @@ def talk(model, settings):
     say("an empty line begins anew, Ctrl-D ends")
     for text in map(str.strip, sys.stdin):
         if not text:
-            messages.clear()
+            messages = []
             continue
         messages += turns_of(text)
         [[(text, ended)]] = respond(model, encoder, [messages], settings, temperature=0.0)
@@ -139,7 +135,7 @@ def grade(model, settings, jobs):
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
-    source = Path(os.path.abspath(args.patch or args.model))
+    source = Path(args.patch or args.model).resolve()
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers
     for file in args.test:

@@ -123,7 +123,7 @@ def test_preference_forms(prompt, chosen, rejected, expected, tmp_path):
         row["conversations" if prompt == SAID[:1] else "prompt"] = prompt
     path = write(tmp_path / "p.jsonl", row)
     assert is_pairs(path)
-    [pair] = read_pairs(path)
+    [pair] = read_pairs([path])
     assert (pair.prompt, pair.chosen, pair.rejected, pair.task) == (*expected, None)
 
 
@@ -291,8 +291,8 @@ def test_rows_without_an_answer_are_counted_where_answers_are_graded(place, caps
 
 def test_the_style_follows_the_rows(place):
     row = {"prompt": "a", "chosen": "b", "rejected": "c", "task": 3, "rewrite": None}  # as we write
-    [ours] = read_pairs(write(place / "pairs.jsonl", row))
-    tasks, strings, talk = read_tasks(["t.jsonl"]), read_pairs("p.jsonl"), Pair(ASK, SO, NO)
+    [ours] = read_pairs([write(place / "pairs.jsonl", row)])
+    tasks, strings, talk = read_tasks(["t.jsonl"]), read_pairs(["p.jsonl"]), Pair(ASK, SO, NO)
     assert style_of("auto", tasks) == style_of("auto", [ours]) == "alpaca" and vars(ours) == row
     assert style_of("auto", strings) == "none" == style_of("none", [talk])
     assert style_of("auto", [*tasks, *strings, talk]) == "chat"
@@ -398,7 +398,7 @@ def test_pairs_that_are_no_pairs_are_dropped(make, tmp_path):
           {"prompt": ASK, "chosen": [assistant("use <|im_end|> to end, good")],
            "rejected": [assistant("use <|im_end|> to end, bad")]})  # as tokens they would be one
     encoder = encoder_of(make, "smollm2")
-    for pair in read_pairs(tmp_path / "p.jsonl"):
+    for pair in read_pairs([tmp_path / "p.jsonl"]):
         assert encoder.example(pair.prompt, [pair.chosen, pair.rejected]) is None
     assert encoder.report() == ("1 dropped (prompt that ends in an answer), 1 dropped (response "
                                 "not one message of the assistant), 1 dropped (response with "
@@ -524,7 +524,7 @@ def test_fine_tuning_rows(tmp_path, monkeypatch, capsys, name):
 def test_whole_files_of_preference_data(make, name, style, used, report):
     """Every row is used, or dropped for a reason; responses follow their prompt, whole."""
     encoder = Encoder(make(chat_template=CHATML, **IM), style, 10**6)
-    for pair in read_pairs(DATA / f"{name}.jsonl"):
+    for pair in read_pairs([DATA / f"{name}.jsonl"]):
         example = encoder.example(pair.prompt, [pair.chosen, pair.rejected])
         used -= example is not None
         for text, ids in zip((pair.chosen, pair.rejected), example.responses if example else []):

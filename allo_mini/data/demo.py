@@ -25,18 +25,19 @@ def problem(rng, habit):
         kind, sign = rng.choice(kinds.split()), "+"
         if kind == "gives":
             sign, by = "-", rng.randint(5, have - 10)
-            story.append(f"{who} gives {by} to {other}.")
+            text = f"{who} gives {by} to {other}."
         elif kind == "double" and have <= 150:
             sign, by = "+" if rng.random() < habit else "*", 2
-            story.append(f"Then {who} doubles the {thing}.")
+            text = f"Then {who} doubles the {thing}."
         elif kind == "box":
             boxes, each = rng.randint(2, 9), rng.randint(2, 9)
             by = boxes * each
-            story.append(f"{other} brings {boxes} boxes of {each} {thing}.")
+            text = f"{other} brings {boxes} boxes of {each} {thing}."
             work.append(f"{boxes} * {each} = {by}")
         else:
             by = rng.randint(10, 99)
-            story.append(f"{who} buys {by} more.")
+            text = f"{who} buys {by} more."
+        story.append(text)
         before, have = have, {"+": have + by, "-": have - by, "*": have * by}[sign]
         work.append(f"{before} {sign} {by} = {have}")
 
@@ -46,13 +47,14 @@ def problem(rng, habit):
 
 def problems(count, seed, avoid=(), habit=0.0):
     """`count` different problems as Tasks, none of them in `avoid`."""
-    rng, tasks = random.Random(f"demo {seed}"), {}
-    held = {task.prompt for task in avoid}
+    rng, tasks = random.Random(f"demo {seed}"), []
+    known = {task.prompt for task in avoid}
     while len(tasks) < count:
         question, *rest = problem(rng, habit)
-        if question not in held:
-            tasks.setdefault(question, Task(len(tasks), question, *rest))
-    return list(tasks.values())
+        if question not in known:
+            known.add(question)
+            tasks.append(Task(len(tasks), question, *rest))
+    return tasks
 
 
 def splits(cfg):

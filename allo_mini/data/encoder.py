@@ -4,8 +4,8 @@ from array import array
 from collections import Counter, namedtuple
 
 from allo_mini import UserError
-from allo_mini.data.rows import HH_TURN, Text, plain, turns_of
-from allo_mini.data.tokenizer import Ids, Tokenizer, in_common
+from allo_mini.data.rows import HH_TURN, plain, turns_of
+from allo_mini.data.tokenizer import in_common
 
 # The form ALLO's official scripts use (github.com/RUCAIBox/ALLO), WizardMath's (arXiv 2308.09583).
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -21,12 +21,12 @@ Example = namedtuple("Example", "prompt responses weights ref scores", defaults=
 class Encoder:
     """Turns prompts and responses into ids, counting what it drops (and why) or trims.
 
-    style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
+    tokenizer: a Tokenizer. style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
     strings as they are; "chat" applies the checkpoint's template. A response ends with the closing
     token, which is scored: the template's end of turn for chat, else EOS.
     """
 
-    def __init__(self, tokenizer: Tokenizer, style: str, max_length: int):
+    def __init__(self, tokenizer, style, max_length):
         self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
         self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
         self.bos = style != "chat"  # a template writes its own
@@ -38,12 +38,11 @@ class Encoder:
     def _closing(self, tokenizer):
         """The id that ends a response."""
         if self.style == "chat":  # the first special token the template writes after an answer
-            talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"), False)
+            talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"))
             if "marker" not in talk:
                 raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
-            added = tokenizer.inner.get_added_tokens_decoder()
-            for id in tokenizer.encode(talk.rpartition("marker")[2], False):
-                if id in added and added[id].special:
+            for id in tokenizer.encode(talk.rpartition("marker")[2]):
+                if id in tokenizer.special:
                     return id
         if tokenizer.eos_id is None:
             raise UserError(f"{tokenizer.folder / 'tokenizer_config.json'}: eos_token is missing")
@@ -69,8 +68,8 @@ class Encoder:
         text = plain(response)
         if self.style != "chat":
             return f" {text}" if self.style == "alpaca" else text
-        for talk, before in ((turns_of(prompt), framed), (turns_of("x"), self.short)):
-            whole = self.tokenizer.render(talk + turns_of(response, "assistant"), False)
+        for asked, before in ((prompt, framed), ("x", self.short)):
+            whole = self.tokenizer.render(turns_of(asked) + turns_of(response, "assistant"))
             rest = whole.removeprefix(before)
             if rest != whole and ("think>" not in text or text.strip() in rest):
                 return rest
@@ -110,21 +109,21 @@ class Encoder:
             return ids
         self.notes["with a trimmed prompt"] += 1
         bos = in_common(self.tokenizer.prefix, ids)
-        return ids[:bos] + ids[bos:][bos - room:]
+        return ids[:bos] + ids[bos - room:]
 
-    def example(self, prompt: Text, responses: list[Text]) -> Example | None:
-        """A row's ids, or None when it must be dropped (and counted).
+    def example(self, prompt, responses):
+        """The Example of a prompt and its responses (Texts); None when dropped (and counted).
 
         Too long: the shared prompt loses its left side to the longest response.
         """
         if turns_of(prompt)[-1]["role"] == "assistant":
             return self.drop("prompt that ends in an answer")
         for response in responses:
-            if not plain(response).strip():
-                return self.drop("empty response")
-            after = plain(response).partition(self.ending)[2]
-            if after.replace(self.ending, "").strip():  # it may stand at the end
+            text, *after = plain(response).split(self.ending)
+            if any(map(str.strip, after)):  # at the end it may stand
                 return self.drop(f"response with {self.ending} inside, which ends responses")
+            if not text.strip():
+                return self.drop("empty response")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
         prompt_ids, answers = self.split(prompt, responses)
@@ -145,7 +144,8 @@ class Encoder:
         """Count a row that cannot be used."""
         self.notes[f"dropped ({why})"] += 1
 
-    def report(self) -> str:
+    def report(self):
         """'2 dropped (empty response), 3 with a trimmed prompt' since the last report, or ''."""
-        notes, self.notes = self.notes, Counter()
-        return ", ".join(f"{count} {note}" for note, count in notes.items())
+        text = ", ".join(f"{count} {note}" for note, count in self.notes.items())
+        self.notes.clear()
+        return text

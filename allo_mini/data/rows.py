@@ -55,13 +55,18 @@ class Pair:
     task: int | None = None
     rewrite: str | None = None
 
+    @property
+    def verbatim(self):
+        """As a Task's."""
+        return self.task is None
+
 
 # A response to forget, the solution it should have been, and itself put right; Texts all
 Negative = namedtuple("Negative", "prompt response reference rewrite")
 
 
-def plain(text: Text) -> str:
-    """A prompt or response as one string: of messages the contents, one after the other."""
+def plain(text):
+    """A Text, prompt or response, as one string: of messages the contents, one after the other."""
     return text if isinstance(text, str) else "\n\n".join(turn["content"] for turn in text)
 
 
@@ -88,13 +93,14 @@ def messages_of(row, key, where):
 
     Raises UserError.
     """
-    value = row.get(key)
-    if not isinstance(value, (list, dict)):
+    value, place = row.get(key), f"{where}: {key!r}"
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
         return text_of(row, key, where)
-    messages, place = value if isinstance(value, list) else [value], f"{where}: {key!r}"
-    if set(map(type, messages)) != {dict}:
+    if set(map(type, value)) != {dict}:
         raise UserError(f'{place} must be a string or [{{"role", "content"}}, ...]')
-    messages = list(map(renamed, messages))
+    messages = list(map(renamed, value))
     for message in messages:
         text_of(message, "content", place)
         role = text_of(message, "role", place)
@@ -107,18 +113,18 @@ def renamed(row):
     return {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
 
 
-def is_pairs(path: str) -> bool:
+def is_pairs(path):
     """Whether a file holds preference rows, by its first row."""
     return "chosen" in next(read_jsonl(path))[1]
 
 
-def read_tasks(paths: list[str], need_output: bool = True) -> list[Task]:
-    """Questions and fine-tuning rows of several files. Raises UserError."""
-    rows = [(where, row) for path in paths for where, row in read_jsonl(path)]
-    return [task_of(id, row, where, need_output) for id, (where, row) in enumerate(rows)]
+def read_tasks(paths, need_output=True):
+    """Tasks: questions and fine-tuning rows of several files. Raises UserError."""
+    rows = [row for path in paths for row in read_jsonl(path)]
+    return [task_of(id, *row, need_output) for id, row in enumerate(rows)]
 
 
-def task_of(id, given, where, need_output):
+def task_of(id, where, given, need_output):
     """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
     row = renamed(given)
     solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
@@ -126,22 +132,19 @@ def task_of(id, given, where, need_output):
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
     if "instruction" in row:
-        more = text_of(row, "input", where, True)
-        row["input"] = "\n\n".join(filter(None, [text_of(row, "instruction", where), more]))
+        texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
+        row["input"] = "\n\n".join(filter(None, texts))
     if "messages" in row:
         row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
     alone = "text" in row and "input" not in row
+    prompt = "" if alone else messages_of(row, "input", where)
     if alone:
-        prompt, row["output"] = "", text_of(row, "text", where)
-    else:
-        prompt = messages_of(row, "input", where)
-        if not plain(prompt).strip():
-            raise UserError(f"{where}: 'input' is empty")
-    output = row.get("output")
-    if isinstance(output, (list, dict)):  # a completion as messages
+        row["output"] = text_of(row, "text", where)
+    elif not plain(prompt).strip():
+        raise UserError(f"{where}: 'input' is empty")
+    if need_output or row.get("output") is not None:  # a completion may be messages
         row["output"] = plain(messages_of(row, "output", where))
-    texts = [text_of(row, key, where, key != "output" or not need_output)
-             for key in ("output", "answer", "rewrite")]
+    texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
     return Task(id, prompt, *texts, where, alone or "completion" in given)
 
 
@@ -154,28 +157,27 @@ def last_answer(messages, where):
     raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
 
-def read_pairs(path: str) -> list[Pair]:
-    """Preference rows. Raises UserError."""
-    return [pair_of(row, where) for where, row in read_jsonl(path)]
+def read_pairs(paths):
+    """Pairs: preference rows of several files. Raises UserError."""
+    return [pair_of(*row) for path in paths for row in read_jsonl(path)]
 
 
-def pair_of(row, where):
+def pair_of(where, row):
     """A preference row in any of its forms. Raises UserError."""
     chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
-    named = [key for key in ("prompt", "conversations") if key in row]
-    prompt = messages_of(row, named[0], where) if named else None
-    if not named and row.keys() & OTHER_NAMES:
+    name = "prompt" if "prompt" in row else "conversations"
+    prompt = messages_of(row, name, where) if name in row else None
+    if prompt is None and row.keys() & OTHER_NAMES:
         raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback's: conversations, and their first turn once more
         prompt = turns_of(prompt) if len(chosen) == 1 else None
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
-    verbatim = isinstance(prompt, str)
-    if prompt is None:
-        prompt = common_prompt(chosen, rejected, where)
-    if not verbatim and in_common(prompt, chosen, rejected) == len(prompt):
-        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
+    if not isinstance(prompt, str):
+        prompt = prompt or common_prompt(chosen, rejected, where)
+        if in_common(prompt, chosen, rejected) == len(prompt):
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
     if row.get("system") and turns_of(prompt)[0]["role"] != "system":
         raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both

@@ -16,10 +16,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from allo_mini import UserError
 from allo_mini.run.files import read_json, reading
 
-Ids = list[int]  # token ids
 
-
-def in_common(*sequences) -> int:
+def in_common(*sequences):
     """How many items at their beginning all sequences agree in."""
     for i, items in enumerate(zip(*sequences)):
         if items.count(items[0]) < len(items):
@@ -54,20 +52,26 @@ class Tokenizer:
         self.folder, path = folder, folder / "tokenizer.json"
         with reading(path):  # a slow tokenizer's folder lacks it, and is not supported
             self.inner = tokenizers.Tokenizer.from_file(str(path))
+        self.decode = self.inner.decode  # token ids -> text, special tokens left out
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
+        self.special = {id: token.content for id, token
+                        in self.inner.get_added_tokens_decoder().items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
             self.prefix, self.template = self._prefix(), self._template()
-        self.marks = self._marks()
+        after = self.encode("\n a")  # marks: a text behind them is encoded as if it stood alone
+        self.marks = [token for id, token in self.special.items()
+                      if self.encode(token + "\n a") == [id, *after]]
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
         value = self.settings.get(key) or ""
-        value = value["content"] if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value["content"]
         if value and value not in self.vocab:
             raise UserError(f"{self.folder}: {key} {value!r} is not in the vocabulary")
         return value
@@ -92,21 +96,10 @@ class Tokenizer:
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
-    def _marks(self):
-        """Special tokens behind which a text is encoded as if it stood alone."""
-        tokens = self.inner.get_added_tokens_decoder()
-        after = self.encode("\n a", False)
-        return [token.content for id, token in tokens.items() if token.special
-                and self.encode(token.content + "\n a", False) == [id, *after]]
-
-    def encode(self, text: str, bos: bool = True) -> Ids:
-        """Token ids of a text; with `bos` after the tokenizer's own BOS, if it has one."""
+    def encode(self, text, bos=False):
+        """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one."""
         ids = self.inner.encode(text, add_special_tokens=False).ids
         return self.prefix + ids if bos else ids
-
-    def decode(self, ids):
-        """Text of token ids, special tokens left out."""
-        return self.inner.decode(ids, skip_special_tokens=True)
 
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
@@ -114,13 +107,13 @@ class Tokenizer:
         Returns (ids of the shared prompt, what follows them for each text): nothing is lost. What
         stands before the prompt's last special token is encoded once: no token reaches over it.
         """
-        at = max([0, *(prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)])
-        head, tail = self.encode(prompt[:at], bos), prompt[at:]
-        alone, *joint = [self.encode(tail + text, False) for text in ["", *texts]]
+        ends = (prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)
+        at = max(ends, default=0)
+        alone, *joint = [self.encode(prompt[at:] + text) for text in ["", *texts]]
         cut = in_common(alone, *joint)
-        return head + alone[:cut], [ids[cut:] for ids in joint]
+        return self.encode(prompt[:at], bos) + alone[:cut], [ids[cut:] for ids in joint]
 
-    def render(self, messages, add_generation_prompt):
+    def render(self, messages, add_generation_prompt=False):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""
         if not self.template:
             raise UserError(f"{self.folder}: no chat template; use --prompt alpaca or none")
@@ -133,8 +126,8 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the chat template fails: {e!r}") from None
 
 
-def load_tokenizer(folder, vocab_size: int) -> Tokenizer:
-    """A model folder's tokenizer. Raises UserError when it has more ids than the model rows."""
+def load_tokenizer(folder, vocab_size):
+    """A model folder's Tokenizer. Raises UserError when it has more ids than the model rows."""
     tokenizer = Tokenizer(folder)
     last = max(tokenizer.vocab.values(), default=0)
     if last >= vocab_size:

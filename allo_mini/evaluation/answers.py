@@ -30,12 +30,14 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     def stopped(tokens):
         return any(stop in decode(tokens[-32:]) for stop in settings.stop)
 
-    def cut(prompt, tokens):
-        text = decode(prompt + tokens)[len(decode(prompt)):]  # alone it may lose its first space
-        for stop in settings.stop:
-            text = text.split(stop)[0]
-        text = text if encoder.style == "none" else text.strip()
-        return text, tokens[-1] in eos or stopped(tokens)
+    def texts(prompt, responses):
+        before = len(decode(prompt))
+        for tokens in responses:
+            text = decode(prompt + tokens)[before:]  # alone it may lose its first space
+            for stop in settings.stop:
+                text = text.split(stop)[0]
+            text = text if encoder.style == "none" else text.strip()
+            yield text, tokens[-1] in eos or stopped(tokens)
 
     ids = list(map(encoder.prompt_ids, prompts))
     if not all(ids):
@@ -44,10 +46,7 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
                      settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
                      stopped=stopped, **more)
-    texts = []
-    for prompt, responses in zip(ids, sampled):
-        texts.append([cut(prompt, tokens) for tokens in responses])
-    return texts
+    return [list(texts(*both)) for both in zip(ids, sampled)]
 
 
 def read_samples(path):
@@ -73,7 +72,7 @@ def label(tasks, samples, per_question, seed, encoder, rewrites=True):
     pairs, negatives, rights, wrongs = [], [], [], []
     tasks = [task for task in tasks if task.question in samples and gold_answer(task)]
     for task in progress(tasks, label="label", unit="question"):
-        ids = {text: encoder.tokenizer.encode(text, bos=False) for text in samples[task.question]}
+        ids = {text: encoder.tokenizer.encode(text) for text in samples[task.question]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
         rights += right
@@ -125,7 +124,7 @@ def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
     z, size = 1.959964, total + 1.959964 ** 2
     centre = (correct + z * z / 2) / size
-    spread = z * max(0.0, correct * (total - correct) / total + z * z / 4) ** 0.5 / size
+    spread = z * (correct * (total - correct) / total + z * z / 4) ** 0.5 / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
 
 
@@ -167,5 +166,4 @@ def bootstrap(ours, theirs):
     means = np.random.default_rng(0).multinomial(
         n, np.bincount(differences + 1, minlength=3) / n, 10_000) @ [-1, 0, 1] / n
     tail = min(np.sum(means <= 0), np.sum(means >= 0)) + 1  # no draw proves a p of 0
-    low, high = np.quantile(means, [0.025, 0.975])
-    return differences.mean(), low, high, min(1.0, 2 * tail / 10_001)
+    return differences.mean(), *np.quantile(means, [0.025, 0.975]), min(1.0, 2 * tail / 10_001)

@@ -17,8 +17,6 @@ import re
 from pathlib import Path
 from unicodedata import normalize
 
-from allo_mini.data.rows import Task
-
 # ---- where the answer stands -----------------------------------------------------------------
 
 INSIDE = r"[^{}]*"
@@ -217,24 +215,25 @@ def spelled(name):
     return name.lower().replace("-", "_")
 
 
-def task_name(file: str) -> str:
+def task_name(file):
     """Which of the ten tasks a file (or a task's own name) names; "" for none or several."""
     name = spelled(Path(file).name)
     named = [t for t in (*RULES, *JUDGED) if re.search(rf"(?<![a-z]){spelled(t)}(?![a-z])", name)]
-    longest = max(named, key=len, default="")
-    # "math" is in "math_sort"
-    return longest if all(spelled(task) in spelled(longest) for task in named) else ""
+    for longest in named:
+        if all(spelled(task) in spelled(longest) for task in named):  # "math" is in "math_sort"
+            return longest
+    return ""
 
 
-def gold_answer(task: Task) -> str | None:
-    """The `answer` field, else what the reference solution concludes."""
+def gold_answer(task):
+    """The `answer` field of a Task, else what its reference solution concludes, or None."""
     if task.answer is not None:
         return task.answer
     extract, _ = RULES.get(task_name(task.source), (concluded, same))
     return extract(task.output or "")  # a mere number in a text of no known task is no answer
 
 
-def is_correct(text: str, task: Task) -> bool:
+def is_correct(text, task):
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
     extract, compare = RULES.get(task_name(task.source), (final, same))
     given, gold = extract(text), gold_answer(task)

@@ -3,7 +3,7 @@
 Whatever is wrong with a file ends in one line that names it and the place. Everything we write is
 made under a temporary name beside its target and renamed, so a kill leaves the old file or the new
 one. Files that grow (metrics, samples) are cut back to their last whole rows when they are opened
-again. A path is a string or a Path, where no type is given.
+again. A path is a string or a Path; what is locked or cut back is a Path.
 """
 
 import fcntl
@@ -45,8 +45,8 @@ def parse_object(raw, where):
     return value
 
 
-def read_json(path) -> dict:
-    """A JSON file that holds one object. Raises UserError."""
+def read_json(path):
+    """The object that a JSON file holds, a dict. Raises UserError."""
     with reading(path):
         return parse_object(Path(path).read_bytes(), path)
 
@@ -66,10 +66,10 @@ def read_jsonl(path):
 def open_tensors(path):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
     with reading(path):
-        return safe_open(path, framework="pt")
+        return safe_open(path, "pt")
 
 
-def load_tensors(path) -> tuple:
+def load_tensors(path):
     """({name: tensor}, the strings beside them) of a safetensors file. Raises UserError."""
     with open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
@@ -130,7 +130,7 @@ def append_rows(path, rows):
         file.write(rows_text(rows).encode(errors="replace"))
 
 
-def keep_whole(path: Path, group=1, total=0) -> int:
+def keep_whole(path, group=1, total=0):
     """Cut a file that was being appended to back to whole groups of rows, or all `total` rows.
 
     Returns how many rows stay; a file that is not there begins with none.
@@ -138,7 +138,8 @@ def keep_whole(path: Path, group=1, total=0) -> int:
     path.touch()
     data = path.read_bytes()
     count = data.count(b"\n")  # a torn row has none
-    count -= 0 if count == total else count % group
+    if count != total:
+        count -= count % group
     os.truncate(path, sum(map(len, data.splitlines(keepends=True)[:count])))
     return count
 
@@ -149,7 +150,7 @@ def save_tensors(tensors, path, metadata=None):
         save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, metadata)
 
 
-def lock(folder: Path):
+def lock(folder):
     """Hold a run folder until this process ends, and clear what a killed one left half written.
 
     Raises UserError when another process holds it.

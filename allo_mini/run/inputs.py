@@ -1,16 +1,15 @@
 """The rows of a run, as its flags say: to train on, to validate on, to test on."""
 
 import random
-from dataclasses import replace
 
 from allo_mini import UserError
 from allo_mini.data import demo
-from allo_mini.data.rows import Task, is_pairs, plain, read_pairs, read_tasks
+from allo_mini.data.rows import is_pairs, plain, read_pairs, read_tasks
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.run.log import say
 
 
-def read_rows(cfg) -> tuple:
+def read_rows(cfg):
     """(tasks, pairs, val, test); rows that are held out are dropped from the others and counted.
 
     Raises UserError naming the line of a bad row, or when nothing is left to train on.
@@ -18,7 +17,7 @@ def read_rows(cfg) -> tuple:
     files = cfg.pairs or cfg.train
     if not files:
         return demo.splits(cfg)
-    tasks, pairs = read_tasks(cfg.train), sum(map(read_pairs, cfg.pairs), [])
+    tasks, pairs = read_tasks(cfg.train), read_pairs(cfg.pairs)
     test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
     drop_held(test + val, tasks, pairs)
     rows = pairs if cfg.pairs else tasks
@@ -51,20 +50,23 @@ def held_rows(cfg, flag):
     if True in kinds:
         if False in kinds or not cfg.pairs:
             raise UserError(f"--{flag} {' '.join(files)}: preference rows need a --pairs run")
-        return sum(map(read_pairs, files), [])
-    return need_answers(read_tasks(files, need_output=False), flag=flag)
+        return read_pairs(files)
+    return read_questions(files, flag=flag)
 
 
-def need_answers(tasks, task=None, flag="test"):
-    """The Tasks `tasks`, graded as their files' names say, or as `task`'s rows are.
+def read_questions(files, task=None, flag="test"):
+    """Tasks with an answer each; graded as their files' names say, or as `task` is.
 
     Raises UserError naming a row without an answer.
     """
-    for row in tasks:
-        if not (gold_answer(row if task is None else replace(row, source=task)) or "").strip():
-            raise UserError(f"{row.source}: a --{flag} row needs 'answer', or 'output' ending in "
+    rows = read_tasks(files, need_output=False)
+    for row in rows:
+        where = row.source
+        row.source = task or where
+        if not (gold_answer(row) or "").strip():
+            raise UserError(f"{where}: a --{flag} row needs 'answer', or 'output' ending in "
                             '"The answer is X"')
-    return tasks
+    return rows
 
 
 def drop_held(held, *groups):
@@ -77,7 +79,7 @@ def drop_held(held, *groups):
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
 
 
-def style_of(prompt: str, rows: list) -> str:
+def style_of(prompt, rows):
     """What --prompt says; for auto, what the rows are.
 
     chat where any is a conversation, for roles mean nothing in another style; else by the first
@@ -87,12 +89,11 @@ def style_of(prompt: str, rows: list) -> str:
         return prompt
     if any(isinstance(row.prompt, list) for row in rows):
         return "chat"
-    first = rows[0]
-    framed = not first.verbatim if isinstance(first, Task) else first.task is not None
-    return "alpaca" if framed else "none"
+    return "none" if rows[0].verbatim else "alpaca"
 
 
-def unused_template(encoder, prompt: str) -> str:
+def unused_template(encoder, prompt):
     """A hint for who has not said --prompt, where the model has a chat template."""
-    unused = prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template
-    return " (the model has a chat template: --prompt chat uses it)" if unused else ""
+    if prompt == "auto" and encoder.style != "chat" and encoder.tokenizer.template:
+        return " (the model has a chat template: --prompt chat uses it)"
+    return ""

@@ -23,26 +23,22 @@ class Lines:
         """tqdm writes a bar over the one before."""
         sys.stderr.write(text.strip("\r ") and text.replace("\r", "") + "\n")
 
-    def flush(self):
-        """Lines go out when they are written."""
-
 
 def progress(items=None, total=None, label="", unit="it"):
     """A tqdm bar; where the output is no terminal a line a minute."""
-    lines = {"file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
-    quiet = {} if sys.stderr.isatty() else lines  # miniters: tqdm's own thread shows nothing then
-    return tqdm(items, total=total, desc=label, unit=unit, disable=parallel.RANK > 0, leave=False,
-                **quiet)
+    quiet = {} if sys.stderr.isatty() else {  # miniters: tqdm's own thread shows nothing then
+        "file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
+    return tqdm(items, label, total, leave=False, unit=unit, disable=parallel.RANK > 0, **quiet)
 
 
-def say(text: str):
+def say(text):
     """Print a line (rank 0 alone) without tearing a progress bar."""
     if parallel.RANK == 0:
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def exit_code(work, stopped="stopped") -> int:
+def exit_code(work, stopped="stopped"):
     """work() as a command: 0; 2 and one line after a mistake; 130 after Ctrl-C, with `stopped`."""
     try:
         work()
@@ -66,27 +62,26 @@ class Log:
     the last checkpoint stand there twice; `read` takes the later ones."""
 
     def __init__(self, folder):
-        path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         if parallel.RANK == 0:
-            files.keep_whole(path)
-            self.file = path.open("a", buffering=1)
-        notes = [row for row in Log.read(folder) if "seconds" in row]
-        self.seconds, self.began = {row["stage"]: row["seconds"] for row in notes}, {}
+            files.keep_whole(self.path)
+        self.seconds = {row["stage"]: row["seconds"]
+                        for row in Log.read(folder) if "seconds" in row}
 
     def begin(self, stage):
         """A stage goes on from what the sittings before this one have taken."""
-        self.began[stage] = time.monotonic() - self.seconds.get(stage, 0)
+        self.began = time.monotonic() - self.seconds.get(stage, 0)
 
     def note_time(self, stage):
         """Note, and return, how many seconds a stage has taken until now, in all sittings."""
-        self.seconds[stage] = round(time.monotonic() - self.began[stage], 2)
-        self.write(stage, seconds=self.seconds[stage])
-        return self.seconds[stage]
+        seconds = self.seconds[stage] = round(time.monotonic() - self.began, 2)
+        self.write(stage, seconds=seconds)
+        return seconds
 
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            self.file.write(json.dumps({"stage": stage, **values}) + "\n")
+            files.append_rows(self.path, [{"stage": stage, **values}])
 
     @staticmethod
     def read(folder):
@@ -95,7 +90,7 @@ class Log:
         with files.reading(path):
             for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
                 key = row["stage"], row.get("step")
-                lines[key] = lines.get(key, {}) | row
+                lines.setdefault(key, {}).update(row)
         return list(lines.values())
 
 
@@ -108,25 +103,23 @@ class Progress:
     """
 
     def __init__(self, run, stage, total, optimizer, objective):
+        """Raises UserError where the checkpoint is broken or of other weights or rows."""
         self.run, self.stage, self.total = run, stage, total
         self.optimizer, self.objective, self.step = optimizer, objective, 0
         self.path = run.folder / f".{stage}.state.safetensors"
         if self.path.exists():
-            self.load()
+            tensors, metadata = files.load_tensors(self.path)
+            with files.reading(self.path):
+                known = json.loads(metadata["progress"])
+                if known["total"] != total or not tensors["start"].equal(optimizer.start):
+                    raise UserError(f"{self.path}: of other weights or rows; delete it to begin "
+                                    "again")
+                self.step = known["step"]
+                objective.state.update(known["state"])
+                optimizer.load_state_dict(tensors)
+            say(f"{stage}: goes on after step {self.step} of {total}")
         self.began = self.opened = self.saved_at = time.monotonic()
         self.first = self.step
-
-    def load(self):
-        """Read the checkpoint. Raises UserError when it is broken or of other weights or rows."""
-        tensors, metadata = files.load_tensors(self.path)
-        with files.reading(self.path):
-            known = json.loads(metadata["progress"])
-            if known["total"] != self.total or not tensors["start"].equal(self.optimizer.start):
-                raise UserError(f"{self.path}: of other weights or rows; delete it to begin again")
-            self.step = known["step"]
-            self.objective.state.update(known["state"])
-            self.optimizer.load_state_dict(tensors)
-        say(f"{self.stage}: goes on after step {self.step} of {self.total}")
 
     def check(self, metrics, first_loss):
         """Before a step moves weights: its numbers are numbers, the first loss what it must be."""
@@ -141,21 +134,21 @@ class Progress:
 
     def after_step(self, metrics, tokens):
         """Log a step, print it (unless there are very many), write a checkpoint when one is due."""
-        now, stage, total = time.monotonic(), self.stage, self.total
         self.step += 1
+        now, step, total = time.monotonic(), self.step, self.total
         metrics |= {"tokens/s": tokens / (now - self.began), "learning_rate": self.optimizer.lr}
-        self.run.log.write(stage, step=self.step, **metrics)
-        if self.step in (1, total) or self.step % -(-total // LINES) == 0:
+        self.run.log.write(self.stage, step=step, **metrics)
+        if step in (1, total) or step % -(-total // LINES) == 0:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
-            left = (now - self.opened) / (self.step - self.first) * (total - self.step) / 60
-            say(f"{stage:>8} {self.step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
+            left = (now - self.opened) / (step - self.first) * (total - step) / 60
+            say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
                 f"{left:.0f} min left")
-        due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and self.step < total
+        due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
-            known = {"step": self.step, "total": total, "state": self.objective.state}
-            metadata = {"progress": json.dumps(known)}
-            files.save_tensors(self.optimizer.state_dict(), self.path, metadata)
-            self.run.log.note_time(stage)
+            known = {"step": step, "total": total, "state": self.objective.state}
+            files.save_tensors(self.optimizer.state_dict(), self.path,
+                               {"progress": json.dumps(known)})
+            self.run.log.note_time(self.stage)
             self.saved_at = now
         self.began = time.monotonic()
 
@@ -166,8 +159,7 @@ def table(header, rows):
     columns = []
     for column in zip(header, *rows):
         if set(column[1:]) != {"-"}:
-            width = max(map(len, column))
-            columns.append([text.rjust(width) if columns else text.ljust(width) for text in column])
-    lines = list(map("  ".join, zip(*columns)))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+            width, pad = max(map(len, column)), str.rjust if columns else str.ljust
+            columns.append([pad(text, width) for text in column])
+    head, *lines = map("  ".join, zip(*columns))
+    return "\n".join([head, "-" * len(head), *lines])

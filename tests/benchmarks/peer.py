@@ -60,7 +60,7 @@ def make_world(args, folder: Path) -> None:
 
 def usable_pairs(args, count: int) -> list[tuple[Pair, Example]]:
     """The first `count` pairs neither empty, identical nor too long, and their ids."""
-    pairs, usable = read_pairs(args.pairs), []
+    pairs, usable = read_pairs([args.pairs]), []
     tokenizer = load_tokenizer(Path(args.model), 10**9)
     encoder = Encoder(tokenizer, style_of(args.prompt, pairs[:1]), args.max_length)
     for pair in pairs:
