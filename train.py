@@ -96,7 +96,7 @@ def optimize(run, name, policy, examples, objective, mask=None):
         totals = torch.stack(list(sums.values())).tolist()
         metrics = {key: total / len(step) for key, total in zip(sums, totals)}
         metrics["grad_norm"] = optimizer.clip(cfg.clip)
-        place.check(metrics, objective.first_loss and objective.first_loss(step))
+        place.check(metrics, step)
         optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
         optimizer.step()
         objective.after(metrics)

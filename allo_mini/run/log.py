@@ -121,12 +121,13 @@ class Progress:
         self.began = self.opened = self.saved_at = time.monotonic()
         self.first = self.step
 
-    def check(self, metrics, first_loss):
+    def check(self, metrics, examples):
         """Before a step moves weights: its numbers are numbers, the first loss what it must be."""
         if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
             raise UserError(f"{self.stage}, step {self.step + 1}: loss {metrics['loss']}, gradient "
                             f"norm {metrics['grad_norm']}; lower the rate, or use --dtype fp32")
-        if self.step == 0 and first_loss is not None:
+        if self.step == 0 and self.objective.first_loss:
+            first_loss = self.objective.first_loss(examples)
             close = math.isclose(metrics["loss"], first_loss, rel_tol=1e-4, abs_tol=1e-4)
             warning = "" if close else "   <-- WARNING: policy and reference do not agree"
             say(f"{self.stage}: first loss {metrics['loss']:.6f}, expected {first_loss:.6f} where "
