@@ -56,7 +56,11 @@ def find_folder(path_or_id, download=True):
 def shard_files(folder):
     """{tensor name: the safetensors file that holds it}; where there are shards, of those."""
     files = {}
-    for path in sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]:
+    paths = sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]
+    if not paths[0].exists():
+        raise UserError(f"{folder}: no model.safetensors; transformers' save_pretrained makes one "
+                        "of pytorch_model.bin")
+    for path in paths:
         with open_tensors(path) as file:
             files |= dict.fromkeys(file.keys(), path)
     return files

@@ -38,10 +38,11 @@ def reading(path):
 
 def parse_object(raw, where):
     """One JSON object, from bytes. Raises UserError."""
-    with reading(f"{where} as JSON in UTF-8"):
+    with reading(f"{where} as JSON in UTF-8 (of rows: an object a line)"):
         value = json.loads(raw)
     if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+        raise UserError(f"{where}: expected a JSON object (of rows: one a line), found "
+                        f"{type(value).__name__}")
     return value
 
 
