@@ -114,12 +114,15 @@ def test_token_examples_and_weights(whole):
     assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
 
 
-def test_a_finished_run_prints_its_table_again(whole, capsys):
+def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
+    """With another number of threads, which is said once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before = results_of(whole)
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
     table = json.loads((whole / "results.json").read_text())["table"]
     assert "finished" in said and table in said and "skipped" not in said
+    assert said.count("begun with 1 threads, now 2") == 1
     assert difference(before, results_of(whole)) == []
 
 
