@@ -151,8 +151,6 @@ def test_rows_flags_and_files(command, files, says, place, capsys):
     refused(command, says, place, capsys)
 
 
-# ---- model folders ------------------------------------------------------------------------------
-
 NORM = "model.norm.weight"
 VALUES = {  # a key of config.json -> values that the line names it for
     "architectures": [["GPT2LMHeadModel"], None, []], "hidden_size": [-16, "16"],
