@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, golden, random_mask, state_of, whole
+from helpers import assert_close, golden, random_mask, whole
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -238,7 +238,7 @@ def test_full_mask_is_torch_adamw(decay, all_true):
             (distance(model, step) * (1e-6 if step < 10 else 1)).backward()
             optimizer.step()
         torchs.zero_grad()
-    assert_close(state_of(ours), state_of(theirs), atol=2e-6, rtol=1e-5)
+    assert_close(ours.state_dict(), theirs.state_dict(), atol=2e-6, rtol=1e-5)
     assert float(mine.moved().max()) > 1e-2
 
 
@@ -339,7 +339,7 @@ def test_slices_host_memory_and_going_on_change_no_bit(monkeypatch, tmp_path, dt
     restored.load_state_dict(load_file(tmp_path / "state"))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
     train(again, restored, range(3, 6))
-    assert_close(state_of(again), state_of(model), atol=0, rtol=0)
+    assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
     assert_close(restored.state_dict(), optimizer.state_dict(), atol=0, rtol=0)
     model, exact = fresh(1 << 24, bits=32)
     train(model, exact, range(6))
