@@ -111,14 +111,12 @@ def test_stop_strings_end_a_response_and_are_cut_off(encoder):
 
 # ---- intervals ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("correct, total, low, high", [
-    (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0),
-    (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1.0)])
-def test_wilson_intervals_equal_published_values(correct, total, low, high):
-    assert wilson(correct, total) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_intervals_hold_the_share_and_print_without_a_minus():
+def test_intervals_are_wilsons_hold_the_share_and_print_without_a_minus():
+    """Published values; all counts of few rows."""
+    published = {(8, 10): (0.4902, 0.9433), (0, 10): (0.0, 0.2775), (10, 10): (0.7225, 1.0),
+                 (50, 100): (0.4038, 0.5962), (1, 1): (0.2065, 1.0)}
+    for counts, interval in published.items():
+        assert wilson(*counts) == pytest.approx(interval, abs=6e-5)
     for total in range(1, 60):
         for correct in {0, 1, total // 2, total}:
             s = summary([{"correct": i < correct} for i in range(total)])
@@ -247,10 +245,7 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"input", "margin", "correct"}
     run(model, "--test", "rows.jsonl", "--out", "out", "--limit", "2")  # over its own file
     assert len(rows_of(Path("out/rows.jsonl"))) == 2
-
-
-def test_the_flag_task_goes_before_the_name(model, place, monkeypatch):
-    answering(monkeypatch, lambda q: "It is 5")
+    answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
         run(model, "--test", "rows.jsonl", "--out", "a", "--task", task)
         assert sum(row["correct"] for row in rows_of(Path("a/rows.jsonl"))) == correct

@@ -23,6 +23,7 @@ import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
+from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.files import save_tensors
 from allo_mini.run.config import METHODS, parse, schedule
@@ -126,19 +127,11 @@ def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
     assert difference(before, results_of(whole)) == []
 
 
-def apply_patch(monkeypatch, *words) -> int:
-    """python -m allo_mini.patch apply ..."""
-    monkeypatch.setattr(sys, "argv", ["patch", "apply", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("allo_mini.patch", run_name="__main__")
-    return end.value.code
-
-
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
     """Applied to the base, and in eval.py, which then gives the folder's answers."""
     path, answers = whole / "patch.safetensors", []
-    assert apply_patch(monkeypatch, whole / "sft", path, tmp_path / "applied") == 0
+    apply(["apply", str(whole / "sft"), str(path), str(tmp_path / "applied")])
     assert equal(weights_of(whole / "improve"), weights_of(tmp_path / "applied"))
     for words in ("improve", f"sft --patch {path}", f"sft --patch {path} --int8"):
         command = f"--test {whole.parent}/test.jsonl --out {tmp_path} --model {whole}/{words}"
@@ -146,9 +139,12 @@ def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
         answers.append(rows_of(tmp_path / "test.jsonl"))
     assert answers[0] == answers[1] and len(answers[2]) == 4
     capsys.readouterr()
-    assert apply_patch(monkeypatch, whole / "dpo", path, tmp_path / "wrong") == 2
-    assert "patch.safetensors" in error_of(capsys) and not (tmp_path / "wrong").exists()
-    assert apply_patch(monkeypatch, path) == 2 and "apply BASE PATCH OUT" in error_of(capsys)
+    for words, says in ((f"{whole}/dpo {path} {tmp_path}/wrong", "patch.safetensors"),
+                        (f"{path}", "apply BASE PATCH OUT")):
+        monkeypatch.setattr(sys, "argv", ["patch", "apply", *words.split()])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_module("allo_mini.patch", run_name="__main__")
+        assert says in error_of(capsys) and not (tmp_path / "wrong").exists()
 
 
 # ---- methods and modes -------------------------------------------------------------------------
