@@ -376,6 +376,10 @@ def test_the_page_shows_the_folder_and_escapes_it(folder):
         corners = [tuple(map(float, point.split(","))) for point in line]
         assert len(corners) == 143 <= report.POINTS and corners[-1][0] == 300
         assert all(0 <= x <= 300 and 0 <= y <= 120 for x, y in corners)
+    for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
+        (folder / name).unlink()  # and what is not there is left out
+    page = report.write_report(folder).read_text()
+    assert re.findall("<h2 .*?>(.*?)</h2>", page) == ["Settings"]
 
 
 def test_stages_that_share_a_metric_share_a_chart_by_their_share_of_steps(folder):
@@ -430,13 +434,6 @@ def test_the_verdict_is_on_the_last_two_models(first, last, sentence):
     moved = f"B moved towards the chosen response on {last.count('1'):,} of {len(last):,} rows"
     assert report.verdict(margins) == moved + ", as chance could" * (len(last) > 200) + "."
     assert report.verdict(evals) == report.verdict({"A": []}) == report.verdict({}) == ""
-
-
-def test_what_is_not_there_is_left_out(folder):
-    for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
-        (folder / name).unlink()
-    page = report.write_report(folder).read_text()
-    assert re.findall("<h2 .*?>(.*?)</h2>", page) == ["Settings"]
 
 
 def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):

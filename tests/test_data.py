@@ -10,8 +10,8 @@ from types import SimpleNamespace as Stub
 import pytest
 import torch
 from runs import TEMPLATE, pair, task
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (Tokenizer as HFTokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
 
 import train
 from allo_mini import UserError
@@ -335,9 +335,9 @@ FAMILIES = {  # template, settings, how ASK and SYSTEM + ASK are asked, the shap
 CASES = [(family, i) for family in FAMILIES for i in (0, 1) if FAMILIES[family][2 + i]]
 
 
-def encoder_of(make, family, length=400):
+def encoder_of(make, family):
     template, settings, *_ = FAMILIES[family]
-    return Encoder(make(bos=True, chat_template=template, **settings), "chat", length)
+    return Encoder(make(bos=True, chat_template=template, **settings), "chat", 400)
 
 
 def text_of(encoder, ids):

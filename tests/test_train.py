@@ -71,6 +71,12 @@ def test_every_stage_leaves_its_artefact(whole):
     results = json.loads((whole / "results.json").read_text())["results"]
     assert results.keys() == {"SFT", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
     assert not list(whole.glob(".*.tmp")) + list(whole.glob(".*state*"))
+    for row in rows_of(whole / "token_examples.jsonl"):
+        n = len(row["tokens"])
+        assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
+        assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
+    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
+    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
 
 
 def test_metrics_of_every_step(whole):
@@ -104,15 +110,6 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
     ranked = torch.cat([moved[n].flatten() for n in mask])
     chosen = torch.cat([m.flatten() for m in mask.values()])
     assert ranked[chosen].min() >= ranked[~chosen].max()
-
-
-def test_token_examples_and_weights(whole):
-    for row in rows_of(whole / "token_examples.jsonl"):
-        n = len(row["tokens"])
-        assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
-        assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
-    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
-    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
 
 
 def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
