@@ -471,29 +471,24 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
 
 # ---- two ranks, on CPUs with gloo --------------------------------------------------------------
 
-def run_ranks(logs, argv) -> list[str]:
-    """Two ranks by torchrun; what each has printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--redirects=1", f"--log-dir={logs}", "train.py", *argv]
-    with subprocess.Popen(command, cwd=ROOT) as torchrun:
-        try:
-            assert torchrun.wait(120) == 0
-        finally:
-            torchrun.terminate()
-    return [re.sub(r".*\[Gloo\].*\n", "", path.read_text())
-            for path in sorted(logs.rglob("stdout.log"))]
-
-
 def test_two_ranks_give_the_run_of_one(world, tmp_path):
     """Losses, every metric and the weights; some steps are of one row, along which the second rank
     has none. All files are there."""
     options = ("--sft --locate gradient --token-weights edit --micro-tokens 300 --batch 3 --p 10 "
                "--max-steps 2 --limit 4 --lr-sft 1e-4 --lr-dpo 1e-5 --lr-forget 1e-4 "
                "--lr-improve 1e-4").split()
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, logs = (tmp_path / name for name in ("one", "two", "logs"))
     run(world, one, *options)
     with_samples(world, two)
-    said, silent = run_ranks(tmp_path / "logs", arguments(world, two, *options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "--redirects=1", f"--log-dir={logs}", "train.py"]
+    with subprocess.Popen([*torchrun, *arguments(world, two, *options)], cwd=ROOT) as ranks:
+        try:
+            assert ranks.wait(120) == 0
+        finally:
+            ranks.terminate()  # which ends its workers, too
+    said, silent = (re.sub(r".*\[Gloo\].*\n", "", path.read_text())
+                    for path in sorted(logs.rglob("stdout.log")))
     assert "ALLO" in said and silent == ""
     names = [{path.relative_to(out) for path in out.rglob("*")} for out in (one, two)]
     assert names[0] == names[1]
