@@ -59,8 +59,8 @@ def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monk
 
 
 @pytest.mark.parametrize("stage, lean", [
-    ("dpo", ()), ("warmup", ("--method", "allo")), ("sft", ("--p-sft", "9")),
-    ("improve", ("--int8", "--state-bits", "8", "--offload")), ("bco", ("--method", "bco", "allo"))])
+    ("dpo", ()), ("warmup", ("--method", "allo")), ("bco", ("--method", "bco", "allo")),
+    ("sft", ("--p-sft", "9")), ("improve", ("--int8", "--state-bits", "8", "--offload"))])
 def test_resume_inside_a_stage(world, tmp_path, capsys, stage, lean):
     """With every form of the optimizer's state, and an objective that remembers."""
     more = ("--sft", "--token-weights", "edit", "--config", world / "settings.json", *lean)
