@@ -69,11 +69,6 @@ def gradients(model: CausalLM) -> dict[str, torch.Tensor]:
     return out
 
 
-def state_of(model) -> dict[str, torch.Tensor]:
-    """All weights as they stand."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def whole(p, dtype=torch.float32) -> torch.Tensor:
     """A weight, dequantised where it is int8."""
     return torch.cat([rows.clone() for _, rows in dense_rows(p, dtype)])

@@ -111,14 +111,12 @@ def test_stop_strings_end_a_response_and_are_cut_off(encoder):
 
 # ---- intervals ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("correct, total, low, high", [
-    (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0),
-    (50, 100, 0.4038, 0.5962), (1, 1, 0.2065, 1.0)])
-def test_wilson_intervals_equal_published_values(correct, total, low, high):
-    assert wilson(correct, total) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_intervals_hold_the_share_and_print_without_a_minus():
+def test_intervals_are_wilsons_hold_the_share_and_print_without_a_minus():
+    """Published values; all counts of few rows."""
+    published = {(8, 10): (0.4902, 0.9433), (0, 10): (0.0, 0.2775), (10, 10): (0.7225, 1.0),
+                 (50, 100): (0.4038, 0.5962), (1, 1): (0.2065, 1.0)}
+    for counts, interval in published.items():
+        assert wilson(*counts) == pytest.approx(interval, abs=6e-5)
     for total in range(1, 60):
         for correct in {0, 1, total // 2, total}:
             s = summary([{"correct": i < correct} for i in range(total)])
@@ -247,10 +245,7 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"input", "margin", "correct"}
     run(model, "--test", "rows.jsonl", "--out", "out", "--limit", "2")  # over its own file
     assert len(rows_of(Path("out/rows.jsonl"))) == 2
-
-
-def test_the_flag_task_goes_before_the_name(model, place, monkeypatch):
-    answering(monkeypatch, lambda q: "It is 5")
+    answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
         run(model, "--test", "rows.jsonl", "--out", "a", "--task", task)
         assert sum(row["correct"] for row in rows_of(Path("a/rows.jsonl"))) == correct
@@ -381,6 +376,10 @@ def test_the_page_shows_the_folder_and_escapes_it(folder):
         corners = [tuple(map(float, point.split(","))) for point in line]
         assert len(corners) == 143 <= report.POINTS and corners[-1][0] == 300
         assert all(0 <= x <= 300 and 0 <= y <= 120 for x, y in corners)
+    for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
+        (folder / name).unlink()  # and what is not there is left out
+    page = report.write_report(folder).read_text()
+    assert re.findall("<h2 .*?>(.*?)</h2>", page) == ["Settings"]
 
 
 def test_stages_that_share_a_metric_share_a_chart_by_their_share_of_steps(folder):
@@ -437,13 +436,6 @@ def test_the_verdict_is_on_the_last_two_models(first, last, sentence):
     assert report.verdict(evals) == report.verdict({"A": []}) == report.verdict({}) == ""
 
 
-def test_what_is_not_there_is_left_out(folder):
-    for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
-        (folder / name).unlink()
-    page = report.write_report(folder).read_text()
-    assert re.findall("<h2 .*?>(.*?)</h2>", page) == ["Settings"]
-
-
 def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):
     mask, noted = random_mask(), {}
     cells = report.density(mask)
@@ -477,7 +469,7 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
 
 @pytest.mark.parametrize("file, text, message", [
     ("config.json", "{}", "cannot be read"), ("metrics.jsonl", '{"stage": "a"}\n{', "jsonl:2"),
-    ("results.json", "[1]", "results.json: expected a JSON object, found list"),
+    ("results.json", "[1]", "results.json: expected a JSON object"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
     ("mask.safetensors", "no", "mask.safetensors: cannot be read")])
 def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, message):

@@ -151,8 +151,6 @@ def test_rows_flags_and_files(command, files, says, place, capsys):
     refused(command, says, place, capsys)
 
 
-# ---- model folders ------------------------------------------------------------------------------
-
 NORM = "model.norm.weight"
 VALUES = {  # a key of config.json -> values that the line names it for
     "architectures": [["GPT2LMHeadModel"], None, []], "hidden_size": [-16, "16"],
@@ -221,8 +219,6 @@ def test_chat_templates(template, program, place, capsys):
     refused(program + " --prompt chat", "template", place, capsys)
 
 
-# ---- artefacts laid in by hand: those of another model or run, or broken -----------------------
-
 def masked(change=lambda mask: None, fill=True) -> bytes:
     """A mask file."""
     mask = {name: torch.full(p.shape, fill) for name, p in tiny_model().named_parameters()}
@@ -256,6 +252,7 @@ LAID = [(name, content) for name, contents in LAID.items() for content in conten
 
 @pytest.mark.parametrize("name, content", LAID, ids=[f"{n} {str(c)[:30]}" for n, c in LAID])
 def test_artefacts_laid_in_by_hand(name, content, place, capsys):
+    """Those of another model or run, or broken."""
     write(place, {"run/samples.jsonl": SAMPLES, f"run/{name}": content})
     command = T + " --max-length 600 --max-steps 1 --method allo --out run"
     command += " --locate random" * (name[:4] != "move")

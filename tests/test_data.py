@@ -9,9 +9,9 @@ from types import SimpleNamespace as Stub
 
 import pytest
 import torch
-from runs import TEMPLATE
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from runs import TEMPLATE, pair, task
+from tokenizers import (Tokenizer as HFTokenizer, decoders, models, normalizers, pre_tokenizers,
+                        processors, trainers)
 
 import train
 from allo_mini import UserError
@@ -165,14 +165,6 @@ def test_the_closing_token_once_even_if_it_pads_and_at_the_end_alone(make):
     assert encoder.report() == "2 dropped (response with </s> inside, which ends responses)"
 
 
-def test_alpaca_form(make):
-    encoder = Encoder(make(), "alpaca", 400)
-    example = encoder.example("2 + 2?", ["the answer is 4"])
-    whole = encoder.tokenizer.decode(example.prompt + example.responses[0])
-    assert whole == ALPACA.format("2 + 2?") + " the answer is 4"
-    assert "{}" in ALPACA and encoder.example("{x} {}", ["a"])  # braces of a question are text
-
-
 BOS = [(True, {}, True), (False, {}, False), (False, {"add_bos_token": True}, True),
        (True, {"add_bos_token": False}, False), (True, {"add_bos_token": True}, True),
        (False, {"add_bos_token": True, "bos_token": None}, False)]
@@ -251,10 +243,8 @@ def test_dropped_rows_are_counted(make):
 def place(tmp_path, monkeypatch):
     """A folder with t.jsonl of 20 questions and p.jsonl of 50 pairs of 10 prompts."""
     monkeypatch.chdir(tmp_path)
-    pairs = [{"prompt": f"{i % 10}?", "chosen": f"a{i}", "rejected": "b"} for i in range(50)]
-    write(tmp_path / "p.jsonl", *pairs)
-    tasks = [{"input": f"{i}?", "output": f"The answer is {i}"} for i in range(20)]
-    write(tmp_path / "t.jsonl", *tasks)
+    write(tmp_path / "p.jsonl", *(pair(f"{i % 10}?", f"a{i}", "b") for i in range(50)))
+    write(tmp_path / "t.jsonl", *(task(f"{i}?", i) for i in range(20)))
     return tmp_path
 
 
@@ -345,9 +335,9 @@ FAMILIES = {  # template, settings, how ASK and SYSTEM + ASK are asked, the shap
 CASES = [(family, i) for family in FAMILIES for i in (0, 1) if FAMILIES[family][2 + i]]
 
 
-def encoder_of(make, family, length=400):
+def encoder_of(make, family):
     template, settings, *_ = FAMILIES[family]
-    return Encoder(make(bos=True, chat_template=template, **settings), "chat", length)
+    return Encoder(make(bos=True, chat_template=template, **settings), "chat", 400)
 
 
 def text_of(encoder, ids):
@@ -370,14 +360,10 @@ def test_prompts_end_as_they_are_asked_and_responses_with_their_turn(make, famil
     assert example.responses[0].count(encoder.closing) == 1
     # what is sampled is trained on as if it had been a message
     assert encoder.example(prompt, [said, "so"]) == example
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_spaces_around_a_response_follow_the_template(make, family):
-    encoder = encoder_of(make, family)
-    said = "sat" if family in ("llama3", "mistral 0.3") else "  sat \n"  # these trim
-    [ids] = encoder.example(ASK, [[assistant("  sat \n")]]).responses
-    assert text_of(encoder, ids) == FAMILIES[family][-1].format(said)
+    # spaces around a response follow the template, of which some trim
+    said = "sat" if family in ("llama3", "mistral 0.3") else "  sat \n"
+    [ids] = encoder.example(prompt, [[assistant("  sat \n")]]).responses
+    assert text_of(encoder, ids) == shape.format(said)
 
 
 def test_a_string_is_one_user_turn_and_a_string_of_a_dialogue_is_refused(make):
@@ -411,17 +397,14 @@ ASSISTANT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\
 THINKS = CHATML[:CHATML.index("{% if add_generation")] + ASSISTANT
 
 
-def test_an_empty_thought_in_the_generation_prompt_is_not_learned(make):
-    """As Qwen3 writes it when it is not to think."""
+def test_an_empty_thought_of_the_generation_prompt_is_not_learned_an_open_one_is_closed(make):
+    """As Qwen3 writes it when it is not to think; as DeepSeek-R1 does. A message must close it;
+    a sample may break off in its thought."""
     template = THINKS.replace("END", "\\n</think>\\n\\n")
     encoder = Encoder(make(chat_template=template, **IM), "chat", 400)
     example = encoder.example(ASK, [SO])
     assert text_of(encoder, example.prompt).endswith("<think>\n\n</think>\n\n")
     assert text_of(encoder, example.responses[0]) == "so<|im_end|>"
-
-
-def test_a_thought_that_the_generation_prompt_opens_must_be_closed(make):
-    """As DeepSeek-R1's. A message must close it; a sample may break off in its thought."""
     encoder = Encoder(make(chat_template=THINKS.replace("END", ""), **IM), "chat", 400)
     for response in ("sum</think>sat", [assistant("sum</think>sat")],
                      [assistant("<think>\nsum</think>sat")], "<think>sum</think>sat"):
@@ -496,6 +479,7 @@ FINE_TUNING = {  # a row, the style it gets, its prompt, what is trained on
     "ShareGPT": ({"conversations": SHARED}, "chat", "system|human|", "gpt</s>"),
     "Alpaca's": (DO | {"input": "", "text": "Do ok"}, "alpaca", ALPACA.format("Do"), " ok</s>"),
     "no input": (DO, "alpaca", ALPACA.format("Do"), " ok</s>"),
+    "braces": (DO | {"instruction": "{x} {}"}, "alpaca", ALPACA.format("{x} {}"), " ok</s>"),
     "an input": (DO | {"input": "x"}, "alpaca", ALPACA.format("Do\n\nx"), " ok</s>"),
     "a text": ({"text": "The cat"}, "none", "T", "he cat</s>"),
     "a text after BOS": ({"text": "The cat"}, "none", "<s>", "The cat</s>")}

@@ -1,4 +1,4 @@
-"""The graders of the eight tasks with answers: twelve hand-made rows a task, and the data sets' own.
+"""The graders of the eight tasks with answers: twelve hand-made rows a task, the data sets' own.
 
 `ALLO_DATA=data python -m pytest -s tests/test_graders.py -k gold` prints the share accepted.
 """
@@ -15,81 +15,67 @@ from allo_mini.evaluation.graders import (QA, RULES, bare, concluded, final, gol
 from allo_mini.run.inputs import read_questions
 
 A = "The answer is "
-ROWS = {  # twelve a task: question and options (or neither), gold answer, right and wrong responses
+ROWS = {  # twelve a task: options (where it has them), gold answer, right and wrong responses
     "ecqa": [
-        ("Where do you keep milk cold?", "fridge|oven|shelf|garage|river", "fridge",
+        ("fridge|oven|shelf|garage|river", "fridge",
          '~fridge|~the fridge.|~Fridge|It is cold there.\n~"fridge"', "~oven|fridge|~fridges"),
-        ("What do you do with a ladder?", "climb|eat|sing|burn|sell", "climb",
+        ("climb|eat|sing|burn|sell", "climb",
          "~climb, since it has steps|~**climb**|~climb because it is tall", "~climbing|~sell"),
-        ("Who teaches?", "teacher|head teacher|pupil|cook|judge", "teacher",
-         "~teacher|~a teacher|~the teacher!", "~head teacher|~teacher or pupil"),
-        ("Who leads the school?", "teacher|head teacher|pupil|cook|judge", "head teacher",
+        ("teacher|head teacher|pupil|cook|judge", "teacher", "~teacher|~a teacher|~the teacher!",
+         "~head teacher|~teacher or pupil"),
+        ("teacher|head teacher|pupil|cook|judge", "head teacher",
          "~head teacher|~the head teacher (not a pupil)", "~teacher|~head"),
-        ("What falls in April?", "rain|rain, snow and hail|sand|ash|leaves", "rain",
-         "~rain|~rain, I think", "~rain, snow and hail|~ash"),
-        ("What falls in a mixed storm?", "rain|rain, snow and hail|sand|ash|leaves",
-         "rain, snow and hail", "~rain, snow and hail|~Rain, snow and hail.", "~rain|~rain, snow"),
-        ("What makes a dog happy?", "long walk|short nap|vet|rain|cat", "long walk",
-         "~long walk|~a long walk|~long  walk", "~walk|~short nap"),
-        ("Where is the sea?", "coast|hill|new york|desert|attic", "coast",
-         "~coast|the answer is: Coast", "~new york|Coast it is."),
-        ("Which is a big city?", "coast|hill|new york|desert|attic", "new york",
-         "~new york|~New York.", "~new|~york"),
-        ("What do you wear on a foot?", "shoe|hat|ring|scarf|glove", "shoe",
-         "No: ~hat\n~shoe|~shoe\nThat was easy.", "~shoe\n~hat|~"),
-        ("What is a way to say no?", "no|no thanks|yes|maybe|hello", "no thanks",
-         "~no thanks|~'no thanks'", "~no|~no, thanks"),
-        ("What can be blown up?", "balloon|brick|desk|plate|rug", "balloon",
-         "~an balloon|~balloon: it holds air", "~not balloon|~the brick")],
+        ("rain|rain, snow and hail|sand|ash|leaves", "rain", "~rain|~rain, I think",
+         "~rain, snow and hail|~ash"),
+        ("rain|rain, snow and hail|sand|ash|leaves", "rain, snow and hail",
+         "~rain, snow and hail|~Rain, snow and hail.", "~rain|~rain, snow"),
+        ("long walk|short nap|vet|rain|cat", "long walk", "~long walk|~a long walk|~long  walk",
+         "~walk|~short nap"),
+        ("coast|hill|new york|desert|attic", "coast", "~coast|the answer is: Coast",
+         "~new york|Coast it is."),
+        ("coast|hill|new york|desert|attic", "new york", "~new york|~New York.", "~new|~york"),
+        ("shoe|hat|ring|scarf|glove", "shoe", "No: ~hat\n~shoe|~shoe\nThat was easy.",
+         "~shoe\n~hat|~"),
+        ("no|no thanks|yes|maybe|hello", "no thanks", "~no thanks|~'no thanks'", "~no|~no, thanks"),
+        ("balloon|brick|desk|plate|rug", "balloon", "~an balloon|~balloon: it holds air",
+         "~not balloon|~the brick")],
     "qasc": [
-        ("What does a plant make?", "sugar|sand|glass|tin|rust|salt|steam|coal", "Sugar",
-         "~sugar|~Sugar.|~SUGAR", "~salt|~sugars"),
-        ("What turns water into vapor?", "heat|the cold.|dust|a net|ice|noise|paint|wool", "Heat",
-         "~heat|~Heat, as in a kettle", "~the cold.|~he"),
-        ("What freezes a lake?", "heat|the cold.|dust|a net|ice|noise|paint|wool", "The cold.",
+        ("sugar|sand|glass|tin|rust|salt|steam|coal", "Sugar", "~sugar|~Sugar.|~SUGAR",
+         "~salt|~sugars"),
+        ("heat|the cold.|dust|a net|ice|noise|paint|wool", "Heat", "~heat|~Heat, as in a kettle",
+         "~the cold.|~he"),
+        ("heat|the cold.|dust|a net|ice|noise|paint|wool", "The cold.",
          "~the cold|~the cold.|~cold", "~heat|~ice"),
-        ("What catches fish?", "heat|the cold.|dust|a net|ice|noise|paint|wool", "a net",
-         "~a net|~net", "~nets|~wool"),
-        ("How is bread made?", "by baking dough|by freezing|by magnets|by wind|by rust|by light|"
-         "by sound|by dye", "By baking dough", "~by baking dough", "~baking|~by wind"),
-        ("What is H2O?", "water|h2 o|iron|gold|lead|zinc|argon|neon", "Water", "~water",
-         "~h2 o|~gold"),
-        ("What do bees collect?", "pollen and nectar|pollen|bark|stones|oil|soot|chalk|silk",
-         "pollen and nectar", "~pollen and nectar|~Pollen and nectar;",
-         "~pollen|~nectar and pollen"),
-        ("Where do whales live?", "Pacific|farms|roofs|caves|nests|jars|sky|trees", "Pacific",
-         "~pacific|~the Pacific", "~sky|~Pacific farms"),
-        ("What do roots absorb?", "water|light|sound|paper|metal|glass|wind|time", "Water",
-         "~“water”|~water (from soil)", "~water light|~wind"),
-        ("What carries sound?", "air|vacuum|void|nothing|hope|math|names|dreams", "air",
-         "~air|~the air", "~hair|~void"),
-        ("What rusts?", "iron|gold|glass|wood|paper|wax|silk|bone", "Iron", "~Iron|~iron\n\nDone",
-         "~iron gold|"),
-        ("How many legs has an insect?", "6|8|4|2|10|0|3|5", "6", "~6|~6.0|~6.", "~8|~60")],
+        ("heat|the cold.|dust|a net|ice|noise|paint|wool", "a net", "~a net|~net", "~nets|~wool"),
+        ("by baking dough|by freezing|by magnets|by wind|by rust|by light|by sound|by dye",
+         "By baking dough", "~by baking dough", "~baking|~by wind"),
+        ("water|h2 o|iron|gold|lead|zinc|argon|neon", "Water", "~water", "~h2 o|~gold"),
+        ("pollen and nectar|pollen|bark|stones|oil|soot|chalk|silk", "pollen and nectar",
+         "~pollen and nectar|~Pollen and nectar;", "~pollen|~nectar and pollen"),
+        ("Pacific|farms|roofs|caves|nests|jars|sky|trees", "Pacific", "~pacific|~the Pacific",
+         "~sky|~Pacific farms"),
+        ("water|light|sound|paper|metal|glass|wind|time", "Water", "~“water”|~water (from soil)",
+         "~water light|~wind"),
+        ("air|vacuum|void|nothing|hope|math|names|dreams", "air", "~air|~the air", "~hair|~void"),
+        ("iron|gold|glass|wood|paper|wax|silk|bone", "Iron", "~Iron|~iron\n\nDone", "~iron gold|"),
+        ("6|8|4|2|10|0|3|5", "6", "~6|~6.0|~6.", "~8|~60")],
     "openbookqa": [
-        ("A magnet pulls", "a nail|a cup|a leaf|soap", "a nail", "~a nail|~nail|~A Nail.",
-         "~a leaf|~nails"),
-        ("The sun rises in the", "east|west|north|south", "East", "~east|~the East",
-         "~west|~northeast"),
-        ("Which month is warm in Spain?", "july|january|may be none|february", "July",
-         "~july|~July!", "~january|~june"),
-        ("Ice is", "solid water|a gas|a metal|alive", "solid water",
-         "~solid water|~solid water: frozen", "~water|~solid"),
-        ("Owls hunt", "at night|at noon|in rain|never", "at night", "~at night|~at night, mostly",
+        ("a nail|a cup|a leaf|soap", "a nail", "~a nail|~nail|~A Nail.", "~a leaf|~nails"),
+        ("east|west|north|south", "East", "~east|~the East", "~west|~northeast"),
+        ("july|january|may be none|february", "July", "~july|~July!", "~january|~june"),
+        ("solid water|a gas|a metal|alive", "solid water", "~solid water|~solid water: frozen",
+         "~water|~solid"),
+        ("at night|at noon|in rain|never", "at night", "~at night|~at night, mostly",
          "~night|~at noon"),
-        ("Cars need", "fuel|sails|hay|ink", "Fuel", "~fuel|~Fuel because they burn it",
-         "~fuels|~ink"),
-        ("Which city is in Asia?", "hanoi|athens|oslo|rome", "Hanoi", "~hanoi|~Hanoi",
-         "~athens|Hanoi"),
-        ("Friction makes", "heat|cold|light years|salt", "heat", "~heat|THE ANSWER IS HEAT",
-         "~cold|~heat\n~salt"),
-        ("A tree grows from", "a seed|a stone|a coin|a shoe", "a seed", "~a seed|~the seed",
-         "~seedling|~a stone"),
-        ("Fish breathe with", "gills|lungs|fins|tails", "gills", "~gills|~`gills`", "~gill|~fins"),
-        ("A year has", "12 months|10 weeks|5 days|2 hours", "12 months", "~12 months|~12 months.",
+        ("fuel|sails|hay|ink", "Fuel", "~fuel|~Fuel because they burn it", "~fuels|~ink"),
+        ("hanoi|athens|oslo|rome", "Hanoi", "~hanoi|~Hanoi", "~athens|Hanoi"),
+        ("heat|cold|light years|salt", "heat", "~heat|THE ANSWER IS HEAT", "~cold|~heat\n~salt"),
+        ("a seed|a stone|a coin|a shoe", "a seed", "~a seed|~the seed", "~seedling|~a stone"),
+        ("gills|lungs|fins|tails", "gills", "~gills|~`gills`", "~gill|~fins"),
+        ("12 months|10 weeks|5 days|2 hours", "12 months", "~12 months|~12 months.",
          "~12|~10 weeks"),
-        ("Which weighs most?", "1,000 grams|100 grams|10 grams|1 gram", "1,000 grams",
-         "~1,000 grams|~1000 grams", "~100 grams|~1")],
+        ("1,000 grams|100 grams|10 grams|1 gram", "1,000 grams", "~1,000 grams|~1000 grams",
+         "~100 grams|~1")],
     "strategyqa": [
         ("yes", "~yes|~Yes.|~YES!", "~no|yes"),
         ("no", "~no|~No, it is not", "~yes|~not sure"),
@@ -144,7 +130,7 @@ ROWS = {  # twelve a task: question and options (or neither), gold answer, right
     "mawps": [
         ("43.0", "~43|~43.0|~43 seashells", "~43.5|~34"),
         ("0.6666666667", r"~2/3|~\frac{2}{3}|~0.66667", "~0.6|~3/2"),
-        ("11.5", r"~11.5|~11 1/2|~$11.50|\boxed{11.5}", "~11|~115"),
+        ("11.5", r"~11.5. Check: 5 + 6.5 = 11.5.|~11 1/2.|~$11.50|\boxed{11.5}", "~11|~115|~11.2"),
         ("1.84", "~1.84|~$1.84 in all", "~1.85|~184"),
         ("0.5", "~1/2|~.5|~0.50 of a pie", "~5|~2"),
         ("158.35", "~158.35|Thus 158.35", "~158|~58.35"),
@@ -161,15 +147,13 @@ ROWS = {  # twelve a task: question and options (or neither), gold answer, right
         ("-7", "~-7|~-7 degrees", "~7|~17"),
         ("0.08", "~0.08|~.08", "~0.8|~8"),
         ("1,522.81", "~$1,522.81|~1522.81", "~1,522|~1,522.18"),
-        ("Is it linear?", "linear|nonlinear", "linear", "~linear|~Linear.", "~nonlinear|linear"),
-        ("Is there a shortage?", "shortage|surplus", "shortage",
-         "~a shortage|~shortage, for demand is high", "~surplus"),
-        ("When does it leave?", "1:20 P.M.|1:30 P.M.", "1:20 P.M.", "~1:20 P.M.|~1:20 p.m",
-         "~1:30 P.M.|~1:20"),
-        ("Who has most?", "Ann|Anna|Mr. Lee", "Anna", "~Anna|~anna", "~Ann|~Anna Lee"),
-        ("How long?", "15 minutes|1 hour and 15 minutes", "15 minutes", "~15 minutes",
+        ("linear|nonlinear", "linear", "~linear|~Linear.", "~nonlinear|linear"),
+        ("shortage|surplus", "shortage", "~a shortage|~shortage, for demand is high", "~surplus"),
+        ("1:20 P.M.|1:30 P.M.", "1:20 P.M.", "~1:20 P.M.|~1:20 p.m", "~1:30 P.M.|~1:20"),
+        ("Ann|Anna|Mr. Lee", "Anna", "~Anna|~anna", "~Ann|~Anna Lee"),
+        ("15 minutes|1 hour and 15 minutes", "15 minutes", "~15 minutes",
          "~1 hour and 15 minutes|~15"),
-        ("Which cost?", "$155|$275", "$155", "~$155|~155", "~$275|~$1,550")]}
+        ("$155|$275", "$155", "~$155|~155", "~$275|~$1,550")]}
 CITIES = "Rome|Paris|St. Louis|New York|York"
 FORMS = {  # how chat models write answers: task ("": none of the ten), gold, right and wrong ones
     "emphasis": ("", "42", "**Answer:** 42|**Answer**: 42|~*42*.|~__42__.|~***42***!|"
@@ -266,19 +250,18 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
         r"\boxed\frac{4}{3}|\boxed3|\boxed{5}, not 3/4"),
     "GSM8K": ("gsm8k", "72", "48 + 24 = <<48+24=72>>72.\n#### 72|~**72** clips.|"
         "**Answer:** She sold 72 clips.|~48 + 24 = 72. This is right.|~72 m.",
-        "#### 27|~**27**|~48 + 24|~71 < 72"),
-    "mixed": ("mawps", "11.5", "~11 1/2.|~11.5. Check: 5 + 6.5 = 11.5.", "~11|~11.2")}
+        "#### 27|~**27**|~48 + 24|~71 < 72")}
 
 
-def case_of(source, gold, right, wrong, question="How much?", options=""):
+def case_of(source, gold, right, wrong, options=""):
     """A row of a table, its responses parted by |, in which ~ stands for A."""
-    question += "\nOptions:\n" + options.replace("|", "\n") if options else ""
+    question = "Which?\nOptions:\n" + options.replace("|", "\n") if options else "How much?"
     return question, source, gold, *(text.replace("~", A).split("|") for text in (right, wrong))
+
 
 CASES = {f"{name}-{i}": case_of(f"data/{name}_test.jsonl", *row[-3:], *row[:-3])
          for name in RULES for i, row in enumerate(ROWS[name])}
-CASES |= {name: case_of(*row, "Which city?", CITIES if row[0] in QA[:3] else "")
-          for name, row in FORMS.items()}
+CASES |= {name: case_of(*row, CITIES if row[0] in QA[:3] else "") for name, row in FORMS.items()}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -299,22 +282,17 @@ def test_the_official_grader_cannot_give_a_capital():
 
 
 @pytest.mark.parametrize("task, files", [
-    ("ecqa", "ecqa_test.jsonl"), ("math", "data/math500_test.jsonl"), ("tabmwp", "tabmwp"),
-    ("gsm8k", "x/gsm8k.jsonl GSM8K-train.jsonl"), ("alpaca_eval", "alpaca_eval_805.jsonl"),
-    ("arena_hard", "arena-hard-v0.1.jsonl"),
-    ("", "mathematics.jsonl gsm8k_math.jsonl rows.jsonl gsm8k/rows.jsonl aftermath.jsonl")])
-def test_a_file_name_tells_the_task(task, files):
-    assert {task_name(file) for file in files.split()} == {task}
-
-
-@pytest.mark.parametrize("name, file", [
+    ("ecqa", "ecqa_test.jsonl"), ("math", "data/math500_test.jsonl math_test.jsonl"),
+    ("tabmwp", "tabmwp"), ("gsm8k", "x/gsm8k.jsonl GSM8K-train.jsonl"),
+    ("alpaca_eval", "alpaca_eval_805.jsonl"), ("arena_hard", "arena-hard-v0.1.jsonl"),
     ("sort-letters", "sort-letters_train.jsonl"), ("Sorting", "sorting.jsonl"),
-    ("math_sort", "math-sort_test.jsonl")])
-def test_a_task_of_ones_own_is_found_however_it_is_spelled(name, file, monkeypatch):
-    """And although its name holds one of the ten."""
-    monkeypatch.setitem(RULES, name, (str, str))
-    assert task_name(file) == name and task_name("math_test.jsonl") == "math"
-    assert task_name("gsm8k_math.jsonl") == ""
+    ("math_sort", "math-sort_test.jsonl"),
+    ("", "mathematics.jsonl gsm8k_math.jsonl rows.jsonl gsm8k/rows.jsonl aftermath.jsonl")])
+def test_a_file_name_tells_the_task(task, files, monkeypatch):
+    """Also one's own, however it is spelled, and although its name holds one of the ten."""
+    for own in ("sort-letters", "Sorting", "math_sort"):
+        monkeypatch.setitem(RULES, own, (str, str))
+    assert {task_name(file) for file in files.split()} == {task}
 
 
 def test_a_number_in_an_unknown_file_is_an_answer_but_no_gold_answer(tmp_path):
@@ -363,7 +341,7 @@ def test_no_text_breaks_a_grader(name, text):
         assert is_correct(text, Task(0, "q", None, gold, source=name)) in (True, False)
 
 
-@pytest.mark.skipif(not os.environ.get("ALLO_DATA"), reason="ALLO_DATA names no folder of data sets")
+@pytest.mark.skipif(not os.environ.get("ALLO_DATA"), reason="ALLO_DATA names no folder")
 @pytest.mark.parametrize("name", RULES)
 def test_gold_solutions_are_accepted_and_other_answers_refused(name):
     files = sorted(Path(os.environ["ALLO_DATA"]).glob(f"{name}*_t*.jsonl"))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, golden, random_mask, state_of, whole
+from helpers import assert_close, golden, random_mask, whole
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,11 +79,13 @@ def test_the_gathered_gradient_is_autograds(chunks, kind, int8, recompute, dtype
     assert (flat.grad - expected).norm() < error * expected.norm()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that an operation makes (views do not count)."""
-    bytes = 0
+class Watch(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that an operation makes (views do not count), and the
+    number of matrix products."""
+    bytes = products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         out = function(*args, **(kwargs or {}))
         known, made = ({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                         for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}
@@ -104,18 +106,9 @@ def test_backward_of_a_matrix_makes_no_tensor_of_its_size(monkeypatch, int8):
     x = torch.randn(6, 32, generator=generator).requires_grad_()
     for rows, w, f in ((256, weight, linear), (1024, nn.Parameter(dense), F.linear)):
         y = f(x, w)
-        with Largest() as seen:
+        with Watch() as seen:
             y.sum().backward()
         assert seen.bytes == 4 * rows * 32 and (weight.grad is None)
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("recompute, products", [(False, 9), (True, 10)])
@@ -123,9 +116,9 @@ def test_recomputation_leaves_out_a_blocks_last_product(recompute, products):
     """Of up, down and the head: y, dx and dW; again up's y alone."""
     ours, _, mask = twins("many")
     FlatGradient(ours.items(), mask)
-    with Products() as seen:
+    with Watch() as seen:
         loss_of(ours, 0, linear, recompute).backward()
-    assert seen.count == products
+    assert seen.products == products
 
 
 @pytest.mark.parametrize("width", [8, 96, 256, 520, 768])
@@ -245,7 +238,7 @@ def test_full_mask_is_torch_adamw(decay, all_true):
             (distance(model, step) * (1e-6 if step < 10 else 1)).backward()
             optimizer.step()
         torchs.zero_grad()
-    assert_close(state_of(ours), state_of(theirs), atol=2e-6, rtol=1e-5)
+    assert_close(ours.state_dict(), theirs.state_dict(), atol=2e-6, rtol=1e-5)
     assert float(mine.moved().max()) > 1e-2
 
 
@@ -346,7 +339,7 @@ def test_slices_host_memory_and_going_on_change_no_bit(monkeypatch, tmp_path, dt
     restored.load_state_dict(load_file(tmp_path / "state"))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), again.parameters()))
     train(again, restored, range(3, 6))
-    assert_close(state_of(again), state_of(model), atol=0, rtol=0)
+    assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)
     assert_close(restored.state_dict(), optimizer.state_dict(), atol=0, rtol=0)
     model, exact = fresh(1 << 24, bits=32)
     train(model, exact, range(6))

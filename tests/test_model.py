@@ -55,7 +55,7 @@ def test_linear_rope_scaling_stretches_positions():
 @pytest.mark.parametrize("name", ["llama_gqa_tied", "qwen2", "qwen3", "llama3_rope"])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
 def test_packed_logps_equal_separate_sequences(name, dtype, error):
-    """Shared prompts against one sequence per response: log-probs, gathered gradients, one of tied."""
+    """Shared prompts against a sequence per response: log-probs, gathered gradients, also tied."""
     model, plain = (fixture_model(name, trainable=True) for _ in range(2))
     flat = FlatGradient(model.to(dtype).named_parameters())
     ours = token_logps(model, pack(TREES))

@@ -23,6 +23,7 @@ import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
+from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.files import save_tensors
 from allo_mini.run.config import METHODS, parse, schedule
@@ -70,6 +71,12 @@ def test_every_stage_leaves_its_artefact(whole):
     results = json.loads((whole / "results.json").read_text())["results"]
     assert results.keys() == {"SFT", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
     assert not list(whole.glob(".*.tmp")) + list(whole.glob(".*state*"))
+    for row in rows_of(whole / "token_examples.jsonl"):
+        n = len(row["tokens"])
+        assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
+        assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
+    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
+    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
 
 
 def test_metrics_of_every_step(whole):
@@ -105,37 +112,23 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
     assert ranked[chosen].min() >= ranked[~chosen].max()
 
 
-def test_token_examples_and_weights(whole):
-    for row in rows_of(whole / "token_examples.jsonl"):
-        n = len(row["tokens"])
-        assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
-        assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
-    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
-    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
-
-
-def test_a_finished_run_prints_its_table_again(whole, capsys):
+def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
+    """With another number of threads, which is said once."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before = results_of(whole)
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
     table = json.loads((whole / "results.json").read_text())["table"]
     assert "finished" in said and table in said and "skipped" not in said
+    assert said.count("begun with 1 threads, now 2") == 1
     assert difference(before, results_of(whole)) == []
-
-
-def apply_patch(monkeypatch, *words) -> int:
-    """python -m allo_mini.patch apply ..."""
-    monkeypatch.setattr(sys, "argv", ["patch", "apply", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("allo_mini.patch", run_name="__main__")
-    return end.value.code
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
     """Applied to the base, and in eval.py, which then gives the folder's answers."""
     path, answers = whole / "patch.safetensors", []
-    assert apply_patch(monkeypatch, whole / "sft", path, tmp_path / "applied") == 0
+    apply(["apply", str(whole / "sft"), str(path), str(tmp_path / "applied")])
     assert equal(weights_of(whole / "improve"), weights_of(tmp_path / "applied"))
     for words in ("improve", f"sft --patch {path}", f"sft --patch {path} --int8"):
         command = f"--test {whole.parent}/test.jsonl --out {tmp_path} --model {whole}/{words}"
@@ -143,9 +136,12 @@ def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
         answers.append(rows_of(tmp_path / "test.jsonl"))
     assert answers[0] == answers[1] and len(answers[2]) == 4
     capsys.readouterr()
-    assert apply_patch(monkeypatch, whole / "dpo", path, tmp_path / "wrong") == 2
-    assert "patch.safetensors" in error_of(capsys) and not (tmp_path / "wrong").exists()
-    assert apply_patch(monkeypatch, path) == 2 and "apply BASE PATCH OUT" in error_of(capsys)
+    for words, says in ((f"{whole}/dpo {path} {tmp_path}/wrong", "patch.safetensors"),
+                        (f"{path}", "apply BASE PATCH OUT")):
+        monkeypatch.setattr(sys, "argv", ["patch", "apply", *words.split()])
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_module("allo_mini.patch", run_name="__main__")
+        assert says in error_of(capsys) and not (tmp_path / "wrong").exists()
 
 
 # ---- methods and modes -------------------------------------------------------------------------
@@ -475,29 +471,24 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
 
 # ---- two ranks, on CPUs with gloo --------------------------------------------------------------
 
-def run_ranks(logs, argv) -> list[str]:
-    """Two ranks by torchrun; what each has printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "--redirects=1", f"--log-dir={logs}", "--", "train.py", *argv]
-    with subprocess.Popen(command, cwd=ROOT) as torchrun:
-        try:
-            assert torchrun.wait(120) == 0
-        finally:
-            torchrun.terminate()
-    return [re.sub(r".*\[Gloo\].*\n", "", path.read_text())
-            for path in sorted(logs.rglob("stdout.log"))]
-
-
 def test_two_ranks_give_the_run_of_one(world, tmp_path):
     """Losses, every metric and the weights; some steps are of one row, along which the second rank
     has none. All files are there."""
     options = ("--sft --locate gradient --token-weights edit --micro-tokens 300 --batch 3 --p 10 "
                "--max-steps 2 --limit 4 --lr-sft 1e-4 --lr-dpo 1e-5 --lr-forget 1e-4 "
                "--lr-improve 1e-4").split()
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, logs = (tmp_path / name for name in ("one", "two", "logs"))
     run(world, one, *options)
     with_samples(world, two)
-    said, silent = run_ranks(tmp_path / "logs", arguments(world, two, *options))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                "--redirects=1", f"--log-dir={logs}", "--", "train.py"]
+    with subprocess.Popen([*torchrun, *arguments(world, two, *options)], cwd=ROOT) as ranks:
+        try:
+            assert ranks.wait(120) == 0
+        finally:
+            ranks.terminate()  # which ends its workers, too
+    said, silent = (re.sub(r".*\[Gloo\].*\n", "", path.read_text())
+                    for path in sorted(logs.rglob("stdout.log")))
     assert "ALLO" in said and silent == ""
     names = [{path.relative_to(out) for path in out.rglob("*")} for out in (one, two)]
     assert names[0] == names[1]

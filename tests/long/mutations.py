@@ -210,8 +210,6 @@ def damage(place: Path, name: str, command: str, rng) -> list[str]:
     return words
 
 
-# ---- the trial ---------------------------------------------------------------------------------
-
 def trial(world: Path, place: Path, kind: str, seed: str) -> str:
     """One mutant: 'refused', 'harmless', or what went wrong."""
     shutil.rmtree(place, ignore_errors=True)
