@@ -68,16 +68,17 @@ def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -
         whole = random_run(name, settings, "cuda", "bf16", Path(place))
         run = random_run("cut", settings | {"max_steps": 1}, "cuda", "bf16", Path(place))
         run.report_change = lambda name, optimizer, skipped: optimizer.close()
-        work(run, stage, slots_of(whole))
+        work(run, stage, slots_of(whole, RESPONSE + 8))
         estimate = sum(memory.estimate(whole, stage).values())
-        return {"estimate": estimate, "layers": layers, **peaks("cuda")}
+        return {"estimate": estimate, "layers": layers, "slots": slots_of(whole, 450),
+                **peaks("cuda")}
 
 
-def slots_of(run) -> int:
-    """How many samples generate.py's Cache runs at once under the cap."""
+def slots_of(run, room: int) -> int:
+    """How many samples of so many tokens generate.py's Cache runs at once under the cap."""
     c, free = run.config, CAPS[run.cfg.memory] * 2**30 - memory.estimate(run, "improve")["weights"]
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return min(run.cfg.sample_batch, int(0.8 * free / token / (RESPONSE + 8)))
+    return min(run.cfg.sample_batch, int(0.8 * free / token / room))
 
 
 def work(run, stage: str, slots: int) -> None:
@@ -104,7 +105,7 @@ def all_layers(name: str, stage: str, settings: dict, device: str, few: list[int
         return fresh_process(one_stage, name, layers, stage, settings, device)
     done = [fresh_process(one_stage, name, each, stage, settings, device) for each in few]
     at, peaks_at = zip(*((one["layers"], one["peak_bytes"]) for one in done))
-    each = (peaks_at[-1] - peaks_at[0]) / (at[-1] - at[0])
+    each = (peaks_at[-1] - peaks_at[0]) / max(1, at[-1] - at[0])
     line = [peaks_at[0] + each * (x - at[0]) for x in (*at, layers)]
     off = max(abs(found / straight - 1) for found, straight in zip(peaks_at, line))
     return done[0] | {"peak_bytes": line[-1], "layer_bytes": each, "off": off, "reserved_bytes": 0}
@@ -133,6 +134,8 @@ def main() -> None:
             figures.append(f"{sizes[0] / sizes[1] - 1:+.1%}")
             if stage in ("locate", "sample"):  # for which none is printed
                 figures[0] = figures[3] = "-"
+            if stage == "sample":
+                print(f"{name} {card}: {one['slots']} samples of 450 tokens at once")
         rows.append([f"{name} {card}, {stage}", *figures, CAPS[card]])
         print(*rows[-1], flush=True)
     off = max((one.get("off", 0) for one in done), default=0)
