@@ -78,7 +78,7 @@ def slots_of(run, room: int) -> int:
     """How many samples of so many tokens generate.py's Cache runs at once under the cap."""
     c, free = run.config, CAPS[run.cfg.memory] * 2**30 - memory.estimate(run, "improve")["weights"]
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    return min(run.cfg.sample_batch, int(0.8 * free / token / room))
+    return min(run.cfg.sample_batch, int(0.7 * free / token / room))
 
 
 def work(run, stage: str, slots: int) -> None:
