@@ -104,6 +104,8 @@ def parse_config(raw, where="config.json"):
     family, heads = FAMILIES[name], values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", values["hidden_size"] // heads)
+    if not values["head_dim"]:
+        raise UserError(f"{where}: num_attention_heads is {heads}, more than hidden_size")
     if family != "mistral" and not raw.get("use_sliding_window"):
         values.pop("sliding_window", None)
     return ModelConfig(raw, family, rope_type, **values)
