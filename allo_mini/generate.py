@@ -88,7 +88,7 @@ class Cache:
 
         With no sample running, slots fit the first that waits.
         """
-        more = self.room + self.room // 2  # by half: copying stays rare
+        more = self.room * 3 // 2  # by half: copying stays rare
         if max(map(length, self.running), default=0) > self.room:
             if self.slots_of(min(more, self.longest)) >= len(self.running):
                 self.resize(more)
