@@ -77,11 +77,10 @@ class Cache:
 
     def leave(self, i):
         """Running sample i leaves; the last one moves into its slot."""
-        last = self.running.pop()
-        if i < len(self.running):
-            self.running[i] = last
-            for store in self.stores:
-                store[:, i] = store[:, len(self.running)]
+        self.running[i] = self.running[-1]
+        self.running.pop()
+        for store in self.stores:
+            store[:, i] = store[:, len(self.running)]
 
     def make_room(self, waiting):
         """Longer slots where a sample has outgrown its own; if memory has none, it joins `waiting`.
@@ -100,14 +99,14 @@ class Cache:
             self.resize(max(more, wanted(waiting[0])))
 
     def admit(self, waiting):
-        """Those of `waiting`, from the first on, that are to begin now: reading is cheap in bulk."""
+        """Those of `waiting`, from the first on, that may begin: reading is cheap in bulk."""
         free = self.slots - len(self.running)
         if free * 8 < self.slots:
             return []
         return list(takewhile(lambda s: wanted(s) <= self.room, waiting[:free]))
 
     def read_prompts(self, model, fresh):
-        """Prompts, and what was sampled before a sample had to wait -> hidden [n,H] of the first n.
+        """Prompts, and what was sampled before a sample had to wait -> who begins, hidden [n,H].
 
         As many begin as have PREFILL tokens at most, one at least. A prompt they share is read
         once, and its keys and values are copied to the slots of all.
@@ -133,8 +132,9 @@ class Cache:
             return alone(q, k, v, layer)
 
         hidden = model(batch.input_ids, batch.positions, attend)  # [N,H]
-        self.running += fresh[:len(batch.lengths)]
-        return hidden[batch.predictors]
+        fresh = fresh[:len(batch.lengths)]
+        self.running += fresh
+        return fresh, hidden[batch.predictors]
 
     def read_tokens(self, model):
         """Put the newest token of every running sample into the cache -> hidden [A,H]."""
@@ -213,10 +213,9 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
     running = cache.running
     while waiting or running:
         cache.make_room(waiting)
-        fresh, before = cache.admit(waiting), len(running)
+        fresh = cache.admit(waiting)
         if fresh:
-            hidden = cache.read_prompts(model, fresh)
-            fresh = running[before:]
+            fresh, hidden = cache.read_prompts(model, fresh)
             del waiting[:len(fresh)]
         else:
             fresh, hidden = running, cache.read_tokens(model)

@@ -81,7 +81,8 @@ class Log:
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            files.append_rows(self.path, [{"stage": stage, **values}])
+            with self.path.open("a") as file:
+                file.write(json.dumps({"stage": stage, **values}) + "\n")
 
     @staticmethod
     def read(folder):
