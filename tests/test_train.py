@@ -326,8 +326,9 @@ def test_the_movement_of_dpo_serves_as_the_warmups(world, tmp_path):
     """Where both train alike, and not in the place of one that was laid in."""
     both, movement = ("--method", "dpo", "allo"), "movement.safetensors"
     outs = [run(world, tmp_path / str(i), *EDIT, "--locate", "movement", *more)
-            for i, more in enumerate([both, (), (*both, "--lr-dpo", "1e-3")])]
-    assert [bool(steps_of(out, "warmup")) for out in outs] == [False, True, True]
+            for i, more in enumerate([both, (), (*both, "--lr-dpo", "1e-3"),
+                                      ("--method", "dpo", "masked-dpo")])]
+    assert [bool(steps_of(out, "warmup")) for out in outs] == [False, True, True, False]
     for name in (movement, "mask.safetensors"):
         assert all(equal(load_file(outs[0] / name), load_file(out / name)) for out in outs[1:])
     laid = {name: moved.flip(0) for name, moved in load_file(outs[0] / movement).items()}

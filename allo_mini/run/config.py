@@ -21,8 +21,9 @@ SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others
     "sft": Schedule(1e-5, 16, 3, 0.1), "rewrite": Schedule(1e-5, 16, 1, 0.1),
     "warmup": Schedule(1e-6, 32, 1, 0.1), "dpo": Schedule(1e-6, 32, 1, 0.1),
     "forget": Schedule(5e-7, 128, 1, 0.03), "improve": Schedule(5e-6, 128, 1, 0.1)}
-SHARED = {"rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo",
-          "simpo": "dpo", "npo": "dpo", "masked-dpo": "improve"}  # stage -> whose schedule and rate it has
+SHARED = {  # stage -> whose schedule and rate it has
+    "rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo", "simpo": "dpo",
+    "npo": "dpo", "masked-dpo": "improve"}
 
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
@@ -63,7 +64,8 @@ class Config:
     eval: bool = knob(True, "grade the models on --test at the end")
     dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
 
-    method: list[str] = knob(["dpo", "allo"], "trained from one start; sft alone does not sample", METHODS)
+    method: list[str] = knob(["dpo", "allo"], "trained from one start; sft alone does not sample; "
+                             "masked-dpo is dpo of the located weights", METHODS)
     sft: bool = knob(False, "fine-tune first, on the solutions, or on what pairs have chosen")
     masked: bool = knob(False, "the other methods train allo's weights only, too")
     locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, the gradient, "
@@ -84,13 +86,13 @@ class Config:
     top_p: float = knob(0.95, "probability mass sampled from", most=1)
     max_new_tokens: int = knob(1024, "tokens of a response at most")
     stop: list[str] = knob([], "strings that end a response (for base models)")
-    sample_batch: int = knob(320, "samples running at once")
+    sample_batch: int = knob(320, "samples running at once, at most")
 
     lr_sft: float = knob(0.0, "peak learning rate of sft and rft (0: by the model's size)")
     lr_warmup: float = knob(0.0, "the same, of the DPO epoch that locates weights")
     lr_rewrite: float = knob(0.0, "of the rewriting model")
     lr_forget: float = knob(0.0, "of allo's forgetting")
-    lr_improve: float = knob(0.0, "of allo's improving")
+    lr_improve: float = knob(0.0, "of allo's improving, and of masked-dpo")
     lr_dpo: float = knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
     batch: int = knob(0, "rows of an optimizer step (0: as at 7B, less for few rows)")
     max_steps: int = knob(0, "steps of a stage at most (0: all)")
@@ -127,9 +129,9 @@ class Config:
     def dpo_is_warmup(self):
         """Whether the dpo baseline trains what the warm-up would train again."""
         first = self.method.index("dpo") if "dpo" in self.method else 99
-        wanted = self.locate == "movement" and self.p < 100 and "allo" in self.method[first:]
+        moved = self.locate == "movement" and self.p < 100 and not self.masked
         same = schedule(self, "dpo", 1, 1) == schedule(self, "warmup", 1, 1)
-        return wanted and same and not self.masked
+        return moved and same and any(map(self.masks, self.method[first:]))
 
 
 KNOBS = {f.name: f for f in fields(Config)}
@@ -244,8 +246,8 @@ def parse(argv: list[str]) -> Config:
     path = given.pop("config")
     check(given)
     values = (from_file(path) if path else {}) | given
-    if values.get("method") == ["masked-dpo"]:  # the cheapest: no warm-up
-        values = {"locate": "snr"} | values
+    if values.get("method") == ["masked-dpo"]:  # alone it needs no warm-up
+        values.setdefault("locate", "snr")
     own = any(values.get(key) for key in ("model", "train", "pairs"))
     cfg = Config(**({} if own else DEMO) | CARDS.get(values.get("memory"), {}) | values)
     if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:

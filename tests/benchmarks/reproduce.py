@@ -47,7 +47,8 @@ CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights unifor
            f"gradient location, {OWN}": "--locate gradient", f"all weights, {OWN}": "--p 100"}
 PARTS = {  # part -> cell -> flags
     "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo",
-                "masked DPO": "--method dpo --masked", LORA: "--method dpo"},
+                "masked DPO": "--method dpo --masked",  # as its rows were made, with --lr-dpo
+                LORA: "--method dpo"},
     "empirical": {"DPO, top 10 %": TEN, "DPO, last 10 %": TEN,
                   "DPO, random 10 %": f"{TEN} --locate random"},
     "ablations": {f"ALLO, {name}": f"--method allo {flags}" for name, flags in CHANGES.items()}}
