@@ -18,8 +18,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from common import (SHAPES, exit_code, finish, fresh_process, make_parser, peaks, random_pairs,
-                    random_run, start, train, train_steps)
+from common import (SHAPES, UserError, exit_code, finish, fresh_process, make_parser, peaks,
+                    random_pairs, random_run, start, train, train_steps)
 
 from allo_mini import locate
 from allo_mini.data.encoder import Example
@@ -103,6 +103,8 @@ def all_layers(name: str, stage: str, settings: dict, device: str, few: list[int
     layers = SHAPES[name]["num_hidden_layers"]
     if device != "cpu":
         return fresh_process(one_stage, name, layers, stage, settings, device)
+    if len(few) == 1 and few != [layers]:
+        raise UserError(f"--few {few[0]}: a line takes two, or all {layers} layers of {name}")
     done = [fresh_process(one_stage, name, each, stage, settings, device) for each in few]
     at, peaks_at = zip(*((one["layers"], one["peak_bytes"]) for one in done))
     each = (peaks_at[-1] - peaks_at[0]) / max(1, at[-1] - at[0])
