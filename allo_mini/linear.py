@@ -100,9 +100,9 @@ def linear(x, weight, bias=None):
     slot = getattr(weight, "slot", None)
     if slot is None and weight.is_floating_point():
         return F.linear(x, weight, bias)
-    flat, later = x.flatten(0, -2), None
+    flat = x.flatten(0, -2)
+    later = [] if slot else None
     if slot:
-        later = []
         flat = Keep.apply(flat, weight, slot.handle, later)
     y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

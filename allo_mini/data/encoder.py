@@ -21,9 +21,9 @@ Example = namedtuple("Example", "prompt responses weights ref scores", defaults=
 class Encoder:
     """Turns prompts and responses into ids, counting what it drops (and why) or trims.
 
-    tokenizer: a Tokenizer. style: "alpaca" sets the question into ALPACA and a space before the response; "none" takes
-    strings as they are; "chat" applies the checkpoint's template. A response ends with the closing
-    token, which is scored: the template's end of turn for chat, else EOS.
+    tokenizer: a Tokenizer. style: "alpaca" sets the question into ALPACA and a space before the
+    response; "none" takes strings as they are; "chat" applies the checkpoint's template. A response
+    ends with the closing token, which is scored: the template's end of turn for chat, else EOS.
     """
 
     def __init__(self, tokenizer, style, max_length):

@@ -72,8 +72,7 @@ def verdict(evals):
     if p > 0.05:
         return f"{later} and {earlier}: no difference that {rows:,} rows can show (p = {p:.2g})."
     side = "above" if difference > 0 else "below"
-    points = abs(100 * difference)
-    return f"{later} is {points:.1f} points {side} {earlier} on {rows:,} rows (p = {p:.2g})."
+    return f"{later} is {100 * abs(difference):.1f} points {side} {earlier} on {rows:,} rows (p = {p:.2g})."
 
 
 def verdict_on_one(evals):
