@@ -106,31 +106,3 @@ def linear(x, weight, bias=None):
         flat = Keep.apply(flat, weight, slot.handle, later)
     y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
-
-
-class MaskedEmbedding(torch.autograd.Function):
-    """Rows of W [V,H] for ids [...] -> [..., H]; its gradient, too, is made some rows at a time."""
-
-    @staticmethod
-    def forward(ctx, ids, weight):
-        ctx.weight = weight
-        ctx.save_for_backward(ids.flatten())
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx, dy):
-        ids, = ctx.saved_tensors
-        dy = dy.flatten(0, -2).float()
-
-        def dense(rows):
-            count = len(ctx.weight[rows])
-            place = (ids - rows.start + 1).clamp(0, count + 1)  # a row for all before, one behind
-            return dy.new_zeros(count + 2, dy.shape[1]).index_add_(0, place, dy)[1:-1]
-
-        ctx.weight.slot.add(dense)
-        return None, None
-
-
-def embedding(ids, weight):
-    """ids [...] -> [..., H]: F.embedding, unless the weight is in training."""
-    return (MaskedEmbedding.apply if hasattr(weight, "slot") else F.embedding)(ids, weight)

@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from allo_mini import UserError
 from allo_mini.attention import causal_attention
-from allo_mini.linear import embedding, linear
+from allo_mini.fused import fused
+from allo_mini.linear import linear
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
             "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -131,10 +132,29 @@ def rope_angles(positions, c):
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
+@fused
+def rotated(x, cos, sin):
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
+
+
+class Rotate(torch.autograd.Function):
+    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return rotated(dy, cos, -sin), None, None  # back again
+
+
+@fused
+def swiglu_backward(dy, gate, up):
+    return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
 class SwiGLU(torch.autograd.Function):
@@ -150,30 +170,7 @@ class SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
-
-
-class KeepInput(torch.autograd.Function):
-    """RMSNorm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well.
-
-    With y = x / rms(x) over the n entries of a row:  dx = (w dy - y sum(w dy y) / n) / rms(x).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return weight * normalized(x, eps)[0].to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        y, scale = normalized(x, ctx.eps)
-        dw = dy * y  # [..., n], fp32
-        mean = (dw @ weight.float())[..., None] / len(weight)
-        dx = (dy * weight.float()).addcmul_(y, mean, value=-1).mul_(scale)
-        return dx.to(x.dtype), dw.flatten(0, -2).sum(0).to(x.dtype), None
+        return swiglu_backward(dy, *ctx.saved_tensors)
 
 
 def normalized(x, eps):
@@ -181,6 +178,35 @@ def normalized(x, eps):
     x = x.float()
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * scale, scale
+
+
+@fused
+def rms_norm(x, weight, eps):
+    return weight * normalized(x, eps)[0].to(x.dtype)
+
+
+@fused
+def rms_norm_backward(dy, x, weight, eps):
+    """With y = x / rms(x) over the n entries of a row:  dx = (w dy - y sum(w dy y) / n) / rms(x)."""
+    y, scale = normalized(x, eps)
+    dw = dy * y  # [..., n], fp32
+    mean = (dw @ weight.float())[..., None] / len(weight)
+    dx = (dy * weight.float()).addcmul_(y, mean, value=-1).mul_(scale)
+    return dx.to(x.dtype), dw.flatten(0, -2).sum(0).to(x.dtype)
+
+
+class KeepInput(torch.autograd.Function):
+    """RMSNorm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *rms_norm_backward(dy, *ctx.saved_tensors, ctx.eps), None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -214,7 +240,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).unflatten(-1, self.heads))  # [..., h, d]
         k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))  # [..., g, d]
         v = self.v_proj(x).unflatten(-1, self.heads)
-        out = attend(rotate(q, *rope), rotate(k, *rope), v, self.layer)
+        out = attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v, self.layer)
         return self.o_proj(out.flatten(-2))  # [..., H]
 
 
@@ -252,9 +278,9 @@ class CausalLM(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.recompute, self.folder = config, False, None
-        table = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict({  # from_pretrained: random numbers would load the compiler
-            "embed_tokens": nn.Embedding.from_pretrained(table, freeze=False),
+            "embed_tokens": nn.Embedding.from_pretrained(
+                torch.empty(config.vocab_size, config.hidden_size), freeze=False),
             "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         if not config.tie_word_embeddings:
@@ -269,7 +295,7 @@ class CausalLM(nn.Module):
         """input_ids [B,T], or a stream [N] with its positions and `attend` -> hidden [..., H]."""
         if positions is None:
             positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-        x = embedding(input_ids, self.model.embed_tokens.weight)  # [..., H]
+        x = self.model.embed_tokens(input_ids)  # [..., H]
         rope = [angles.to(x.dtype) for angles in rope_angles(positions, self.config)]
         for block in self.model.layers:
             if self.recompute and torch.is_grad_enabled():

@@ -173,6 +173,7 @@ def install() -> None:
     torch.cuda.get_device_name = lambda *args: "pretended GPU"
     torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda **kind: True
     torch.cuda.device_count = lambda: 1
+    torch.compile = lambda plain, **how: plain
     torch.cuda.mem_get_info = lambda *args: (SIZE - meter["now"], SIZE)
     pretended = torch.device("cuda", 0)
     torch.Tensor.device = property(lambda t: pretended if place_of(t) == "cuda" else real_device(t))
