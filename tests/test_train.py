@@ -208,10 +208,10 @@ def test_without_forgetting_and_with_all_weights(world, tmp_path):
     assert {row["stage"] for row in steps_of(out)} == {"improve"}
 
 
-def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys):
-    (tmp_path / "c.json").write_text('{"locate_groups": 2}')
-    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3 --config"
-    out = run(world, tmp_path / "run", *ALLO, *lean.split(), tmp_path / "c.json")
+def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "locate_groups", lambda run: 2)
+    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3"
+    out = run(world, tmp_path / "run", *ALLO, *lean.split())
     losses = first_losses(capsys.readouterr().out)
     assert losses == pytest.approx({"forget": LN2, "improve": LN2}, rel=1e-5)
     start, tuned, *ends = (weights_of(folder) for folder in (

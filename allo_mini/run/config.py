@@ -28,10 +28,10 @@ SHARED = {  # stage -> whose schedule and rate it has
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
-LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 2400}
-CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
+LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 2400, "p_sft": 10.0}
+CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %, beside 64 GB of host memory
     "24gb": LEAN,
-    "16gb": LEAN | {"int8": True, "p_sft": 10.0},
+    "16gb": LEAN | {"int8": True},
     "12gb": LEAN | {"int8": True, "p_sft": 5.0}}
 GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
           "memory": "memory"}  # first field -> title in --help
@@ -52,14 +52,14 @@ class Config:
     """A run's settings; saved as config.json in the run folder."""
     model: str = knob("", "the policy: a folder, or a hub id owner/name[@revision]")
     pairs: list[str] = knob([], "preferences {prompt, chosen, rejected}, one a line of JSON Lines")
-    train: list[str] = knob([], "{input, output} questions that it answers itself, or rows for sft")
+    train: list[str] = knob([], "{input, output} questions that the model answers, or rows for sft")
     test: list[str] = knob([], "rows of the result table (of pairs: a tenth, held out)")
     val: list[str] = knob([], "rows that --eval-every scores")
     limit: int = knob(0, "training rows at most (0: all)")
     prompt: str = knob("auto", "auto: alpaca for questions, none for strings, chat for messages",
                        ("auto", "alpaca", "chat", "none"))
-    max_length: int = knob(0, "tokens, prompt + response (0: 1200, or the model's limit)")
-    out: str = knob("", "folder of the run, which goes on if begun (runs/FILE-SEED)")
+    max_length: int = knob(0, "tokens, prompt + response (0: 1200 at most)")
+    out: str = knob("", "the run's folder; it goes on if begun (runs/FILE-SEED)")
     seed: int = knob(2023, "decides data order, samples and splits")
     eval: bool = knob(True, "grade the models on --test at the end")
     dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
@@ -68,16 +68,18 @@ class Config:
                              "masked-dpo is dpo of the located weights", METHODS)
     sft: bool = knob(False, "fine-tune first, on the solutions, or on what pairs have chosen")
     masked: bool = knob(False, "the other methods train allo's weights only, too")
-    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, the gradient, "
-                       "or its signal-to-noise ratio", ("movement", "snr", "gradient", "random"))
+    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, by their "
+                       "gradient's signal-to-noise ratio, its size, or at random",
+                       ("movement", "snr", "gradient", "random"))
     locate_pairs: int = knob(512, "pairs that snr and gradient look at")
     p: float = knob(5.0, "percent of all weights that are trained", most=100)
     p_forget: float = knob(0.0, "percent in forgetting (0: --p)", most=100)
     forget: bool = knob(True, "allo's first phase; --no-forget improves alone")
     token_weights: str = knob("threshold", "forget tokens that the rewriting model scores below "
-                              "0.5; or by 1 - score, by the score, outside the edit alignment, all",
+                              "0.5; soft: by 1 - score; released: by the score; edit: those that "
+                              "a rewrite replaces; uniform: all",
                               ("threshold", "soft", "released", "edit", "uniform"))
-    rewriter: str = knob("", "model folder that becomes the rewriting model (the policy)")
+    rewriter: str = knob("", "what becomes the rewriting model (the policy)")
     epsilon: float = knob(0.1, "share of a rejected response that counts in improving", most=1)
     beta: float = knob(0.1, "how strongly the reference holds the model")
 
@@ -94,13 +96,13 @@ class Config:
     lr_forget: float = knob(0.0, "of allo's forgetting")
     lr_improve: float = knob(0.0, "of allo's improving, and of masked-dpo")
     lr_dpo: float = knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
-    batch: int = knob(0, "rows of an optimizer step (0: as at 7B, less for few rows)")
+    batch: int = knob(0, "rows of an optimizer step (0: 8 to 128, by stage and rows)")
     max_steps: int = knob(0, "steps of a stage at most (0: all)")
     eval_every: int = knob(0, "steps between scores on --val (0: off)")
     dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
     device: str = knob("auto", "cuda, cuda:1, mps or cpu")
 
-    memory: str = knob("", "sets what follows so that a 7B model fits such a card", tuple(CARDS))
+    memory: str = knob("", "settings by which a 7B model fits it, --locate snr too", tuple(CARDS))
     int8: bool = knob(False, "8 bits for matrices' weights that are not trained")
     state_bits: int = knob(32, "bits of each optimizer moment", (8, 32))
     offload: bool = knob(False, "optimizer and its gradient in host memory")
@@ -119,7 +121,6 @@ class Config:
     clip: float = knob(1.0, "norm of the selected weights' gradient at most")
     weight_decay: float = knob(0.0, "of the selected weights")
     save_minutes: float = knob(10.0, "between checkpoints inside a stage")
-    locate_groups: int = knob(0, "passes of locating, each for a group of tensors (0: as needed)")
 
     def masks(self, method):
         """Whether a method trains the located weights alone."""

@@ -40,8 +40,6 @@ def estimate(run, stage):
 def locate_groups(run) -> int:
     """In how many passes the gradient of all weights is made, so that its sums fit: with snr 12 bytes
     a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
-    if run.cfg.locate_groups:
-        return run.cfg.locate_groups
     room = min(run.parameters, free_memory("cpu") // 12)
     if run.device.startswith("cuda") and not run.cfg.offload:
         room = min(room, free_memory(run.device) // 8)
@@ -74,8 +72,10 @@ def show_plan(run):
         plan = schedule(cfg, stage, run.parameters, rows or 10**9)
         steps = -(-round(rows * plan.epochs) // plan.batch)
         steps = min(steps, cfg.max_steps or steps)
-        size = sum(estimate(run, stage).values()) / 1e9
+        percent, size = percent_of(cfg, stage), sum(estimate(run, stage).values()) / 1e9
+        optimizer = run.parameters * percent / 100 * (12 + cfg.state_bits / 4) / 1e9
         lines.append([stage, str(rows or "sampled"), str(steps or "?"), str(plan.batch),
-                      f"{plan.lr:g}", f"{percent_of(cfg, stage):g} %", f"{size:.1f} GB"])
-    header = ["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"]
-    say(table(header, lines) + "\n")
+                      f"{plan.lr:g}", f"{percent:g} %",
+                      f"{size:.1f} GB" + f" + {optimizer:.1f} on the host" * cfg.offload])
+    say(table(["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"],
+              lines) + "\n")

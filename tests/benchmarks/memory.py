@@ -59,7 +59,7 @@ def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -
         pretended = pretend_cuda.Pretend(hollow=True)
         FlatGradient.zeros = lambda self, n: (hollow if self.offload else zeros)(n)
         locate.scratch = lambda folder, count: hollow(count)
-        settings = settings | {"locate_groups": 8}
+        train.locate_groups = lambda run: 8
     else:
         cap = CAPS[settings["memory"]] * 2**30 / torch.cuda.mem_get_info(device)[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap), device)
