@@ -29,15 +29,16 @@ OF_A_RUN = ("prompt", "max_length", "max_new_tokens", "stop")  # by default as t
 
 def make_parser():
     """The flags; those that train.py has too mean the same."""
-    parser = Parser(allow_abbrev=False, description="grade a model, compare two, talk with one")
+    parser = Parser(allow_abbrev=False, description="grade a model, compare two, talk with one "
+                    "(prompt, lengths and stop as in the model's run)")
     add = parser.add_argument
     add("--model", required=True, help="a folder or hub id")
     add("--patch", help="patch.safetensors of a run, put into the model")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--test", nargs="+", default=[], help="JSON Lines files, a table row each")
+    what.add_argument("--test", nargs="+", default=[], help="files of questions or pairs, a table row each")
     what.add_argument("--chat", action="store_true", help="talk with the model instead")
-    add("--task", choices=(*RULES, *JUDGED, "generic"), help="of files whose names do not tell it")
-    add("--out", default="", help="folder of answers (eval/RUN-STAGE of --model runs/RUN/STAGE)")
+    add("--task", choices=(*RULES, *JUDGED, "generic"), help="for files whose names do not tell")
+    add("--out", default="", help="folder for answers (of runs/RUN/STAGE: eval/RUN-STAGE)")
     add("--against", help="another model's --out: their difference, its interval, p (bootstrap)")
     add("--limit", type=int, default=0, help="rows of a file at most (0: all)")
     for name in (*OF_A_RUN, "sample_batch", "micro_tokens", "dtype", "device", "int8"):

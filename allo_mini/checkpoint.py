@@ -47,10 +47,8 @@ def find_folder(path_or_id, download=True):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
                                       local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and not in the cache
-        if not download:
-            command = f"hf download {name}" + f" --revision {revision}" * bool(revision)
-            e = f"not in its cache, and --dry-run downloads nothing: `{command}` does"
-        raise UserError(f"{path_or_id}: no such folder, and not from the hub: {e}") from None
+        why = e if download else "not cached, and --dry-run downloads nothing; `hf download` does"
+        raise UserError(f"{path_or_id}: no such folder, and not from the hub: {why}") from None
 
 
 def shard_files(folder):

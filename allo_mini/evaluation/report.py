@@ -194,7 +194,7 @@ def record_tokens(run, before, after, examples):
 def reprint(run):
     """Whether the run is finished; if so, its table is printed again."""
     path = run.folder / "results.json"
-    finished = run.has(path.name, "report.html")  # the page is written last
+    finished = run.has("results.json", "report.html")  # the page is written last
     if finished:
         say(f"{run.folder}: this run is finished\n\n{read_json(path).get('table')}")
     return finished
@@ -235,15 +235,14 @@ def finish(run, models):
     if run.test and not run.cfg.test:  # the demo's, or held out: for eval.py
         write_jsonl(test, map(vars, run.test))
     folders = {name: str(policy.folder) for name, policy in models.items()}
-    for name, folder in folders.items():
-        if Path(folder).parent == run.folder:
-            write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
     write_json(run.folder / "results.json", {
         "models": folders, "results": results, "table": text, "seconds": run.log.seconds,
         "command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__})
     say(text + "\n")
     for name, folder in folders.items():
         say(f"{name:>10}  {folder}")
+        if Path(folder).parent == run.folder:
+            write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
     grade = f"grade  python eval.py --model {folder} --test {test}\n" if run.test else ""
     say(f"    report  {write_report(run.folder)}\n\n{grade}"
         f"talk   python eval.py --model {folder} --chat\n"

@@ -69,7 +69,7 @@ class Run:
         first = {}
         for task in sorted(self.tasks, key=lambda task: gold_answer(task) is None):
             first.setdefault(task.question, task)
-        return [task for task in self.tasks if first[task.question] is task]
+        return list(first.values())
 
     def load(self, policy, mask=None, training=False):
         """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
@@ -266,9 +266,8 @@ def open_run(cfg):
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
         f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {encoder.style}"
         f"{unused_template(encoder, cfg.prompt)}")
-    begun = run.has("config.json")  # then they have been looked at
     for name, held in ("test rows", run.test), ("val rows", run.val):
-        if held and isinstance(held[0], Pair) and not begun:
+        if held and isinstance(held[0], Pair) and not run.has("config.json"):  # else looked at
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
     models = [model]
     if cfg.rewriter:
