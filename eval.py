@@ -70,9 +70,13 @@ def read_rows(file, task):
 
 
 def verdicts(path):
-    """{question: whether its answer was right} of a file that eval.py wrote. Raises UserError."""
+    """{question and its prompt style: whether its answer was right} of a file that eval.py wrote.
+
+    Raises UserError.
+    """
     with reading(f"{path}, which should hold answers that eval.py wrote"):
-        return {str(row["input"]): bool(row["correct"]) for _, row in read_jsonl(path)}
+        return {f"{row['input']} ({row['prompt']})": bool(row["correct"])
+                for _, row in read_jsonl(path)}
 
 
 def compare(target, theirs):
@@ -80,7 +84,8 @@ def compare(target, theirs):
     ours = verdicts(target)
     both = ours.keys() & theirs
     if not both:
-        raise UserError(f"{target}: has no question in common with the file --against it")
+        raise UserError(f"{target}: has no question in common with the file --against it, asked in "
+                        "the same style; say --prompt and --test as there")
     difference, low, high, p = bootstrap([ours[key] for key in both], [theirs[key] for key in both])
     return [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}",
             f"{len(both)}"]
@@ -144,7 +149,7 @@ def run(args):
         if target in jobs:
             raise UserError(f"two --test files would have their answers in {target}; rename one")
         if target.exists():
-            verdicts(target)  # refuses what is not ours
+            raise UserError(f"{target}: holds answers already; choose another --out")
         theirs = args.against and verdicts(Path(args.against, target.name))
         jobs[target] = *read_rows(file, args.task), theirs
     device, dtype = pick_device(settings.device, settings.dtype)

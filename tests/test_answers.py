@@ -239,26 +239,24 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert table["qasc_test.jsonl"][7:10] == ["5", "0.0", "%"]  # by the official grader
     assert table["rows.jsonl"][1:3] == ["(generic)", "100.0"] and "pairs.jsonl" in table
     assert rows_of(Path("out/gsm8k_test.jsonl"))[3] == {
-        "input": "3 + 3?", "gold": "6", "response": "The answer is 6", "finished": True,
-        "correct": True}
-    assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
-    assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"input", "margin", "correct"}
-    run(model, "--test", "rows.jsonl", "--out", "out", "--limit", "2")  # over its own file
-    assert len(rows_of(Path("out/rows.jsonl"))) == 2
+        "prompt": "alpaca", "input": "3 + 3?", "gold": "6", "response": "The answer is 6",
+        "finished": True, "correct": True}
+    assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"prompt", "input", "margin", "correct"}
+    assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--out", "out"]) == 2
     answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
-        run(model, "--test", "rows.jsonl", "--out", "a", "--task", task)
-        assert sum(row["correct"] for row in rows_of(Path("a/rows.jsonl"))) == correct
+        run(model, "--test", "rows.jsonl", "--out", task, "--task", task)
+        assert sum(row["correct"] for row in rows_of(Path(task, "rows.jsonl"))) == correct
 
 
 def test_prompts_for_a_judge_are_answered_and_not_graded(model, place, capsys, monkeypatch):
-    files = ["--test", "alpaca_eval.jsonl", "arena_hard.jsonl", "--out", "out"]
-    run(model, *files)
+    files = ["--test", "alpaca_eval.jsonl", "arena_hard.jsonl", "--out"]
+    run(model, *files, "chat")
     said = capsys.readouterr().out
     assert "alpaca_eval: 3 rows, none dropped; prompts: chat\n" in said and "accuracy" not in said
     save_model(tiny_model(), "plain")
     answering(monkeypatch, lambda q: f"Done: {q}")
-    run(write_tokenizer(Path("plain")), *files)
+    run(write_tokenizer(Path("plain")), *files, "out")
     assert "prompts: alpaca\n" in capsys.readouterr().out
     assert rows_of(Path("out/alpaca_eval.jsonl"))[2]["response"] == "Done: Write 2."
     last = {"response": "Done: Do 2.", "gold": None, "correct": None}
@@ -278,6 +276,9 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     assert many[0] == "+50.0" and many[4] == "200" and float(many[3]) < 0.001
     assert 35 < float(many[1].strip("[,")) < 43 and 57 < float(many[2].strip("]")) < 65
     assert rows == ["+0.0", "[+0.0,", "+0.0]", "1.0000", "3"]
+    words = ["--model", str(model), "--test", "rows.jsonl", "--out", "c", "--against", "a"]
+    assert evaluation.main([*words, "--prompt", "chat"]) == 2
+    assert "asked in the same style" in capsys.readouterr().err
 
 
 def test_a_model_brings_its_runs_settings(model, place, capsys):

@@ -130,10 +130,10 @@ def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
     path, answers = whole / "patch.safetensors", []
     apply(["apply", str(whole / "sft"), str(path), str(tmp_path / "applied")])
     assert equal(weights_of(whole / "improve"), weights_of(tmp_path / "applied"))
-    for words in ("improve", f"sft --patch {path}", f"sft --patch {path} --int8"):
-        command = f"--test {whole.parent}/test.jsonl --out {tmp_path} --model {whole}/{words}"
+    for i, words in enumerate(("improve", f"sft --patch {path}", f"sft --patch {path} --int8")):
+        command = f"--test {whole.parent}/test.jsonl --out {tmp_path}/{i} --model {whole}/{words}"
         assert evaluation.main(command.split()) == 0
-        answers.append(rows_of(tmp_path / "test.jsonl"))
+        answers.append(rows_of(tmp_path / f"{i}/test.jsonl"))
     assert answers[0] == answers[1] and len(answers[2]) == 4
     capsys.readouterr()
     for words, says in ((f"{whole}/dpo {path} {tmp_path}/wrong", "patch.safetensors"),
@@ -210,8 +210,8 @@ def test_without_forgetting_and_with_all_weights(world, tmp_path):
 
 def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "locate_groups", lambda run: 2)
-    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3"
-    out = run(world, tmp_path / "run", *ALLO, *lean.split())
+    lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3".split()
+    out = run(world, tmp_path / "run", *ALLO, *lean)
     losses = first_losses(capsys.readouterr().out)
     assert losses == pytest.approx({"forget": LN2, "improve": LN2}, rel=1e-5)
     start, tuned, *ends = (weights_of(folder) for folder in (
@@ -265,7 +265,7 @@ def test_a_run_of_preferences(world, tmp_path, monkeypatch, capsys):
     *asked, share = re.findall(r"(?m)^(?:grade|talk|share)  +(.*)$", said)
     monkeypatch.setattr(sys, "stdin", val.open())
     for words in map(str.split, asked):
-        assert words[:4] == ["python", "eval.py", "--model", f"{out}/improve"]
+        assert words[:4] == [sys.executable, "eval.py", "--model", f"{out}/improve"]
         assert evaluation.main([*words[2:], "--max-new-tokens", "2"]) == 0
     assert [row["margin"] for row in rows_of(tmp_path / "eval/run-improve/test.jsonl")] == tuned
     assert share == f"hf upload YOU/NAME {out}/improve"

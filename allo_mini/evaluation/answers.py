@@ -103,18 +103,18 @@ def evaluate(model, encoder, rows, settings, name):
     if isinstance(rows[0], Task):
         answers = respond(model, encoder, [task.prompt for task in rows], settings,
                           temperature=0.0, on_done=lambda *_: update())
-        return [graded(task, *response) for task, [response] in zip(rows, answers)]
+        return [graded(task, *response, encoder.style) for task, [response] in zip(rows, answers)]
     examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]
     found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)
-    return [{"input": pair.prompt, "margin": margin, "correct": margin > 0}
+    return [{"prompt": encoder.style, "input": pair.prompt, "margin": margin, "correct": margin > 0}
             for pair, margin in zip(compress(rows, examples), found)]
 
 
-def graded(task, text, finished):
-    """The line of a per-item file."""
+def graded(task, text, finished, style):
+    """The line of a per-item file; style: how it was asked, as --prompt has it."""
     gold = gold_answer(task)
-    item = {"input": task.prompt, "gold": gold, "response": text, "finished": finished,
-            "correct": is_correct(text, task) if gold else None}
+    item = {"prompt": style, "input": task.prompt, "gold": gold, "response": text,
+            "finished": finished, "correct": is_correct(text, task) if gold else None}
     if task_name(task.source) in QA:
         item["official"] = official_correct(text, task)
     return item

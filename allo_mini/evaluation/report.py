@@ -196,7 +196,7 @@ def reprint(run):
     path = run.folder / "results.json"
     finished = run.has("results.json", "report.html")  # the page is written last
     if finished:
-        say(f"{run.folder}: this run is finished\n\n{read_json(path).get('table')}")
+        say(f"{run.folder}: this run is finished; see report.html there\n\n{read_json(path).get('table')}")
     return finished
 
 
@@ -243,9 +243,9 @@ def finish(run, models):
         say(f"{name:>10}  {folder}")
         if Path(folder).parent == run.folder:
             write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
-    grade = f"grade  python eval.py --model {folder} --test {test}\n" if run.test else ""
+    grade = f"grade  {sys.executable} eval.py --model {folder} --test {test}\n" if run.test else ""
     say(f"    report  {write_report(run.folder)}\n\n{grade}"
-        f"talk   python eval.py --model {folder} --chat\n"
+        f"talk   {sys.executable} eval.py --model {folder} --chat\n"
         f"share  hf upload YOU/NAME {folder}")
 
 

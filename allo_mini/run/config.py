@@ -100,7 +100,7 @@ class Config:
     max_steps: int = knob(0, "steps of a stage at most (0: all)")
     eval_every: int = knob(0, "steps between scores on --val (0: off)")
     dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
-    device: str = knob("auto", "cuda, cuda:1, mps or cpu")
+    device: str = knob("auto", "cuda, cuda:1 or cpu")
 
     memory: str = knob("", "settings by which a 7B model fits it, --locate snr too", tuple(CARDS))
     int8: bool = knob(False, "8 bits for matrices' weights that are not trained")

@@ -19,9 +19,9 @@ def pick_device(device, dtype):
     Raises UserError for a device that is not there.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans half a second for every new length
-    there = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+    there = ["cpu"]
     if torch.cuda.is_available():
-        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *there]
+        there = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cpu"]
     device = there[0] if device == "auto" else device
     if device not in there:
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")

@@ -104,7 +104,6 @@ def training(a, shape: str, recompute: bool) -> dict:
 
 
 def uncompiled(a) -> dict:
-    """The first row of `training`, its pointwise operations one by one."""
     with patch.dict(KERNELS, clear=True), patch("torch.compile", lambda plain, **how: plain):
         return training(a, a.shape, False)
 

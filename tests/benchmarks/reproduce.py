@@ -206,6 +206,7 @@ class Study:
                 str(settings["test_limit"]), "--out", str(out / "graded")]
         for key in ("prompt", "max_length", "max_new_tokens", "dtype", "device"):
             argv += ["--" + key.replace("_", "-"), str(settings[key])]
+        remove(out / "graded")  # by a killed process
         if evaluation.main(argv):
             raise SystemExit(1)
         return [row for _, row in read_jsonl(out / "graded" / f"{test.stem}.jsonl")]
