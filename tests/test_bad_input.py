@@ -96,7 +96,7 @@ FLAGS = [
     (T + " --sft yes", {}, "yes"), ("train --mdel model", {}, "--model"),
     ("train --model model", {}, "--train"), ("train --test test.jsonl", {}, "--train"),
     (T + " --eval-every 2", {}, "--val"), (T + " --val test.jsonl", {}, "--eval-every"),
-    (T + " --max-length 5000", {}, "--max-length"),
+    (T + " --max-length 5000", {}, "--max-length"), ("train --pairs t.jsonl", {}, "give --model"),
     ("train --model model --train nowhere.jsonl", {}, "nowhere.jsonl"),
     ("train --model model --train model", {}, "model"),
     (T + " --test " + "n" * 300, {}, "File name too long"),

@@ -253,8 +253,9 @@ def parse(argv: list[str]) -> Config:
     cfg = Config(**({} if own else DEMO) | CARDS.get(values.get("memory"), {}) | values)
     if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:
         raise UserError("--n 1 gives no two different responses, as pairs need")
-    if (cfg.model or cfg.test or cfg.val) and not (cfg.train or cfg.pairs):
-        raise UserError("no rows to train on: give --pairs FILE (preferences) or --train FILE")
+    if (own or cfg.test or cfg.val) and not (cfg.model and (cfg.train or cfg.pairs)):
+        raise UserError("no model or no rows to train on: give --model, a folder or a hub id, and "
+                        "--pairs FILE (preferences) or --train FILE")
     if bool(cfg.eval_every) != bool(cfg.val) and own:
         raise UserError("--eval-every N and --val FILE belong together; give both or none")
     return cfg

@@ -263,7 +263,7 @@ def open_run(cfg):
     known = replace(cfg, prompt=encoder.style, max_length=length)  # recorded: eval.py asks so, too
     run = Run(known, folder, Policy(model.folder), parallel.join(device), dtype, model.config,
               shapes, encoder, *rows)
-    say(f"model: {cfg.model or 'the demo model (no --model given)'}, {run.parameters:,} weights, "
+    say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
         f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {encoder.style}"
         f"{unused_template(encoder, cfg.prompt)}")
     for name, held in ("test rows", run.test), ("val rows", run.val):
