@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from allo_mini import UserError
 from allo_mini.attention import causal_attention
-from allo_mini.fused import fused
 from allo_mini.linear import linear
 
 FAMILIES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
@@ -35,6 +34,7 @@ USABLE = {"architectures": FAMILIES, "hidden_act": (None, "silu"), "quantization
           "rope_type": ROPE}
 KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 BUILDERS = {}  # family -> its class, where that is not CausalLM itself
+KERNELS = {}  # function -> what a GPU runs in its place
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -130,6 +130,26 @@ def rope_angles(positions, c):
         freq = (1 - blend) * freq / c.factor + blend * freq
     angles = positions[..., None, None].float() * torch.cat((freq, freq))  # [..., 1, d]
     return angles.cos(), angles.sin()
+
+
+def fused(plain):
+    """`plain`, compiled by its first call on a GPU; as it is on a CPU, and where Triton fails.
+
+    One by one, pointwise operations go through memory again and again. What is compiled is what
+    autograd does not see, its Functions' forward and backward: so with and without a gradient the
+    same kernel runs, and log-probs are the same to the bit.
+    """
+    def call(x, *rest):
+        if not x.is_cuda:
+            return plain(x, *rest)
+        if plain not in KERNELS:
+            KERNELS[plain] = torch.compile(plain, dynamic=True)
+            try:
+                KERNELS[plain](x, *rest)
+            except Exception:  # there is no Triton, or no compiler and headers that it needs
+                KERNELS[plain] = plain
+        return KERNELS[plain](x, *rest)
+    return call
 
 
 @fused

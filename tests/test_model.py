@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from allo_mini import UserError, fused, logprobs
+from allo_mini import UserError, logprobs
 from allo_mini import generate as generate_module
 from allo_mini import mask as mask_module
 from allo_mini.data.encoder import Example
@@ -19,7 +19,7 @@ from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import (head_logps, margins, micro_batches, pack, responses_of, score,
                                 size_of, token_logps, with_reference)
 from allo_mini.masked_adamw import FlatGradient
-from allo_mini.model import SwiGLU, parse_config
+from allo_mini.model import KERNELS, SwiGLU, fused, parse_config
 from allo_mini.run import device
 from helpers import (FIXTURES, HF, LLAMA3, RAW, assert_close, fixture_model, golden, gradients,
                      random_ids, separate_logps, tiny_model)
@@ -184,7 +184,7 @@ def test_what_a_gpu_compiles_traces_whole_and_counts_the_same(monkeypatch):
     plain = gradients(model)
     monkeypatch.setattr(torch, "compile", lambda f, **how: made.append(f) or compiler(f, **how))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
-    monkeypatch.setattr(fused, "KERNELS", {})
+    KERNELS.clear()
     expected = torch.no_grad()(token_logps)(model, batch)
     for model.recompute in (False, True):
         model.zero_grad()
@@ -192,13 +192,13 @@ def test_what_a_gpu_compiles_traces_whole_and_counts_the_same(monkeypatch):
         logps.sum().backward()
         assert torch.equal(logps, expected)
         assert_close(plain, gradients(model), atol=1e-4, rtol=1e-4)
-    assert len(made) == len(fused.KERNELS) == 4 and not {*made} & {*fused.KERNELS.values()}
+    assert len(made) == len(KERNELS) == 4 and not {*made} & {*KERNELS.values()}
 
 
 def test_where_nothing_can_be_compiled_functions_stay_as_they_are(monkeypatch):
     tried = []  # what stands for a kernel raises TypeError
     monkeypatch.setattr(torch, "compile", lambda f, **how: tried.append(f))
-    twice = fused.fused(lambda x: 2 * x)
+    twice = fused(lambda x: 2 * x)
     assert twice(torch.ones(1)) == 2 and not tried
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
     assert twice(torch.ones(1)) == twice(torch.ones(1)) == 2 and len(tried) == 1

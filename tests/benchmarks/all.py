@@ -35,10 +35,10 @@ from common import (DTYPES, SHAPES, device_name, meta_of, peaks, pick_device, ra
 
 from allo_mini.checkpoint import save_model
 from allo_mini.data.encoder import Example
-from allo_mini.fused import KERNELS
 from allo_mini.generate import sample
 from allo_mini.logprobs import size_of
 from allo_mini.masked_adamw import MaskedAdamW
+from allo_mini.model import KERNELS
 from allo_mini.objectives import dpo_objective
 from helpers import last_step
 
