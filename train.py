@@ -407,7 +407,7 @@ def main(argv=None):
         elif not reprint(run):
             run_all(run)
 
-    return exit_code(work, stopped="stopped; the same command goes on from the last checkpoint, or the last stage")
+    return exit_code(work, stopped="stopped; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def find_folder(path_or_id, download=True):
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
                                       local_files_only=not download))
     except Exception as e:  # no network, no such repository, no access, and not in the cache
-        why = e if download else "not cached, and --dry-run downloads nothing; `hf download` does"
+        why = e if download else f"not cached: `hf download {name} --revision {revision or 'main'}`"
         raise UserError(f"{path_or_id}: no such folder, and not from the hub: {why}") from None
 
 

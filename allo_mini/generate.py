@@ -193,13 +193,15 @@ def uniforms(seed, row, k, count):
 def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_ids=(), seed=0,
            rows=None, slots=64, max_length=10**9, stopped=lambda tokens: False,
            on_done=lambda prompt, tokens: None):
-    """n responses a prompt: [prompt][k] -> ids, EOS included. ValueError for no or an empty prompt.
+    """n responses a prompt: [prompt][k] -> ids, EOS included. ValueError for an empty prompt.
 
     prompts: lists of ids; eos_ids: any of them ends a response; rows: the numbers that seed each
     prompt (None: 0, 1, ...); slots: samples running at once; max_length: tokens of prompt and
     response together; stopped(tokens): whether a sample ends here, on a stop string;
     on_done(prompt, tokens): called as each ends, with its prompt's number.
     """
+    if not prompts:
+        return []
     waiting, responses = [], [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
         most = max(1, min(max_new_tokens, max_length - len(prompt)))

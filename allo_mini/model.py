@@ -145,7 +145,7 @@ def fused(plain):
         if plain not in KERNELS:
             KERNELS[plain] = torch.compile(plain, dynamic=True)
             try:
-                KERNELS[plain](x, *rest)
+                return KERNELS[plain](x, *rest)
             except Exception:  # there is no Triton, or no compiler and headers that it needs
                 KERNELS[plain] = plain
         return KERNELS[plain](x, *rest)

@@ -241,6 +241,7 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert rows_of(Path("out/gsm8k_test.jsonl"))[3] == {
         "prompt": "alpaca", "input": "3 + 3?", "gold": "6", "response": "The answer is 6",
         "finished": True, "correct": True}
+    assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
     assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"prompt", "input", "margin", "correct"}
     assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--out", "out"]) == 2
     answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name

@@ -103,7 +103,8 @@ FLAGS = [
     ("train --model no/such/model --train t.jsonl", {}, "no/such/model"),
     ("train --model t.jsonl --train t.jsonl", {}, "t.jsonl"),
     ("train --model nobody/nothing --train t.jsonl", {}, "hub"),
-    ("train --model a/b --train t.jsonl --dry-run", {}, "downloads nothing; `hf download`"),
+    ("train --model a/b --train t.jsonl --dry-run", {}, "not cached: `hf download a/b"),
+    ("train --model nobody/no@v1 --train t.jsonl --dry-run", {}, "nobody/no --revision v1`"),
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],

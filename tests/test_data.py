@@ -263,6 +263,13 @@ def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
     assert not {plain(pair.prompt) for pair in test} & {plain(pair.prompt) for pair in pairs}
 
 
+def test_order_depends_on_the_seed_alone(place):
+    write(place / "test.jsonl", {"input": "other", "answer": "1"})
+    first = [task.prompt for task in rows_of("--train t.jsonl")[0]]
+    assert first != [f"{i}?" for i in range(20)]
+    assert first == [task.prompt for task in rows_of("--train t.jsonl --test test.jsonl")[0]]
+    assert first[:7] == [task.prompt for task in rows_of("--train t.jsonl --limit 7")[0]]
+
 
 def test_rows_without_an_answer_are_counted_where_answers_are_graded(place, capsys):
     write(place / "open.jsonl", {"input": "a", "output": "four"})

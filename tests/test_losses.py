@@ -6,10 +6,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import golden, gradients, low, random_ids, separate_logps, tiny_model
+from helpers import (FIXTURES, assert_close, golden, gradients, low, random_ids, separate_logps,
+                     tiny_model, whole)
 from torch import tensor as t
 
 from allo_mini import UserError, locate, mask
+from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Example
 from allo_mini.locate import gradient_importance
 from allo_mini.losses import bco_loss, dpo_loss, npo_loss, useful_token_mask
@@ -287,3 +289,11 @@ def test_importance_is_the_gradients_sum_or_its_ratio_to_the_root_of_their_squar
             torch.testing.assert_close(importance[clear], wanted[clear], rtol=1e-3, atol=1e-4)
     assert not list(tmp_path.iterdir())
     assert not any(p.requires_grad or hasattr(p, "slot") for p in model.parameters())
+
+
+def test_importance_of_an_int8_model_is_that_of_its_dequantised_twin(tmp_path):
+    ours, twin = (load_model(FIXTURES / "hf" / "qwen2", int8=int8) for int8 in (True, False))
+    for name, p in ours.named_parameters():
+        twin.get_parameter(name).copy_(whole(p))
+    got = gradient_importance(ours, EXAMPLES, dpo_objective(0.3), tmp_path, False, 3, 4096, False)
+    assert_close(got, by_autograd(twin, EXAMPLES), rtol=1e-3, atol=1e-5)

@@ -316,7 +316,7 @@ def test_samples_end_with_their_first_eos_or_stop_and_are_handed_over_once():
         assert not eos & set(tokens[:-1]) and (tokens[-1] in eos or len(tokens) == 15)
     assert sorted(seen) == sorted((p, tuple(t)) for p, texts in enumerate(out) for t in texts)
     stopped = sample(model, PROMPTS, 3, 15, 1.0, 1.0, (), 1, stopped=lambda t: t[-1] in eos)
-    assert stopped == out
+    assert stopped == out and sample(model, [], 3, 15) == []
     with pytest.raises(ValueError, match="at least one token"):
         sample(model, [[3], []], 1, 5)
 

@@ -322,7 +322,7 @@ def study_of(*flags):
 
 
 def row_of(cell, seed, bits):
-    return {"part": "methods", "cell": cell, "seed": seed, "setting": ["--dpo-lr", "4e-05"],
+    return {"part": "methods", "cell": cell, "seed": seed, "setting": ["--lr-dpo", "4e-05"],
             "correct": f"{int('1' + bits, 2):x}", "accuracy": bits.count("1") / len(bits)}
 
 

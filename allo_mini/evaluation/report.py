@@ -72,7 +72,8 @@ def verdict(evals):
     if p > 0.05:
         return f"{later} and {earlier}: no difference that {rows:,} rows can show (p = {p:.2g})."
     side = "above" if difference > 0 else "below"
-    return f"{later} is {100 * abs(difference):.1f} points {side} {earlier} on {rows:,} rows (p = {p:.2g})."
+    points = f"{100 * abs(difference):.1f} points {side} {earlier}"
+    return f"{later} is {points} on {rows:,} rows (p = {p:.2g})."
 
 
 def verdict_on_one(evals):
@@ -193,10 +194,10 @@ def record_tokens(run, before, after, examples):
 
 def reprint(run):
     """Whether the run is finished; if so, its table is printed again."""
-    path = run.folder / "results.json"
     finished = run.has("results.json", "report.html")  # the page is written last
     if finished:
-        say(f"{run.folder}: this run is finished; see report.html there\n\n{read_json(path).get('table')}")
+        say(f"{run.folder}: this run is finished; see its report.html\n\n"
+            f"{read_json(run.folder / 'results.json').get('table')}")
     return finished
 
 

@@ -2,9 +2,8 @@
 
     python tests/benchmarks/all.py OUT.jsonl [--minutes 8.5] [--only step speed ...] [--tiny]
 
-OUT.jsonl gets a line as each row ends, a table of all comes last. What the minutes do not suffice
-for is left, or stopped; the same command goes on with what OUT.jsonl does not have. --tiny: small
-shapes, to try it on a CPU or, by tests/pretend_cuda.py, on a pretended GPU.
+OUT.jsonl gets a line as each row ends, a table comes last. The same command goes on with what the
+minutes did not suffice for. --tiny: small shapes, for a CPU or (tests/pretend_cuda.py) as on a GPU.
 
 Speed: a training step is the improving stage's (p % of the weights) on random pairs of two
 sequences of `length` tokens, a quarter of which is their common prompt. *Physical* tokens are those

@@ -4,14 +4,13 @@
     python tests/benchmarks/peer.py --shape llama-3.2-1b       random weights, the demo's words
     python tests/benchmarks/peer.py --model DIR --test FILE.jsonl      sampling, by transformers too
 
-They are not among our requirements: `pip install trl peft` beside them for this. All read the same
-rows in the same order as the same tokens, the whole batch at once, reference log-probs computed
-before the first step, each side in a process of its own, in turns. Ours is the improving stage with
-a random mask of --p percent, and once with all weights, so that one sees what the mask brings; it
-has fp32 masters, gradients and moments. With --trl-weights bf16 TRL's are bf16, which cannot take a
-step of 5e-7; with fp32 it is mixed precision. LoRA has r = 16, alpha = 32, in all linear layers.
-Speed is the median of the turns, memory the highest: allocated on CUDA, on a CPU the process's.
-Saved: the bytes of a side's tensors in a file, of ours a patch's if all selected weights change.
+They need `pip install trl peft`. All read the same rows in the same order as the same tokens, the
+whole batch at once, reference log-probs computed before the first step, each side in a process of
+its own, in turns. Ours is the improving stage with a random mask of --p percent, and once with all
+weights, in fp32 masters, gradients and moments. With --trl-weights bf16 TRL's are bf16, which take
+no step of 5e-7; with fp32 it is mixed precision. LoRA: r = 16, alpha = 32, all linear layers.
+Speed is the median of the turns, memory the highest (CUDA's allocated, a CPU's process); saved: the
+bytes of a side's tensors in a file, of ours a patch's if all selected weights change.
 """
 
 import importlib.metadata

@@ -3,12 +3,11 @@
     python tests/benchmarks/reproduce.py OUT                                       the demo task
     python tests/benchmarks/reproduce.py OUT --name ecqa --model DIR --train FILE --val FILE ...
 
-OUT holds the runs; samples, masks and token weights of a seed are made once and serve all its cells
-(--share: those of the first seed serve all seeds). A finished cell is one line of
-tests/benchmarks/results/NAME.jsonl, answers included, and is never made again: kill it at any time,
-and call it again. Learning rates are chosen on the --tune seeds' validation rows, as many for every
-method, and one more while the best stands at the end of a row of three or more. ALLO has two: with
-several --ratios the best of those comes first. Writes NAME.md beside the lines.
+OUT holds the runs; samples, masks and token weights of a seed serve all its cells (--share: of the
+first seed all seeds). A finished cell is a line of tests/benchmarks/results/NAME.jsonl, tables are
+NAME.md beside it; it is never made again: kill it at any time. Rates are chosen on --tune seeds'
+validation rows, as many for every method, and one more while the best stands at the end of three or
+more. ALLO has two: with several --ratios the best of those comes first.
 """
 
 import argparse
@@ -87,8 +86,6 @@ class Study:
         self.__dict__.update(vars(args))
         self.file = args.rows or Path(__file__).parent / "results" / f"{args.name}.jsonl"
         self.done = [row for _, row in read_jsonl(self.file)] if self.file.exists() else []
-        for row in self.done:  # the first were made when the flags were called --dpo-lr
-            row["setting"] = [re.sub(r"^--(\w+)-lr$", r"--lr-\1", word) for word in row["setting"]]
         self.ratios = args.ratios or [0.1 if args.model else 4.0]  # the demo has a habit to forget
         self.settings = from_file(args.config) if args.config else {}
         self.bases = {}
