@@ -27,7 +27,6 @@ from allo_mini.generate import sample
 from allo_mini.masked_adamw import FlatGradient
 from allo_mini.objectives import dpo_objective, npo_objective, sft_objective
 from allo_mini.run import memory
-from allo_mini.run.device import keep_freed_memory
 
 CAPS = {"24gb": 23.0, "16gb": 15.0, "12gb": 11.0}  # GiB: the card less context, desktop, driver
 STAGES = {"locate": dpo_objective(0.1), "sft": sft_objective(), "forget": npo_objective(0.1),
@@ -54,7 +53,6 @@ def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -
     pretended, zeros = nullcontext(), FlatGradient.zeros
     if device == "cpu":
         import pretend_cuda
-        keep_freed_memory()
         pretend_cuda.install()
         pretended = pretend_cuda.Pretend(hollow=True)
         FlatGradient.zeros = lambda self, n: (hollow if self.offload else zeros)(n)
