@@ -34,9 +34,8 @@ def make_parser():
     add = parser.add_argument
     add("--model", required=True, help="a folder or hub id")
     add("--patch", help="patch.safetensors of a run, put into the model")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--test", nargs="+", default=[], help="files of questions or pairs, a table row each")
-    what.add_argument("--chat", action="store_true", help="talk with the model instead")
+    add("--test", nargs="+", default=[], help="files of questions or pairs, a table row each")
+    add("--chat", action="store_true", help="talk with the model instead")
     add("--task", choices=(*RULES, *JUDGED, "generic"), help="for files whose names do not tell")
     add("--out", default="", help="folder for answers (of runs/RUN/STAGE: eval/RUN-STAGE)")
     add("--against", help="another model's --out: their difference, its interval, p (bootstrap)")
@@ -129,7 +128,7 @@ def grade(model, settings, jobs):
         items = evaluate(model, encoder, rows, settings, target.stem)
         if not items:
             raise UserError(f"{target.stem}: no row can be used; {encoder.report()}")
-        say(f"{target.stem}: {len(items)} rows, {encoder.report() or 'none dropped'}; prompts: "
+        say(f"{target}: {len(items)} rows, {encoder.report() or 'none dropped'}; prompts: "
             f"{encoder.style}{unused_template(encoder, settings.prompt)}")
         write_jsonl(target, items)
         if task not in JUDGED:
@@ -141,6 +140,8 @@ def grade(model, settings, jobs):
 
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
+    if args.chat == bool(args.test):
+        raise UserError("what shall it do? give --test FILES, or --chat")
     source = Path(args.patch or args.model).resolve()
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers

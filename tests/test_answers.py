@@ -254,7 +254,7 @@ def test_prompts_for_a_judge_are_answered_and_not_graded(model, place, capsys, m
     files = ["--test", "alpaca_eval.jsonl", "arena_hard.jsonl", "--out"]
     run(model, *files, "chat")
     said = capsys.readouterr().out
-    assert "alpaca_eval: 3 rows, none dropped; prompts: chat\n" in said and "accuracy" not in said
+    assert "chat/alpaca_eval.jsonl: 3 rows, none dropped; prompts: chat\n" in said and "accuracy" not in said
     save_model(tiny_model(), "plain")
     answering(monkeypatch, lambda q: f"Done: {q}")
     run(write_tokenizer(Path("plain")), *files, "out")
@@ -291,7 +291,7 @@ def test_a_model_brings_its_runs_settings(model, place, capsys):
     write("runs/demo/config.json", [{"config": {"prompt": "chat", "max_new_tokens": 5, "p": 5.0}}])
     for words in ([str(improved)], [str(model), "--patch", "runs/demo/patch.safetensors"]):
         assert evaluation.main(["--model", *words, "--test", "rows.jsonl"]) == 0
-        assert "rows: 3 rows, none dropped; prompts: chat\n" in capsys.readouterr().out
+        assert "rows.jsonl: 3 rows, none dropped; prompts: chat\n" in capsys.readouterr().out
     rows = rows_of(Path("eval/demo-improve/rows.jsonl"))
     assert rows == rows_of(Path("eval/demo-patch.safetensors/rows.jsonl"))
     assert 1 < len(rows[0]["response"]) <= 5

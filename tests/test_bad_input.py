@@ -125,7 +125,7 @@ FLAGS = [
         ('{"sft": 1}', "sft is 1"), ('{"test": "t.jsonl"}', "test is"), ('{"p": NaN}', "p is nan"),
         ('{"save_minutes": 0}', "save_minutes"), ('{"schedules": {"sft": 5}}', "schedules"),
         ('{"schedules": {"stf": {"batch": 5}}}', "stf"), ('{"config": {"sfd": 1}}', "sfd")]],
-    ("eval --model model", {}, "--test"), (E + " --lmit 5", {}, "--limit"),
+    ("eval --model model", {}, "--test"), ("eval --model model --tset t.jsonl", {}, "--test?"),
     (E + " --limit -1", {}, "--limit"), (E + " --max-length 5000", {}, "--max-length"),
     (E + " --patch nowhere", {}, "nowhere"), (E + " --patch t.jsonl", {}, "t.jsonl"),
     (E + " --task gms8k", {}, "'gms8k' (choose from 'ecqa'"), (E + " --chat", {}, "--chat"),

@@ -180,7 +180,7 @@ def add_flag(group, name):
     group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **kind)
 
 
-def make_parser() -> Parser:
+def make_parser():
     """The flags of train.py, in the order of their use."""
     parser = Parser(
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -218,7 +218,7 @@ def expected(name, value):
     return "" if right else wanted
 
 
-def check(values: dict, file=""):
+def check(values, file=""):
     """Refuse settings that cannot mean anything. Raises UserError naming flag, or file and key."""
     for name, value in values.items():
         if name not in KNOBS:
@@ -232,7 +232,7 @@ def check(values: dict, file=""):
             SCHEDULES[stage]._replace(**changes)
 
 
-def from_file(path: str) -> dict:
+def from_file(path):
     """Checked settings of a --config file, or of another run's config.json. Raises UserError."""
     values = read_json(path)
     if isinstance(values.get("config"), dict):
@@ -241,7 +241,7 @@ def from_file(path: str) -> dict:
     return values
 
 
-def parse(argv: list[str]) -> Config:
+def parse(argv):
     """Command line -> checked Config. Raises UserError."""
     given = vars(make_parser().parse_args(argv))
     path = given.pop("config")

@@ -145,7 +145,7 @@ class Progress:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
             left = (now - self.opened) / (step - self.first) * (total - step) / 60
             say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
-                f"{left:.0f} min left")
+                f"{left:.1f} min left")
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
             known = {"step": step, "total": total, "state": self.objective.state}

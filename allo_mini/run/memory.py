@@ -37,7 +37,7 @@ def estimate(run, stage):
             "at work": max(3 * HEAD_BYTES, T * size * c.intermediate_size + 3 * CHUNK * size)}
 
 
-def locate_groups(run) -> int:
+def locate_groups(run):
     """In how many passes the gradient of all weights is made, so that its sums fit: with snr 12 bytes
     a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
     room = min(run.parameters, free_memory("cpu") // 12)
