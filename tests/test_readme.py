@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import mean
 from unittest.mock import Mock, patch
 
 import pytest
@@ -331,10 +332,12 @@ def test_paired_differences_by_hand():
     assert reproduce.answers(row_of("DPO", 1, "0" * 70 + "1")) == [0] * 70 + [1]
     mine = [row_of("ALLO", 1, "11"), row_of("ALLO", 2, "01")]
     theirs = [row_of("DPO", 1, "01"), row_of("DPO", 2, "00")]
-    difference, p = reproduce.paired(mine, theirs, shared=False)
+    difference, p = reproduce.z_test(reproduce.gains(mine, theirs, False))
     assert difference == 0.5 and p == pytest.approx(0.0833, abs=1e-3)  # z = 1.732
-    assert reproduce.paired(mine, theirs, shared=True)[0] == 0.5  # the same two questions
-    assert reproduce.paired(mine, mine, shared=False) == (0.0, 1.0)
+    assert mean(reproduce.gains(mine, theirs, True)) == 0.5  # the same two questions
+    start = [row_of("start", 1, "00")]
+    assert reproduce.gains(start, mine, True) == [-0.5, -1]  # one start for all seeds
+    assert reproduce.z_test(reproduce.gains(mine, mine, False)) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("cell, flags, best, chosen", [

@@ -249,39 +249,65 @@ def answers(row: dict) -> list[int]:
     return [int(bit) for bit in f"{int(row['correct'], 16):b}"[1:]]
 
 
-def paired(mine: list[dict], theirs: list[dict], shared: bool) -> tuple[float, float]:
-    """Mean difference in accuracy, its two-sided p: z-test over questions, each averaged over the
-    seeds that saw it (shared: all saw the same)."""
+def gains(mine: list[dict], theirs: list[dict], shared: bool) -> list[float]:
+    """Difference in accuracy at each question, averaged over the seeds that saw it (shared: all
+    saw the same, and have the same start)."""
     differences = defaultdict(list)
     for a, b in product(mine, theirs):
-        if a["seed"] == b["seed"]:
+        if a["seed"] == b["seed"] or shared and a["cell"] == "start":
             for i, (x, y) in enumerate(zip(answers(a), answers(b), strict=True)):
                 differences[i if shared else (a["seed"], i)].append(x - y)
-    means = [mean(values) for values in differences.values()]
+    return [mean(values) for values in differences.values()]
+
+
+def z_test(means: list[float]) -> tuple[float, float]:
+    """Mean of the questions' differences, its two-sided p."""
     error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
     difference = mean(means) if means else 0.0
     return difference, math.erfc(abs(difference) / error / math.sqrt(2)) if error else 1.0
+
+
+def against(means: list[float]) -> str:
+    """Two cells of a table: a difference in points, its p."""
+    difference, p = z_test(means)
+    return f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'}"
 
 
 def line(cell: str, rows: list[dict], base: list[dict], shared: bool) -> str:
     """A row of a table; `base`: the rows it is compared with."""
     scores = [100 * row["accuracy"] for row in rows]
     spread = stdev(scores) if len(scores) > 1 else 0.0
-    against = "- | -"
-    if rows is not base:
-        difference, p = paired(rows, base, shared)
-        against = f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'}"
+    compared = "- | -" if rows is base else against(gains(rows, base, shared))
     flags = " ".join(rows[0]["setting"])
-    return f"| {cell} | {flags} | {mean(scores):.1f} +- {spread:.1f} | {against} | {len(rows)} |"
+    return f"| {cell} | {flags} | {mean(scores):.1f} +- {spread:.1f} | {compared} | {len(rows)} |"
+
+
+def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
+    """Finished rows that are not of tuning."""
+    finished = {}
+    for row in rows:
+        if row["part"] != "tune":
+            finished.setdefault(row["cell"], []).append(row)
+    return finished
+
+
+def pooled(names: list[str]) -> str:
+    """Markdown: cells that all these sets have, their accuracies, against DPO over all questions."""
+    files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
+    sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
+    text = [f"| | {' | '.join(names)} | average | against DPO | p |", "|---" * (len(names) + 4) + "|"]
+    for cell in PARTS["methods"]:
+        if all(cell in finished for finished in sets):
+            scores = [100 * mean(row["accuracy"] for row in finished[cell]) for finished in sets]
+            means = [one for finished in sets for one in gains(finished[cell], finished["DPO"], True)]
+            figures = " | ".join(f"{score:.1f}" for score in [*scores, mean(scores)])
+            text.append(f"| {cell} | {figures} | {'- | -' if cell == 'DPO' else against(means)} |")
+    return "\n".join(text) + "\n"
 
 
 def tables(study: Study) -> str:
     """Markdown: a table a part, every cell against DPO (ablations: ALLO), then the loss curves."""
-    finished = {}
-    for row in study.done:
-        if row["part"] != "tune":
-            finished.setdefault(row["cell"], []).append(row)
-    text = []
+    finished, text = by_cell(study.done), []
     for part, cells in PARTS.items():
         base = "ALLO" if part == "ablations" else "DPO"
         above = {"methods": [], "empirical": ["DPO"], "ablations": ["DPO", "ALLO"]}[part]
@@ -330,12 +356,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--share", action="store_true", help="one seed's samples, mask and token weights for all")
     add("--rows", type=Path, help="file of finished cells")
     add("--table", action="store_true", help="print the tables of what is finished, and stop")
+    add("--pool", nargs="+", metavar="NAME", help="print these sets' cells side by side, and stop")
     add("--more", nargs=argparse.REMAINDER, default=[], help="further train.py flags of every run")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
-    study = Study(make_parser().parse_args(argv))
+    args = make_parser().parse_args(argv)
+    if args.pool:
+        print(pooled(args.pool))
+        return
+    study = Study(args)
     for flag in ("train", "test", *["val"] * bool(study.tune)):
         if study.model and not getattr(study, flag):
             raise UserError(f"--model needs --{flag} FILE as well")
