@@ -375,13 +375,15 @@ def test_the_shipped_tables_are_those_of_the_shipped_rows(flags):
 
 
 def test_one_small_study_from_samples_to_table(tmp_path):
-    cells = ["start", "DPO", "DPO, top 10 %", "DPO, last 10 %", "ALLO"]
+    cells = ["start", "DPO", "DPO, top 10 %", "DPO, last 10 %", "ALLO", "masked DPO, 64 pairs"]
     reproduce.main([str(tmp_path / "out"), "--rows", str(tmp_path / "rows.jsonl"), "--seeds", "1",
-                    "--tune", "--cells", *cells, "--test-limit", "8", "--more", "--limit", "40",
-                    "--n", "6", "--max-steps", "1", "--token-weights", "edit", "--locate", "snr"])
+                    "--parts", *reproduce.PARTS, "--cells", *cells, "--tune", "--test-limit", "8",
+                    "--more", "--limit", "40", "--n", "6", "--max-steps", "1",
+                    "--token-weights", "edit", "--locate", "snr"])
+    location = tmp_path / "out/demo-1-location-masked-DPO-64-pairs"  # its mask is kept, too
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["cell"] for row in rows} == {*cells} and {row["n"] for row in rows} == {8}
     base = tmp_path / "out/demo-1-base"
     top, last = load_mask(base / "top-10.safetensors"), load_mask(base / "last-10.safetensors")
     assert not any((top[name].dense() & last[name].dense()).any() for name in top)
-    assert {path.parent for path in (tmp_path / "out").rglob("*.safetensors")} == {base}
+    assert {path.parent for path in (tmp_path / "out").rglob("*.safetensors")} == {base, location}

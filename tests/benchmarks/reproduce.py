@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from datetime import date
-from itertools import product
+from itertools import permutations, product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -32,11 +32,12 @@ from allo_mini.checkpoint import find_folder, meta_model
 from allo_mini.run.config import Config, from_file, schedule
 from allo_mini.run.files import (append_rows, atomic, load_tensors, read_json, read_jsonl, remove,
                                  write_text)
-from allo_mini.run.folder import open_run
+from allo_mini.run.folder import load_mask, open_run
 from allo_mini.run.log import Log, say
 
 TEN = "--method dpo --masked --p 10"
 OWN = "own rates"  # an ablation whose learning rates are tuned, as one more method, and not ALLO's
+MASKED = "masked DPO"
 LORA = "LoRA-DPO"  # TRL's and PEFT's (peer.py), the only cell that this project does not train
 METHODS = {title: f"--method {name}" for name, (title, _) in train.BASELINES.items()}
 CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights uniform",
@@ -44,14 +45,20 @@ CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights unifor
            "no token filter": "--epsilon 1", "gradient location": "--locate gradient",
            "snr location": "--locate snr", f"no forgetting, {OWN}": "--no-forget",
            f"gradient location, {OWN}": "--locate gradient", f"all weights, {OWN}": "--p 100"}
+LOCATIONS = {f"{count} pairs": f"--locate-pairs {count}" for count in (64, 128, 256, 512)} | {
+    f"p = {p} %": f"--p {p}" for p in (1, 2, 10, 20)}
 PARTS = {  # part -> cell -> flags
     "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo",
-                "masked DPO": "--method dpo --masked",  # as its rows were made, with --lr-dpo
+                MASKED: "--method dpo --masked",  # as its rows were made, with --lr-dpo
                 LORA: "--method dpo"},
     "empirical": {"DPO, top 10 %": TEN, "DPO, last 10 %": TEN,
                   "DPO, random 10 %": f"{TEN} --locate random"},
-    "ablations": {f"ALLO, {name}": f"--method allo {flags}" for name, flags in CHANGES.items()}}
-CELLS = PARTS["methods"] | PARTS["empirical"] | PARTS["ablations"]
+    "ablations": {f"ALLO, {name}": f"--method allo {flags}" for name, flags in CHANGES.items()},
+    "location": {f"{MASKED}, {name}": f"--method dpo --masked --locate snr {flags}"
+                 for name, flags in LOCATIONS.items()}}
+CELLS = {cell: flags for cells in PARTS.values() for cell, flags in cells.items()}
+ABOVE = {"empirical": ["DPO"], "ablations": ["DPO", "ALLO"], "location": ["DPO", MASKED],
+         "methods": []}  # part -> rows above its own; with the last one, or DPO, all are compared
 DEMO_RATES = {"+SFT": 1.6e-4, "RFT": 1.6e-4, "NPO": 2e-5, "ALLO": 2e-5}
 CURVES = ("step", "loss", "rewards/margins", "rewards/accuracies")
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a stage's steps
@@ -64,7 +71,7 @@ def middle(cell: str, study) -> float:
     name = "ALLO" if cell.startswith("ALLO") else cell
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return DEMO_RATES.get(name, 8e-5 if "%" in cell else 4e-5)
-    stages = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve", "masked DPO": "improve"}
+    stages = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve", MASKED: "improve"}
     stage = stages.get(name, "dpo")
     model = meta_model(find_folder(study.model))
     rate = schedule(Config(), stage, sum(p.numel() for p in model.parameters()), 1000).lr
@@ -168,7 +175,8 @@ class Study:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         append_rows(self.file, [row])
         for path in out.iterdir():  # what is left to read is small
-            if path.suffix == ".safetensors" or (path / "config.json").exists():
+            kept = part == "location" and path.name == "mask.safetensors"  # for `overlaps`
+            if path.suffix == ".safetensors" and not kept or (path / "config.json").exists():
                 remove(path)
         say(f"\n=== {part}, seed {seed}, {cell} {' '.join(flags)}: {100 * row['accuracy']:.1f} %\n")
         return row
@@ -214,6 +222,8 @@ class Study:
             return []
         if cell.startswith("ALLO") and OWN not in cell:
             cell = "ALLO"  # an ablation is ALLO, as tuned, with one thing changed
+        if cell.startswith(MASKED):
+            cell = MASKED
         allo = cell == "ALLO"
         factors = self.allo_factors if allo and self.allo_factors else self.factors
         rates, ratio = [middle(cell, self) * factor for factor in factors], self.ratios[0]
@@ -305,17 +315,28 @@ def pooled(names: list[str]) -> str:
     return "\n".join(text) + "\n"
 
 
+def overlaps(study: Study) -> str:
+    """Markdown: how much of a mask of the part "location" is in another, of every two, in %."""
+    paths = sorted(study.out.glob(f"{study.name}-*-location-*/mask.safetensors"))
+    masks = {path.parent.name: {name: selected.dense() for name, selected in load_mask(path).items()}
+             for path in paths}
+    text = ["| of | also in | % |", "|---" * 3 + "|"]
+    for (one, mine), (other, theirs) in permutations(masks.items(), 2):
+        both = sum(int((mine[name] & theirs[name]).sum()) for name in mine)
+        text.append(f"| {one} | {other} | {100 * both / sum(int(x.sum()) for x in mine.values()):.1f} |")
+    return "\n".join(text) + "\n"
+
+
 def tables(study: Study) -> str:
     """Markdown: a table a part, every cell against DPO (ablations: ALLO), then the loss curves."""
     finished, text = by_cell(study.done), []
     for part, cells in PARTS.items():
-        base = "ALLO" if part == "ablations" else "DPO"
-        above = {"methods": [], "empirical": ["DPO"], "ablations": ["DPO", "ALLO"]}[part]
+        base = ["DPO", *ABOVE[part]][-1]
         if finished.keys() & cells:
             text += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std "
                      f"over seeds | against {base} | p | seeds |", "|---" * 6 + "|"]
             text += [line(cell, finished[cell], finished.get(base, []), bool(study.model))
-                     for cell in (*above, *cells) if cell in finished]
+                     for cell in (*ABOVE[part], *cells) if cell in finished]
             text.append("")
     curves = ("DPO", *PARTS["empirical"])
     if finished.keys() >= {*curves}:
@@ -346,7 +367,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="rates to try, as multiples of the middle one")
     add("--allo-factors", type=float, nargs="+", help="ALLO's; then no row is prolonged")
     add("--ratios", type=float, nargs="+", help="ALLO's forgetting rates to try, of improving's")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    add("--parts", nargs="+", choices=PARTS, default=["methods", "empirical", "ablations"])
     add("--cells", nargs="+", choices=CELLS, default=[c for c in CELLS if c != LORA],
         help="only these (all but LoRA-DPO, which needs trl and peft)")
     for flag in ("--model", "--train", "--val", "--test", "--config"):
@@ -378,7 +399,7 @@ def main(argv: list[str] | None = None) -> None:
                 study.cell(part, cell, seed, settings[cell])
     text = tables(study)
     write_text(study.file.with_suffix(".md"), text)
-    print(text)
+    print(text + "\n" + overlaps(study) * ("location" in study.parts))
 
 
 if __name__ == "__main__":
