@@ -302,14 +302,15 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def pooled(names: list[str]) -> str:
-    """Markdown: cells that all these sets have, their accuracies, against DPO over all questions."""
+    """Markdown: cells that all these sets have, accuracies, against DPO over all questions."""
     files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
-    text = [f"| | {' | '.join(names)} | average | against DPO | p |", "|---" * (len(names) + 4) + "|"]
+    head = ["", *names, "average", "against DPO", "p"]
+    text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in PARTS["methods"]:
         if all(cell in finished for finished in sets):
             scores = [100 * mean(row["accuracy"] for row in finished[cell]) for finished in sets]
-            means = [one for finished in sets for one in gains(finished[cell], finished["DPO"], True)]
+            means = sum((gains(finished[cell], finished["DPO"], True) for finished in sets), [])
             figures = " | ".join(f"{score:.1f}" for score in [*scores, mean(scores)])
             text.append(f"| {cell} | {figures} | {'- | -' if cell == 'DPO' else against(means)} |")
     return "\n".join(text) + "\n"
@@ -317,13 +318,15 @@ def pooled(names: list[str]) -> str:
 
 def overlaps(study: Study) -> str:
     """Markdown: how much of a mask of the part "location" is in another, of every two, in %."""
-    paths = sorted(study.out.glob(f"{study.name}-*-location-*/mask.safetensors"))
-    masks = {path.parent.name: {name: selected.dense() for name, selected in load_mask(path).items()}
-             for path in paths}
+    masks = {}
+    for path in sorted(study.out.glob(f"{study.name}-*-location-*/mask.safetensors")):
+        mask = load_mask(path)
+        masks[path.parent.name] = {name: selected.dense() for name, selected in mask.items()}
     text = ["| of | also in | % |", "|---" * 3 + "|"]
     for (one, mine), (other, theirs) in permutations(masks.items(), 2):
         both = sum(int((mine[name] & theirs[name]).sum()) for name in mine)
-        text.append(f"| {one} | {other} | {100 * both / sum(int(x.sum()) for x in mine.values()):.1f} |")
+        size = sum(int(selected.sum()) for selected in mine.values())
+        text.append(f"| {one} | {other} | {100 * both / size:.1f} |")
     return "\n".join(text) + "\n"
 
 
