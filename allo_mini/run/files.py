@@ -32,7 +32,7 @@ def reading(path):
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as e:
-        reason = getattr(e, "strerror", 0) or getattr(e, "msg", 0) or f"{type(e).__name__} {e}"
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__} {e}"
         raise UserError(f"{path}: cannot be read: {reason}") from None
 
 

@@ -223,7 +223,7 @@ class Study:
         if cell.startswith("ALLO") and OWN not in cell:
             cell = "ALLO"  # an ablation is ALLO, as tuned, with one thing changed
         if cell.startswith(MASKED):
-            cell = MASKED
+            cell = MASKED  # so is a mask of other pairs, or of another p
         allo = cell == "ALLO"
         factors = self.allo_factors if allo and self.allo_factors else self.factors
         rates, ratio = [middle(cell, self) * factor for factor in factors], self.ratios[0]
