@@ -141,7 +141,7 @@ def grade(model, settings, jobs):
 def run(args):
     """Read every --test file, then the model; grade it or talk with it."""
     if args.chat == bool(args.test):
-        raise UserError("what shall it do? give --test FILES, or --chat")
+        raise UserError("give one of --test FILES and --chat")
     source = Path(args.patch or args.model).resolve()
     settings = settings_of(args, source.parent / "config.json")
     jobs = {}  # file to write -> task, rows, verdicts on --against's answers

@@ -126,6 +126,7 @@ FLAGS = [
         ('{"save_minutes": 0}', "save_minutes"), ('{"schedules": {"sft": 5}}', "schedules"),
         ('{"schedules": {"stf": {"batch": 5}}}', "stf"), ('{"config": {"sfd": 1}}', "sfd")]],
     ("eval --model model", {}, "--test"), ("eval --model model --tset t.jsonl", {}, "--test?"),
+    (E + " --lmit 5", {}, "--limit"),
     (E + " --limit -1", {}, "--limit"), (E + " --max-length 5000", {}, "--max-length"),
     (E + " --patch nowhere", {}, "nowhere"), (E + " --patch t.jsonl", {}, "t.jsonl"),
     (E + " --task gms8k", {}, "'gms8k' (choose from 'ecqa'"), (E + " --chat", {}, "--chat"),
