@@ -405,7 +405,7 @@ def test_of_preferences_rewards_come_first_and_raw_numbers_are_named(folder):
     start = {"n": 3, "accuracy": 0.5, "low": 0.4, "high": 0.6, "margin": -7.5}
     tuned = start | {"margin": 1.25, "reward": 0.125, "reward_accuracy": 0.75}
     about = {"results": {"start": start, "DPO": tuned}, "command": "train.py --x <y>",
-             "date": "2026-01-02", "versions": {"torch": "9.9"}}
+             "date": "2026-01-02", "torch": "9.9"}
     write_json(folder / "results.json", about)
     cfg = {"config": {"model": "m", "pairs": ["a/b.jsonl", "c"]}, "machine": {}}
     write_json(folder / "config.json", cfg)

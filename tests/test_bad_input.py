@@ -65,7 +65,7 @@ ROWS = {
     "no input": (lines({"inputs": "a", "output": "x"}), "input"),
     "no output": (lines({"input": "a", "answer": "x"}), "t.jsonl:1: missing key 'output' beside"),
     "an empty question": (lines(task("  ")), "t.jsonl:1"),
-    "preferences": (GOOD["p.jsonl"], "t.jsonl:1"),
+    "preferences": (GOOD["p.jsonl"], "preferences go to --pairs"),
     "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),
     "a number as completion": (lines({"prompt": "a", "completion": 5}), "t.jsonl:1"),
     "no instruction": (lines(task("a"), {"instruction": None, "output": "x"}), "t.jsonl:2"),
@@ -108,6 +108,7 @@ FLAGS = [
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],
+    ("train --train t.jsonl --model r", {"r/metrics.jsonl": ""}, "r: a run's folder; say which of"),
     (T + f" --max-length 99 --rewriter {FOLDER}", {}, "tokenizer"),
     (T + " --rewriter nowhere", {}, "nowhere"), (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),

@@ -82,7 +82,8 @@ def text_of(row, key, where, optional=False):
     if whole or optional and value is None:
         return value
     if key not in row:
-        raise UserError(f"{where}: missing key {key!r} beside {list(row)}")
+        hint = "; preferences go to --pairs" * ("chosen" in row)
+        raise UserError(f"{where}: missing key {key!r} beside {list(row)}{hint}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
     raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected whole text")

@@ -24,7 +24,7 @@ from allo_mini.run.config import schedule
 from allo_mini.run.files import read_json, read_jsonl, reading, write_json, write_jsonl, write_text
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
-from allo_mini.run.memory import percent_of, training_stages
+from allo_mini.run.memory import percent_of
 
 SHOWN = 12  # negatives, and rows where the models differ
 POINTS = 150  # of a curve
@@ -38,7 +38,7 @@ tags: [allo, preference-optimization]
 # {name} of {base}
 
 Trained on {data} by allo_mini (ALLO: https://arxiv.org/abs/2406.12606):
-p = {p:g} % of the weights, peak rates {rates}, seed {seed}.
+p = {p:g} % of the weights, peak rate {rate:g}, seed {seed}.
 
 ```
 {text}
@@ -193,11 +193,11 @@ def record_tokens(run, before, after, examples):
 
 
 def reprint(run):
-    """Whether the run is finished; if so, its table is printed again."""
+    """Whether the run is finished; if so, what it said last is said again."""
     finished = run.has("results.json", "report.html")  # the page is written last
     if finished:
-        say(f"{run.folder}: this run is finished; see its report.html\n\n"
-            f"{read_json(run.folder / 'results.json').get('table')}")
+        said = read_json(run.folder / "results.json").get("said")
+        say(f"{run.folder}: this run is finished\n\n{said}")
     return finished
 
 
@@ -236,18 +236,23 @@ def finish(run, models):
     if run.test and not run.cfg.test:  # the demo's, or held out: for eval.py
         write_jsonl(test, map(vars, run.test))
     folders = {name: str(policy.folder) for name, policy in models.items()}
-    write_json(run.folder / "results.json", {
-        "models": folders, "results": results, "table": text, "seconds": run.log.seconds,
-        "command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__})
-    say(text + "\n")
+    lines = [text, ""]
     for name, folder in folders.items():
-        say(f"{name:>10}  {folder}")
+        lines.append(f"{name:>10}  {folder}")
         if Path(folder).parent == run.folder:
             write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
-    grade = f"grade  {sys.executable} eval.py --model {folder} --test {test}\n" if run.test else ""
-    say(f"    report  {write_report(run.folder)}\n\n{grade}"
-        f"talk   {sys.executable} eval.py --model {folder} --chat\n"
-        f"share  hf upload YOU/NAME {folder}")
+    lines.append(f"    report  {run.folder / 'report.html'}\n")
+    if run.test:
+        lines.append(f"grade  {sys.executable} eval.py --model {folder} --test {test}")
+    lines += [f"talk   {sys.executable} eval.py --model {folder} --chat",
+              f"share  {Path(sys.executable).parent}/hf upload YOU/NAME {folder}"]
+    said = "\n".join(lines)
+    write_json(run.folder / "results.json", {
+        "models": folders, "results": results, "table": text, "said": said,
+        "seconds": run.log.seconds, "command": " ".join(sys.argv), "date": str(date.today()),
+        "torch": torch.__version__})
+    write_report(run.folder)
+    say(said)
 
 
 def card(run, name, stage, text):
@@ -260,9 +265,8 @@ def card(run, name, stage, text):
     if cfg.model and Path(cfg.model).is_dir():
         base = Path(cfg.model).resolve().name
     data = ", ".join(Path(path).name for path in cfg.pairs or cfg.train) or "the demo's questions"
-    rates = ", ".join(f"{stage} {schedule(cfg, stage, run.parameters, 1).lr:g}"
-                      for stage in training_stages(cfg))
-    return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rates=rates,
+    rate = schedule(cfg, stage, run.parameters, 1).lr
+    return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rate=rate,
                        seed=cfg.seed, text=text)
 
 
