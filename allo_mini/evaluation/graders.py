@@ -22,9 +22,12 @@ from unicodedata import normalize
 INSIDE = r"[^{}]*"
 for _ in range(4):  # what may stand between braces: braces again, five deep
     INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
-# "the answer to this is: For $n = 3$, the sum is 42"
-SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b|[:=])(?:[\s:,}]|\$\s*\n)*"
-    r"(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=][^,.\n]*,\s*)?(?=([^\s:,}].*))")
+# "the answer to this is: For $n = 3$, the sum is 42"; a heading above lines of working says none
+WORKING = r"\s*\n\s*(?=[^\n]*=|(?:\S+ +){6})[^\n]*\n\s*\S"
+SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b(?: as follows:)?+|[:=])"
+    rf"(?!{WORKING})(?:[\s:,}}]|\$\s*\n)*(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
+    r"|(?:in|after|for|over)\b[^,.\n]*\d)[^,.\n]*,\s*|(?:thus|so|now|(?:al)?together),\s*)?"
+    r"(?=([^\s:,}].*))")
 # "so the answer is correct" checks the answer before it
 NO_VALUE = (r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong"
     r"|confirmed|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater"
@@ -74,10 +77,11 @@ WORDS = {**LAYOUT, COMMAND: r"\1", r"[\"'“”‘’$]|\\(?=[$%])": "", r"\s+":
     r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)": "",
     r"^true\b": "yes", r"^false\b": "no"}
 # what may follow an answer: a sentence, a reason, a remark
-ENDS = (r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$|\s+(?:because"
-    r"|since|as|which|where)\b|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who"
-    r"|when|if|the|not|it|this|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about"
-    r"|approx\w*))\b|\s+\((?=[a-z]{2}|=|\d[\d.]*\s*[-+*/×=])|\s+[-–—]+\s+(?=[a-z]{3}))")
+ENDS = (r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$(?!\d)|\s+(?:"
+    r"because|since|as|which|where)\b|,?\s+and (?:we|he|she|it|they|this|that|i)\s|\s*(?:,|\s\("
+    r"|\s[-–—])\s*(?:because|since|as|so|for|which|where|who|when|if|the|not|it|this|that|we|they"
+    r"|there|but|thus|hence|therefore|i think|(?:or )?(?:about|approx\w*))\b|\s+\((?=[a-z]{2}|="
+    r"|\$?\d[\d.]*(?: [a-z]+)?\s*[-+*/×=x])|\s+[-–—]+\s+(?=[a-z]{3}))")
 OPTION_ENDS = rf"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |{ENDS})"
 # what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
 LETTER_ENDS = (r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
@@ -99,11 +103,13 @@ def begins(answer, words, ends):
 # ---- the answer as mathematics ---------------------------------------------------------------
 
 FORMULAS = {r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "", FILLER: "", r"[−–]": "-",
+    r"(?<![\d.])(\d+) million\b": r"\g<1>000000",
     # the rows of a matrix; 2*x is 2x
     r"\\\\": ";", r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])": "",
     # commas of 1,000 but not of (1,000)
-    r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle)\b"
-    r"|\^\s*\{?\s*\\circ\s*\}?|\\cup\b|∪|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
+    r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle|degree|cup)\b|∪"
+    r"|\^\s*\{?\s*\\circ\s*\}?|(?<!\w)\+(?=\\infty)|(?<=\\)[dt](?=binom)|(?<=\{)[bp](?=matrix\})"
+    r"|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
     r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "", r"\\ |~": " ",
     # a unit at the end; other \text{} is kept without its command
     r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$": "",
@@ -111,7 +117,7 @@ FORMULAS = {r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": ""
     r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)": r"\\sqrt{\1\2\3}",
     r"π|(?<![\\A-Za-z])pi\b": r"\\pi ",
     r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"):
-        r"\1 (\2\3)/(\4\5)",
+        r"\1 (\2\3)/(\4\5)", r"\b(?:minus|negative) +(?=[\d.\\(])|^- +": "-",
     # brackets around all of it, or around one term above or below a stroke
     r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
     r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)": r"\1\2\3\4",
@@ -123,14 +129,16 @@ FORMULAS = {r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": ""
     r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)": r"\1"}
 # -2, 1 1/2, 3/4; 5 apples, but not 3 pi
 VALUE = (rf"(-?) ?(?:(\d+) (?=\d+ ?/))?({DIGITS})(?: ?[/⁄] ?(0*[1-9]\d*))?"
-    r"(?: (?!(?:pi|sqrt|or|and)\b)(?:m|[a-z]{2}[a-z .]*)(?:\^\d)?)?")
-PROSE = r"(?i)^[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
+    r"(?: (?!(?:pi|sqrt|or|and|to|out|divided|[a-z]+illion|thousand)\b)(?:m|[a-z]{2}[a-z .]*)"
+    r"(?:\^\d)?)?")
+PROSE = r"(?i)^(?!\$\d)[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
 FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
 # a gold answer with one of these is no mere words
 FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
-# the first number among words: not in a calculation, a list or after "not"
-LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\bnot\b"
-    rf"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z])).*?({NUMBER})")
+# the number that words begin with, else their last: not in a calculation, a list or after "not"
+LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\d [a-z]+ (?:and )?\d"
+    r"|\b(?:not|ln|log|sin|cos|tan|sqrt|half|twice|[a-z]+illion|thousand|to|out of|divided)\b"
+    rf"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z]))(?:(?![-\d.]).*(?<![-/.]))?({NUMBER})")
 
 
 def plain_math(text):
@@ -168,8 +176,8 @@ def same_math(first, second):
 def says(given, gold):
     """Whether a formula, or the sentence around it, says the same as a mathematical gold answer."""
     text = re.sub(PROSE, "", re.split(ENDS, given, maxsplit=1)[0])
-    # what one calculation leads to; in a list every "=" has its own
-    result = re.sub(r"^[^,;]*=(?=[^,;]*$)", "", plain_math(text))
+    # what one calculation leads to, alone or in a sentence; in a list every "=" has its own
+    result = re.sub(r"^(?:[^,;]*|[a-z]+,? [a-z]+ .*)=(?=[^,;]*$)", "", plain_math(text))
     readings = {given, text, result, *re.findall(FORMULA, text), *re.findall(LONE, result)}
     return any(same_math(reading, gold) for reading in readings)
 
@@ -229,12 +237,17 @@ def gold_answer(task):
     """The `answer` field of a Task, else what its reference solution concludes, or None."""
     if task.answer is not None:
         return task.answer
-    extract, _ = RULES.get(task_name(task.source), (concluded, same))
-    return extract(task.output or "")  # a mere number in a text of no known task is no answer
+    extract, _ = rule_of(task, concluded)  # a mere number in a text of no known task is no answer
+    return extract(task.output or "")
+
+
+def rule_of(task, otherwise=final):
+    """A Task's entry in RULES; where no file's name tells it, answers are found by `otherwise`."""
+    return RULES.get(task_name(task.source), (otherwise, same))
 
 
 def is_correct(text, task):
     """Whether a response's final answer is the task's, by the `fixed` grader of its file."""
-    extract, compare = RULES.get(task_name(task.source), (final, same))
+    extract, compare = rule_of(task)
     given, gold = extract(text), gold_answer(task)
     return None not in (given, gold) and bool(compare(given, gold, task.question))
