@@ -32,11 +32,12 @@ sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 import reproduce  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
+FORKING = (ROOT / "tests/benchmarks/forks.md").read_text(encoding="utf-8")
+BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8") + FORKING
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh"
             for line in text.splitlines()]
-FORKS = README.split("\n## Change it")[1] + BOTH.split("\n## More forks")[1]
+FORKS = README.split("\n## Change it")[1] + FORKING
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", FORKS, re.M | re.S)
 SETUP = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
 OTHERS = ("vllm serve ", "hf upload ")  # other people's tools
