@@ -4,7 +4,7 @@
     sample   n responses per question, labelled by their final answer -> pairs (y+, y-), negatives y-
     warmup   one epoch of DPO; how far each weight moves is its importance
     locate   the top p % of all weights are the "neurons" that may change; theta returns to theta_ref
-    rewrite  a rewriting model (a copy of theta_ref, unless --rewriter) scores the tokens of y-
+    rewrite  a rewriting model (a copy of theta_ref) scores the tokens of y-
     forget   token-weighted NPO on the unaligned tokens (of low score), masked weights only
     improve  DPO whose rejected side counts only the most useful tokens, masked weights only
 
@@ -26,7 +26,6 @@ import functools
 import random
 import sys
 from collections import defaultdict
-from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -100,10 +99,8 @@ def optimize(run, name, policy, examples, objective, mask=None):
         optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
         optimizer.step()
         objective.after(metrics)
-        metrics["epoch"] = plan.epochs * (at + 1) / len(steps)
-        if cfg.eval_every:
-            metrics |= run.validate(name, model, at + 1, len(steps))
-        place.after_step(metrics, tokens[at])
+        metrics["epoch"] = min(plan.epochs, (at + 1) * plan.batch / len(examples))
+        place.after_step(metrics, tokens[at], model)
     run.report_change(name, optimizer, len(planned) - len(steps))
     return model, optimizer
 
@@ -136,7 +133,7 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
-    return Policy(path) if whole else Policy(policy.folder, (*policy.changes, path))
+    return Policy(path, (), mask) if whole else Policy(policy.folder, (*policy.changes, path), mask)
 
 
 def fine_tuned(run, name, policy, examples, artefact=""):
@@ -192,12 +189,11 @@ def preferences(run):
         return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
                                     pair.rewrite or pair.chosen) for pair in run.pairs]
     cfg, wrong = run.cfg, run.folder / "negatives.jsonl"
-    rewrites = "allo" in cfg.method and cfg.forget and cfg.token_weights != "uniform"
 
     def make(target):
         samples = read_samples(run.folder / SAMPLES)
         pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed,
-                                 run.encoder, rewrites)
+                                 run.encoder)
         if not pairs:
             raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
                             "sample more (--n), or try another --prompt or --stop; with a new --out")
@@ -224,7 +220,7 @@ def locate(run, policy, pairs):
     cfg = run.cfg
     source = policy, pairs, dpo_objective(cfg.beta), cfg.locate
     improving = forgetting = top(run, "mask.safetensors", cfg.p, *source)
-    if cfg.p_forget:
+    if cfg.p_forget and cfg.forget:
         forgetting = top(run, "mask-forget.safetensors", cfg.p_forget, *source)
     return forgetting, improving
 
@@ -313,8 +309,6 @@ def rewrite(run, policy, negatives):
         run.report_dropped("rewrites", len(rows))
         return rows
 
-    if run.cfg.rewriter:
-        policy = Policy(Path(run.cfg.rewriter))
     return fine_tuned(run, "rewrite", policy, functools.cache(examples), "rewriter")
 
 
@@ -361,7 +355,7 @@ def baseline(run, method, policy, pairs, negatives):
     if method == "npo":
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
-        pairs = functools.cache(lambda: run.encode(right_samples(run), "right samples"))
+        pairs = run.encoded(right_samples(run), "right samples")
     tuned = trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
     if mask:
         patch(run, policy, tuned, f"patch-{name}.safetensors")
@@ -369,12 +363,15 @@ def baseline(run, method, policy, pairs, negatives):
 
 
 def right_samples(run):
-    """(question, [response]) of every right sample, also of questions never answered wrongly."""
+    """Yield (question, [response]) of every right sample, also where none was wrong."""
     if run.pairs:
-        return solutions(run)
+        yield from solutions(run)
+        return
     samples = read_samples(run.folder / SAMPLES)
-    return [(task.prompt, [text]) for task in run.questions
-            for text in dict.fromkeys(samples.get(task.question, [])) if is_correct(text, task)]
+    for task in run.questions:
+        for text in dict.fromkeys(samples[task.question]):
+            if is_correct(text, task):
+                yield task.prompt, [text]
 
 
 def run_all(run):
@@ -383,8 +380,8 @@ def run_all(run):
     cfg = run.cfg
     policy = sft(run, run.base) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
-    pairs, negatives = None, []  # sft alone needs none
-    if cfg.method != ["sft"]:
+    pairs, negatives = None, []
+    if not cfg.sft_alone:
         if not run.pairs:
             sample(run, policy)
         preferred, negatives = preferences(run)

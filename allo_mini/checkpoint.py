@@ -39,8 +39,7 @@ def find_folder(path_or_id, download=True):
             raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge "
                             "it into its base model first (peft's merge_and_unload), and save that")
         if os.path.exists(f"{path_or_id}/metrics.jsonl"):
-            raise UserError(f"{path_or_id}: a run's folder; say which of the models in it, as "
-                            f"{path_or_id}/improve")
+            raise UserError(f"{path_or_id}: a run's folder; say which model in it, as RUN/improve")
         return Path(path_or_id)
     name, _, revision = path_or_id.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

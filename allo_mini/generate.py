@@ -229,3 +229,9 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
                 on_done(s.number, s.tokens)
                 cache.leave(i)
     return responses
+
+
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids=(), **more):
+    """One response a prompt, greedy unless a temperature is given -> ids, prompt not included."""
+    responses = sample(model, prompts, 1, max_new_tokens, temperature, top_p, eos_ids, **more)
+    return [tokens for [tokens] in responses]

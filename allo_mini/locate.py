@@ -48,11 +48,10 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
     size = sum(p.numel() for _, p in parameters)
     importance, rest = {}, scratch(folder, size)
     for group in grouped(parameters, lambda pair: pair[1].numel(), -(-size // groups)):
-        label = f"locate {100 - 100 * len(rest) // size} %"
         flat = FlatGradient(group, offload=offload)
         total, rest = rest.tensor_split([len(flat.grad)])
         squares = torch.zeros_like(total) if snr else None
-        for batch in progress(batches, label=label, unit="step"):
+        for batch in progress(batches, label="locate", unit="step"):
             flat.grad.zero_()
             for micro in micro_batches(batch, tokens):
                 objective.loss(*responses_of(model, micro), micro)[0].backward()

@@ -147,8 +147,7 @@ def sequence_npo_objective(cfg):
         total = losses.npo_loss(score, start, 1, cfg.beta).sum()
         return total, {"rewards/rejected": cfg.beta * (score - start), "logps/rejected": score}
 
-    shown = "loss", "rewards/rejected", "grad_norm", "tokens/s"
-    return Objective(loss, first_loss=lambda examples: LN2, shown=shown)
+    return Objective(loss, first_loss=lambda examples: LN2)
 
 
 BASELINES = {  # method -> its name in the table, its objective

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from allo_mini.checkpoint import load_model, save_model
-from allo_mini.generate import sample
 from allo_mini.linear import dense_rows
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.mask import Selected
@@ -102,12 +101,6 @@ def last_step(folder: Path, device: str, dtype="fp32", int8=False, recompute=Fal
         optimizer.step()
         state = {name: x.clone() for name, x in optimizer.state_dict().items()}
     return logps.detach().float().cpu(), gradient, optimizer.master.cpu() - optimizer.start
-
-
-def generate(model, prompts, most, temperature=0.0, top_p=1.0, **more) -> list[list[int]]:
-    """One response a prompt, greedy unless a temperature is given."""
-    responses = sample(model, prompts, 1, most, temperature, top_p, **more)
-    return [tokens for [tokens] in responses]
 
 
 def low(x: float) -> float:

@@ -111,6 +111,12 @@ def test_stop_strings_end_a_response_and_are_cut_off(encoder):
 
 # ---- intervals ----------------------------------------------------------------------------------
 
+def test_what_was_cut_and_what_has_no_answer_is_counted():
+    items = [{"correct": False, "finished": False, "answer": None}, {"correct": True, "official": 1}]
+    row = dict(zip(answers.COLUMNS, summary_row("x", summary(items))[1:], strict=True))
+    assert (row["accuracy"], row["cut"], row["no answer"], row["official"]) == ("50.0 %", "1", "1", "-")
+
+
 def test_intervals_are_wilsons_hold_the_share_and_print_without_a_minus():
     """Published values; all counts of few rows."""
     published = {(8, 10): (0.4902, 0.9433), (0, 10): (0.0, 0.2775), (10, 10): (0.7225, 1.0),
@@ -122,7 +128,7 @@ def test_intervals_are_wilsons_hold_the_share_and_print_without_a_minus():
             s = summary([{"correct": i < correct} for i in range(total)])
             assert s["low"] - 1e-12 <= s["accuracy"] <= s["high"] + 1e-12
             row = summary_row("x", s)
-            assert "-" not in row[3] + row[5] and "100.1" not in row[5] and row[7:] == ["-", "-"]
+            assert "-" not in row[3] + row[5] and "100.1" not in row[5] and row[7:] == 4 * ["-"]
     s = summary([{"correct": True, "margin": 2.0}, {"correct": False, "margin": -1.0}])
     assert (s["n"], s["accuracy"], s["margin"]) == (2, 0.5, 0.5)
 
@@ -240,7 +246,7 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert table["rows.jsonl"][1:3] == ["(generic)", "100.0"] and "pairs.jsonl" in table
     assert rows_of(Path("out/gsm8k_test.jsonl"))[3] == {
         "prompt": "alpaca", "input": "3 + 3?", "gold": "6", "response": "The answer is 6",
-        "finished": True, "correct": True}
+        "finished": True, "answer": "6", "correct": True}
     assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
     assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"prompt", "input", "margin", "correct"}
     assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--out", "out"]) == 2

@@ -68,6 +68,10 @@ ROWS = {
     "preferences": (GOOD["p.jsonl"], "preferences go to --pairs"),
     "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),
     "a number as completion": (lines({"prompt": "a", "completion": 5}), "t.jsonl:1"),
+    **{f"with {key}": (lines(task("a"), task("b") | {key: ["x"]}), f"t.jsonl:2: '{key}' is not read")
+       for key in ("history", "context", "choices")},
+    "a thought beside": (lines({"messages": [*USER, {"role": "assistant", "content": "c",
+                         "reasoning_content": "d"}]}), "t.jsonl:1: 'reasoning_content' is not"),
     "no instruction": (lines(task("a"), {"instruction": None, "output": "x"}), "t.jsonl:2"),
     "no answer anywhere": (lines({"input": "a", "output": "four"}), "The answer is X")}
 PAIRS = {
@@ -108,9 +112,8 @@ FLAGS = [
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],
-    ("train --train t.jsonl --model r", {"r/metrics.jsonl": ""}, "r: a run's folder; say which of"),
-    (T + f" --max-length 99 --rewriter {FOLDER}", {}, "tokenizer"),
-    (T + " --rewriter nowhere", {}, "nowhere"), (T + " --test t.jsonl", {}, "t.jsonl"),
+    ("train --train t.jsonl --model r", {"r/metrics.jsonl": ""}, "r: a run's folder; say which model"),
+    (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),
     (T + " --test p.jsonl", {}, "preference"), (P + " --test p.jsonl test.jsonl", {}, "preference"),
     (T + " --out t.jsonl", {}, "t.jsonl"), (T + " --out t.jsonl/run", {}, "t.jsonl/run"),
@@ -125,7 +128,8 @@ FLAGS = [
         ('{"epsilom": 0.1}', "epsilom"), ('{"p": "5"}', "p is '5'"), ('{"n": true}', "n is True"),
         ('{"sft": 1}', "sft is 1"), ('{"test": "t.jsonl"}', "test is"), ('{"p": NaN}', "p is nan"),
         ('{"save_minutes": 0}', "save_minutes"), ('{"schedules": {"sft": 5}}', "schedules"),
-        ('{"schedules": {"stf": {"batch": 5}}}', "stf"), ('{"config": {"sfd": 1}}', "sfd")]],
+        ('{"schedules": {"stf": {"batch": 5}}}', "stf"),
+        ('{"schedules": {"sft": {"warmup": 100}}}', "warmup is a share of the steps"), ('{"config": {"sfd": 1}}', "sfd")]],
     ("eval --model model", {}, "--test"), ("eval --model model --tset t.jsonl", {}, "--test?"),
     (E + " --lmit 5", {}, "--limit"),
     (E + " --limit -1", {}, "--limit"), (E + " --max-length 5000", {}, "--max-length"),

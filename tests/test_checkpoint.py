@@ -5,14 +5,15 @@ import shutil
 
 import pytest
 import torch
-from helpers import (FIXTURES, HF, assert_close, generate, random_ids, random_mask, tiny_model,
-                     whole, write_tokenizer)
+from helpers import (FIXTURES, HF, assert_close, random_ids, random_mask, tiny_model, whole,
+                     write_tokenizer)
 from safetensors.torch import load_file, save_file
 
 from allo_mini import UserError, checkpoint
 from allo_mini.checkpoint import eos_ids, load_model, save_model
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.tokenizer import Tokenizer
+from allo_mini.generate import generate
 from allo_mini.locate import random_importance
 from allo_mini.logprobs import pack, token_logps
 from allo_mini.mask import select_neurons

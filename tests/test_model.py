@@ -15,14 +15,14 @@ from allo_mini import UserError, logprobs
 from allo_mini import generate as generate_module
 from allo_mini import mask as mask_module
 from allo_mini.data.encoder import Example
-from allo_mini.generate import pick, sample
+from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import (head_logps, margins, micro_batches, pack, responses_of, score,
                                 size_of, token_logps, with_reference)
 from allo_mini.masked_adamw import FlatGradient
 from allo_mini.model import KERNELS, SwiGLU, fused, parse_config
 from allo_mini.run import device
-from helpers import (FIXTURES, HF, LLAMA3, RAW, assert_close, fixture_model, generate, golden,
-                     gradients, random_ids, separate_logps, tiny_model)
+from helpers import (FIXTURES, HF, LLAMA3, RAW, assert_close, fixture_model, golden, gradients,
+                     random_ids, separate_logps, tiny_model)
 
 TREES = [(random_ids(7, 1), [random_ids(5, 2), random_ids(9, 3)]),
          (random_ids(1, 4), [random_ids(1, 5), random_ids(1, 6)]),  # the smallest possible pair

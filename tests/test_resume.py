@@ -111,7 +111,8 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused(cut, tmp_path, capsys
 
 @pytest.mark.parametrize("change", [
     ["--beta", "0.2"], ["--method", "allo"], ["--pairs", "pairs.jsonl"], "train.jsonl",
-    "test.jsonl", "model/config.json", "model/tokenizer.json", "model/model.safetensors"], ids=str)
+    "test.jsonl", "model/config.json", "model/tokenizer.json", "model/tokenizer_config.json",
+    "model/model.safetensors"], ids=str)
 def test_changed_settings_data_and_model_are_named(cut, monkeypatch, capsys, change):
     command, folder = cut
     monkeypatch.chdir(folder.parent)

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import error_of
+from helpers import error_of, whole
 from runs import (ROOT, arguments, demo_command, difference, equal, lines, results_of, rows_of, run,
                   steps_of, weights_of, with_samples)
 from safetensors.torch import load_file
@@ -175,7 +175,8 @@ def test_masked_dpo_alone_trains_once(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", ["random", "gradient", "snr"])
 def test_locate_modes(world, tmp_path, mode):
-    """And --masked, with which the other methods train allo's weights alone."""
+    """And --masked, with which the other methods train allo's weights alone, also sft by itself."""
+    run(world, tmp_path / "sft", "--method", "sft", "--masked", "--locate", mode, "--no-eval")
     out = run(world, tmp_path / "run", *EDIT, "--locate", mode, "--locate-pairs", "9", "--masked",
               "--method", "allo", "dpo", "npo", "sft")
     mask = dense_mask(out)
@@ -187,11 +188,11 @@ def test_locate_modes(world, tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["soft", "released", "edit", "uniform"])
 def test_token_weight_modes(world, tmp_path, mode):
-    """And --rewriter, a model that becomes the rewriting one."""
-    more = ("--token-weights", mode, "--rewriter", world / "model")
-    out = run(world, tmp_path / "run", *EDIT, *more)
+    out = run(world, tmp_path / "run", *EDIT, "--token-weights", mode)
     assert (out / "token_weights.jsonl").exists() == (mode in ("soft", "released"))
     fractions = [row["token_weight/fraction"] for row in steps_of(out, "forget")]
+    assert [row["epoch"] for row in steps_of(out, "improve")] == [pytest.approx(i / 10)
+                                                                 for i in (1, 2, 3)]
     assert all(0 < f < 1 for f in fractions) if mode == "edit" else set(fractions) == {1.0}
     for row in rows_of(out / "token_examples.jsonl"):
         if mode in ("soft", "released"):
@@ -211,6 +212,14 @@ def test_without_forgetting_and_with_all_weights(world, tmp_path):
 
 
 def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, monkeypatch):
+    """The end's table is of what was trained, not of its 8 bits."""
+    graded, finish = [], train.finish
+
+    def watched(run, models):
+        graded.append(run.load(models["ALLO"]))
+        finish(run, models)
+
+    monkeypatch.setattr(train, "finish", watched)
     monkeypatch.setattr(train, "locate_groups", lambda run: 2)
     lean = "--sft --locate snr --int8 --state-bits 8 --offload --recompute --p-sft 3".split()
     out = run(world, tmp_path / "run", *ALLO, *lean)
@@ -222,13 +231,17 @@ def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, mo
     assert [*map(count, masks)] == [percent * WEIGHTS // 100 for percent in (3, 3, 5)]
     for mask, before, after in zip(masks, (start, tuned, tuned), (tuned, *ends)):
         assert only_inside(mask, before, after)
+    for name, p in graded[0].named_parameters():
+        assert torch.equal(whole(p)[mask[name]], after[name][mask[name]]), name
 
 
 def test_bf16(world, tmp_path, capsys):
     """First ratios exactly 0, only masked weights change, forgetting's fp32 weights go on."""
     out = run(world, tmp_path / "run", *EDIT, "--dtype", "bf16", "--recompute", "--lr-forget",
               "1e-5", "--lr-improve", "1e-12")
-    assert first_losses(capsys.readouterr().out)["improve"] == pytest.approx(LN2, rel=1e-5)
+    said = capsys.readouterr().out
+    assert first_losses(said)["improve"] == pytest.approx(LN2, rel=1e-5)
+    assert "weights are torch.float32: all are rounded to torch.bfloat16" in said
     start, end, mask = weights_of(world / "model"), weights_of(out / "improve"), dense_mask(out)
     assert all(t.dtype == torch.bfloat16 for t in end.values())
     forgotten = load_file(out / "forget.safetensors")
@@ -413,6 +426,20 @@ def test_rates_and_batches_by_size(stage):
     cfg = parse(["--model", "m", "--train", "t", f"--lr-{stage}", "3e-4", "--batch", "64"])
     plan = schedule(cfg, stage, 1000, 10)
     assert (plan.lr, plan.batch) == (3e-4, 64)
+
+
+@pytest.mark.parametrize("flags, same", [
+    ("", True), ("--lr-dpo 1e-4", False), ("--lr-warmup 1e-4", False),
+    ("--max-steps 3 --batch 8", True), ("--masked", False)])
+def test_dpo_stands_in_for_a_warm_up_only_where_it_trains_as_one(flags, same):
+    assert parse(f"--model m --train t {flags}".split()).dpo_is_warmup == same
+
+
+def test_a_card_given_as_a_flag_outranks_a_file(tmp_path):
+    (tmp_path / "c.json").write_text('{"config": {"memory": "", "int8": false, "beta": 0.2}}')
+    flags = f"--model m --train t --config {tmp_path}/c.json --memory 12gb --no-offload"
+    cfg = parse(flags.split())
+    assert (cfg.int8, cfg.locate, cfg.offload, cfg.beta) == (True, "snr", False, 0.2)
 
 
 # ---- what a command says -----------------------------------------------------------------------

@@ -23,7 +23,8 @@ HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
 # of a task row's keys, of a message's, of roles
 OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output",
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
-    "human": "user", "gpt": "assistant"}
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+UNREAD = "system system_prompt history context choices reasoning_content".split()
 OTHER_NAMES = "question instruction query input history".split()  # of a preference row's prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
@@ -114,6 +115,13 @@ def renamed(row):
     return {OUR_NAMES.get(key, key): value for key, value in row.items()} | row
 
 
+def refuse_unread(row, prompt, where):
+    """Raises UserError for what a row has beside its prompt, a Text, and would be lost."""
+    for key in UNREAD:
+        if row.get(key) and key != turns_of(prompt)[0]["role"]:
+            raise UserError(f"{where}: {key!r} is not read; make it a part of the text")
+
+
 def is_pairs(path):
     """Whether a file holds preference rows, by its first row."""
     return "chosen" in next(read_jsonl(path))[1]
@@ -128,10 +136,13 @@ def read_tasks(paths, need_output=True):
 def task_of(id, where, given, need_output):
     """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
     row = renamed(given)
-    solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
+    solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n####")
+    answer = answer.strip()
     if mark:  # GSM8K's, in which <<...>> are marks of its calculator
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
+    elif "\n" in answer and "output" not in row:  # it is a solution
+        row["output"] = row.pop("answer")
     if "instruction" in row:
         texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
         row["input"] = "\n\n".join(filter(None, texts))
@@ -143,6 +154,7 @@ def task_of(id, where, given, need_output):
         row["output"] = text_of(row, "text", where)
     elif not plain(prompt).strip():
         raise UserError(f"{where}: 'input' is empty")
+    refuse_unread(row, prompt, where)
     if need_output or row.get("output") is not None:  # a completion may be messages
         row["output"] = plain(messages_of(row, "output", where))
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
@@ -154,6 +166,7 @@ def last_answer(messages, where):
     while isinstance(messages, list) and messages:
         *messages, last = messages
         if last["role"] == "assistant" and messages:
+            refuse_unread(last, messages, where)
             return messages, last["content"]
     raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
@@ -179,8 +192,7 @@ def pair_of(where, row):
         prompt = prompt or common_prompt(chosen, rejected, where)
         if in_common(prompt, chosen, rejected) == len(prompt):
             chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
-    if row.get("system") and turns_of(prompt)[0]["role"] != "system":
-        raise UserError(f"{where}: 'system' is not read; make it the first message of 'prompt'")
+    refuse_unread(row, prompt, where)
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both
     return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, True))
 

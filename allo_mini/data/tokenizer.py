@@ -56,16 +56,13 @@ class Tokenizer:
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
-        self.special = {id: token.content for id, token
-                        in self.inner.get_added_tokens_decoder().items() if token.special}
+        added = self.inner.get_added_tokens_decoder()
+        self.special = {id for id, token in added.items() if token.special}
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
             self.prefix, self.template = self._prefix(), self._template()
-        after = self.encode("\n a")  # marks: a text behind them is encoded as if it stood alone
-        self.marks = [token for id, token in self.special.items()
-                      if self.encode(token + "\n a") == [id, *after]]
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
@@ -104,14 +101,11 @@ class Tokenizer:
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
-        Returns (ids of the shared prompt, what follows them for each text): nothing is lost. What
-        stands before the prompt's last special token is encoded once: no token reaches over it.
+        Returns (ids of the shared prompt, what follows them for each text): nothing is lost.
         """
-        ends = (prompt.rfind(mark) + len(mark) for mark in self.marks if mark in prompt)
-        at = max(ends, default=0)
-        alone, *joint = [self.encode(prompt[at:] + text) for text in ["", *texts]]
+        alone, *joint = [self.encode(prompt + text, bos) for text in ["", *texts]]
         cut = in_common(alone, *joint)
-        return self.encode(prompt[:at], bos) + alone[:cut], [ids[cut:] for ids in joint]
+        return alone[:cut], [ids[cut:] for ids in joint]
 
     def render(self, messages, add_generation_prompt=False):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""

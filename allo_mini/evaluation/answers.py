@@ -1,5 +1,6 @@
 """Asking a model: responses, the pairs made of them, greedy answers and how good they are."""
 
+from collections import defaultdict
 from itertools import compress, product
 from random import Random
 
@@ -8,7 +9,8 @@ import numpy as np
 from allo_mini import UserError
 from allo_mini.checkpoint import eos_ids
 from allo_mini.data.rows import Negative, Pair, Task
-from allo_mini.evaluation.graders import QA, gold_answer, is_correct, official_correct, task_name
+from allo_mini.evaluation.graders import (QA, gold_answer, is_correct, official_correct, rule_of,
+                                          task_name)
 from allo_mini.generate import sample
 from allo_mini.logprobs import margins
 from allo_mini.run.files import read_jsonl, reading
@@ -16,7 +18,7 @@ from allo_mini.run.log import progress, say
 from allo_mini.token_weights import nearest
 
 COLUMNS = ("reward accuracy", "reward margin", "accuracy", "raw accuracy", "95 % interval", "rows",
-           "official", "raw margin")  # of the result table
+           "official", "raw margin", "cut", "no answer")  # of the result table
 
 
 def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
@@ -51,27 +53,26 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
 
 def read_samples(path):
     """Question -> its samples; says how many were left out. Raises UserError naming the line."""
-    samples, unfinished = {}, 0
+    samples, unfinished = defaultdict(list), 0
     for where, row in read_jsonl(path):
         with reading(where):
-            texts = samples.get(row["input"], []) + row["samples"]
-            samples[row["input"]] = list(filter(str.strip, texts))
+            samples[row["input"]] += filter(str.strip, row["samples"])
             unfinished += row.get("unfinished", 0)
     if unfinished:
         say(f"samples: {unfinished} that hit the length limit are left out")
     return samples
 
 
-def label(tasks, samples, per_question, seed, encoder, rewrites=True):
+def label(tasks, samples, per_question, seed, encoder):
     """Samples -> pairs and negatives; says how many of what.
 
     Of each question that has an answer: duplicates are dropped, up to `per_question` random
     (right, wrong) pairs are drawn, every wrong response is a negative. Its rewrite is the task's
-    own, else (if `rewrites`) the right sample nearest in token edits, else the reference solution.
+    own, else the right sample nearest in token edits, else the reference solution.
     """
     pairs, negatives, rights, wrongs = [], [], [], []
     tasks = [task for task in tasks if task.question in samples and gold_answer(task)]
-    for task in progress(tasks, label="label", unit="question"):
+    for task in tasks:
         ids = {text: encoder.tokenizer.encode(text) for text in samples[task.question]}
         right = [text for text in ids if is_correct(text, task)]
         wrong = [text for text in ids if text not in right]
@@ -79,7 +80,7 @@ def label(tasks, samples, per_question, seed, encoder, rewrites=True):
         wrongs += wrong
         for text in wrong:
             rewrite = task.rewrite or task.output
-            if right and not task.rewrite and (rewrites or not rewrite):
+            if right and not task.rewrite:
                 rewrite = right[nearest(ids[text], map(ids.get, right))]
             if rewrite:
                 negatives.append(Negative(task.prompt, text, task.output or rewrite, rewrite))
@@ -113,8 +114,10 @@ def evaluate(model, encoder, rows, settings, name):
 def graded(task, text, finished, style):
     """The line of a per-item file; style: how it was asked, as --prompt has it."""
     gold = gold_answer(task)
+    extract, _ = rule_of(task)
     item = {"prompt": style, "input": task.prompt, "gold": gold, "response": text,
-            "finished": finished, "correct": is_correct(text, task) if gold else None}
+            "finished": finished, "answer": extract(text),
+            "correct": is_correct(text, task) if gold else None}
     if task_name(task.source) in QA:
         item["official"] = official_correct(text, task)
     return item
@@ -129,14 +132,17 @@ def wilson(correct, total):
 
 
 def summary(items):
-    """Accuracy with its 95 % interval, of QA tasks `official` too; of pairs the mean margin and,
-    against the model a run began with, the mean reward and how often it is above 0."""
+    """Accuracy with its 95 % interval, of QA tasks `official` too, how many responses were cut or
+    have no final answer; of pairs the mean margin and, against the model a run began with, the mean
+    reward and how often it is above 0."""
     n = len(items)
     correct = sum(item["correct"] for item in items)
     low, high = wilson(correct, n)
-    result = {"n": n, "accuracy": correct / n, "low": low, "high": high}
+    result = {"n": n, "accuracy": correct / n, "low": low, "high": high,
+              "cut": sum(not item.get("finished", True) for item in items),
+              "no answer": sum(item.get("answer", "") is None for item in items)}
     for key in ("margin", "official", "reward"):
-        if key in items[0]:
+        if all(key in item for item in items):
             result[key] = sum(item[key] for item in items) / n
     if "reward" in result:
         result["reward_accuracy"] = sum(item["reward"] > 0 for item in items) / n
@@ -151,7 +157,8 @@ def summary_row(name, result):
     accuracy, pairs = cell("accuracy"), "margin" in result
     return [name, cell("reward_accuracy"), cell("reward", "{:.3f}"), "-" if pairs else accuracy,
             accuracy if pairs else "-", f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
-            f"{result['n']}", cell("official"), cell("margin", "{:.2f}")]
+            f"{result['n']}", cell("official"), cell("margin", "{:.2f}"),
+            f"{result['cut'] or '-'}", f"{result['no answer'] or '-'}"]
 
 
 def bootstrap(ours, theirs):

@@ -39,7 +39,7 @@ FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int, "m
          float: {"type": float, "metavar": "X"}, str: {}, list[str]: {"nargs": "+"}}
 
 
-def knob(default, text: str, choices: tuple = (), most: float = 1e9):
+def knob(default, text, choices=(), most=1e9):
     """A field of Config. A number is above 0 and at most `most`; 0 is allowed if it is the default."""
     about = {"text": text, "choices": choices, "most": most}
     if isinstance(default, (list, dict)):
@@ -79,7 +79,6 @@ class Config:
                               "0.5; soft: by 1 - score; released: by the score; edit: those that "
                               "a rewrite replaces; uniform: all",
                               ("threshold", "soft", "released", "edit", "uniform"))
-    rewriter: str = knob("", "what becomes the rewriting model (the policy)")
     epsilon: float = knob(0.1, "share of a rejected response that counts in improving", most=1)
     beta: float = knob(0.1, "how strongly the reference holds the model")
 
@@ -122,23 +121,28 @@ class Config:
     weight_decay: float = knob(0.0, "of the selected weights")
     save_minutes: float = knob(10.0, "between checkpoints inside a stage")
 
+    @property
+    def sft_alone(self):
+        """Whether the run is fine-tuning alone, which needs no pairs."""
+        return self.method == ["sft"] and not self.masked
+
     def masks(self, method):
         """Whether a method trains the located weights alone."""
         return self.masked or method in ("masked-dpo", "allo")
 
     @property
     def dpo_is_warmup(self):
-        """Whether the dpo baseline trains what the warm-up would train again."""
+        """Whether the dpo baseline trains what the warm-up, at its own rate, would train again."""
         first = self.method.index("dpo") if "dpo" in self.method else 99
         moved = self.locate == "movement" and self.p < 100 and not self.masked
-        same = schedule(self, "dpo", 1, 1) == schedule(self, "warmup", 1, 1)
-        return moved and same and any(map(self.masks, self.method[first:]))
+        apart = self.lr_dpo or self.lr_warmup or self.schedules  # else they are alike
+        return moved and not apart and any(map(self.masks, self.method[first:]))
 
 
 KNOBS = {f.name: f for f in fields(Config)}
 
 
-def schedule(cfg: Config, stage: str, parameters: int, rows: int) -> Schedule:
+def schedule(cfg, stage, parameters, rows):
     """How a stage trains `rows` rows on a model of so many parameters.
 
     lr: the table's is for 7B; smaller models take sqrt(7e9 / parameters) times that, at most 100
@@ -229,7 +233,9 @@ def check(values, file=""):
             raise UserError(f"{place} is {value!r}, expected {wanted}")
     for stage, changes in values.get("schedules", {}).items():
         with reading(f"{file}: schedules of {stage}"):
-            SCHEDULES[stage]._replace(**changes)
+            plan = SCHEDULES[stage]._replace(**changes)
+            if min(plan[:3]) <= 0 or not 0 <= plan.warmup < 1:
+                raise ValueError("warmup is a share of the steps, the others are above 0")
 
 
 def from_file(path):
@@ -246,12 +252,15 @@ def parse(argv):
     given = vars(make_parser().parse_args(argv))
     path = given.pop("config")
     check(given)
-    values = (from_file(path) if path else {}) | given
+    read = from_file(path) if path else {}
+    values = {}
+    for layer in read, given:  # a card that is a flag outranks a file
+        values |= CARDS.get(layer.get("memory"), {}) | layer
     if values.get("method") == ["masked-dpo"]:  # alone it needs no warm-up
         values.setdefault("locate", "snr")
     own = any(values.get(key) for key in ("model", "train", "pairs"))
-    cfg = Config(**({} if own else DEMO) | CARDS.get(values.get("memory"), {}) | values)
-    if not cfg.pairs and cfg.n == 1 and cfg.method != ["sft"]:
+    cfg = Config(**({} if own else DEMO) | values)
+    if not cfg.pairs and cfg.n == 1 and not cfg.sft_alone:
         raise UserError("--n 1 gives no two different responses, as pairs need")
     if (own or cfg.test or cfg.val) and not (cfg.model and (cfg.train or cfg.pairs)):
         raise UserError("no model or no rows to train on: give --model, a folder or a hub id, and "

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from allo_mini import UserError
-from allo_mini.checkpoint import eos_ids, find_folder, load_model, meta_model, save_model
+from allo_mini.checkpoint import (TOKENIZER_FILES, eos_ids, find_folder, load_model, meta_model,
+                                  read_tensor, save_model)
 from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair, Task
 from allo_mini.data.tokenizer import load_tokenizer
-from allo_mini.evaluation.answers import evaluate
+from allo_mini.evaluation.answers import evaluate, summary
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.mask import from_tensors, to_tensors
 from allo_mini.model import ModelConfig
@@ -37,8 +38,9 @@ ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "pairs.jsonl", "negatives.js
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
 
-# A model on disk: a Hugging Face folder (a Path), and patches to put on top of it, in order
-Policy = namedtuple("Policy", "folder changes", defaults=[()])
+# A model on disk: a Hugging Face folder (a Path), patches to put on top of it in order, and the mask
+# of what was trained: under --int8 it stays exact (None: all was, or nothing)
+Policy = namedtuple("Policy", "folder changes mask", defaults=[(), None])
 
 
 @dataclass
@@ -77,7 +79,8 @@ class Run:
         training: the weights in `mask` are, or all of them.
         """
         int8 = self.cfg.int8 and not (training and mask is None)
-        model = load_model(policy.folder, self.dtype, self.device, int8, mask, policy.changes)
+        model = load_model(policy.folder, self.dtype, self.device, int8, mask or policy.mask,
+                           policy.changes)
         model.recompute = self.cfg.recompute
         return model
 
@@ -124,8 +127,7 @@ class Run:
         """Every --eval-every steps: {"eval/score": share of the validation rows that are right}."""
         if (done % self.cfg.eval_every and done < total) or name in ("warmup", "rewrite"):
             return {}
-        items = self.evaluate(model, self.val, "validate")
-        score = sum(item["correct"] for item in items) / len(items)
+        score = summary(self.evaluate(model, self.val, "validate"))["accuracy"]
         say(f"{name}: {score:.4f} of the validation rows right")
         return {"eval/score": score}
 
@@ -187,12 +189,12 @@ def fingerprint(path):
     return hashlib.sha256(f"{size} ".encode() + content).hexdigest()[:16]
 
 
-def record_of(run, models):
+def record_of(run, model):
     """What makes a run, for its config.json: settings, files that it reads, the machine."""
     cfg = run.cfg
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
-    for one in models:
-        files |= {one.folder / "config.json", one.folder / "tokenizer.json", *one.files.values()}
+    beside = (model.folder / name for name in ("config.json", *TOKENIZER_FILES))
+    files |= {*model.files.values(), *filter(Path.exists, beside)}
     return {"config": {key: value for key, value in vars(cfg).items() if key not in NO_MATTER},
             "data": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
@@ -239,23 +241,19 @@ def claim_folder(run, record):
     run.log = Log(run.folder)
 
 
-def open_model(name, cfg):
-    """(model without weights, tokenizer, tokens of a row at most) of a folder or a hub id."""
-    model = meta_model(find_folder(name, download=not cfg.dry_run))
-    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
-    return model, tokenizer, model.config.length(cfg.max_length, f"{model.folder}/config.json")
-
-
 def open_run(cfg):
     """Config -> Run. Check what can be checked without training, then claim the run folder.
 
     Raises UserError for whatever would stop the run later.
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model, tokenizer, length = open_model(cfg.model or demo.FOLDER, cfg)
+    model = meta_model(find_folder(str(cfg.model or demo.FOLDER), download=not cfg.dry_run))
+    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
+    length = model.config.length(cfg.max_length, f"{model.folder}/config.json")
     rows = read_rows(cfg)
     encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
-    encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings)
+    encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings,
+                                 model.config.sliding_window)
     eos_ids(model, encoder)  # reads generation_config.json
     data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
@@ -266,14 +264,11 @@ def open_run(cfg):
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
         f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {encoder.style}"
         f"{unused_template(encoder, cfg.prompt)}")
+    stored = read_tensor(model.files, "model.norm.weight").dtype
+    if dtype not in (stored, torch.float32):
+        say(f"its weights are {stored}: all are rounded to {dtype} (--dtype fp32: none)")
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair) and not run.has("config.json"):  # else looked at
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
-    models = [model]
-    if cfg.rewriter:
-        rewriter, theirs, _ = open_model(cfg.rewriter, run.cfg)
-        if theirs.inner.get_vocab() != tokenizer.inner.get_vocab():
-            raise UserError(f"{cfg.rewriter}: a rewriting model must share the policy's tokenizer")
-        models.append(rewriter)
-    claim_folder(run, record_of(run, models))
+    claim_folder(run, record_of(run, model))
     return run

@@ -31,7 +31,7 @@ def read_rows(cfg):
         del tasks[cfg.limit:], pairs[cfg.limit:]
     if not rows:
         raise UserError(f"{files[0]}: no rows are left to train on")
-    if not cfg.pairs and cfg.method != ["sft"]:
+    if not cfg.pairs and not cfg.sft_alone:
         silent = sum(not gold_answer(task) for task in tasks)
         if silent == len(tasks):
             raise UserError(f"{files[0]}: no row has 'answer', or ends in 'The answer is X'")

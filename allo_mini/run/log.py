@@ -120,8 +120,7 @@ class Progress:
                 objective.state.update(known["state"])
                 optimizer.load_state_dict(tensors)
             say(f"{stage}: goes on after step {self.step} of {total}")
-        self.began = self.opened = self.saved_at = time.monotonic()
-        self.first = self.step
+        self.began = self.saved_at = time.monotonic()
 
     def check(self, metrics, examples):
         """Before a step moves weights: its numbers are numbers, the first loss what it must be."""
@@ -135,17 +134,18 @@ class Progress:
             say(f"{self.stage}: first loss {metrics['loss']:.6f}, expected {first_loss:.6f} where "
                 f"theta = theta_ref{warning}")
 
-    def after_step(self, metrics, tokens):
-        """Log a step, print it (unless there are very many), write a checkpoint when one is due."""
+    def after_step(self, metrics, tokens, model):
+        """Validate and log a step, print it (unless there are very many), write a checkpoint when
+        one is due."""
         self.step += 1
         now, step, total = time.monotonic(), self.step, self.total
         metrics |= {"tokens/s": tokens / (now - self.began), "learning_rate": self.optimizer.lr}
+        if self.run.cfg.eval_every:
+            metrics |= self.run.validate(self.stage, model, step, total)
         self.run.log.write(self.stage, step=step, **metrics)
         if step in (1, total) or step % -(-total // LINES) == 0:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
-            left = (now - self.opened) / (step - self.first) * (total - step) / 60
-            say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}  "
-                f"{left:.1f} min left")
+            say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}")
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
             known = {"step": step, "total": total, "state": self.objective.state}

@@ -64,7 +64,7 @@ def training_stages(cfg):
 def show_plan(run):
     """Print what the run is going to do: a line for each training stage."""
     cfg, lines = run.cfg, []
-    if not run.pairs and cfg.method != ["sft"]:
+    if not run.pairs and not cfg.sft_alone:
         asked = len(run.questions[:cfg.sample_questions or None])
         say(f"samples {cfg.n} responses to each of {asked} questions first")
     for stage in training_stages(cfg):
@@ -74,8 +74,8 @@ def show_plan(run):
         steps = min(steps, cfg.max_steps or steps)
         percent, size = percent_of(cfg, stage), sum(estimate(run, stage).values()) / 1e9
         optimizer = run.parameters * percent / 100 * (12 + cfg.state_bits / 4) / 1e9
-        lines.append([stage, str(rows or "sampled"), str(steps or "?"), str(plan.batch),
-                      f"{plan.lr:g}", f"{percent:g} %",
+        lines.append([stage, f"{rows or 'sampled'}", f"{steps or '?'}",
+                      f"{plan.batch if steps else '?'}", f"{plan.lr:g}", f"{percent:g} %",
                       f"{size:.1f} GB" + f" + {optimizer:.1f} on the host" * cfg.offload])
     say(table(["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"],
               lines) + "\n")

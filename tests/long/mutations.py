@@ -69,7 +69,6 @@ KINDS = {  # kind of input -> the file that is damaged, the command that reads i
         "generation_config.json")},
     "weights": ("model/model.safetensors", E), "weights, train": ("model/model.safetensors", P),
     "shard": ("shards/model-00001-of-00002.safetensors", E.replace("model model", "model shards")),
-    "rewriter": ("other/tokenizer.json", S + " --rewriter other"),
     **{f"{name} of the run": (f"begun/{name}", B + " --out begun") for name in
        ("config.json", ".improve.state.safetensors", "mask.safetensors", "forget.safetensors",
         "metrics.jsonl")},
@@ -101,7 +100,6 @@ def fill(place: Path) -> None:
     for name, content in FILES.items():
         (place / name).write_text(content)
     with_samples(place, place / "run")
-    shutil.copytree(place / "model", place / "other")
     with mock.patch.object(checkpoint, "SHARD", 20_000):
         checkpoint.save_model(checkpoint.load_model(place / "model"), place / "shards")
     for name in ("begun", "done", "half", "scored"):
