@@ -340,7 +340,7 @@ def allo(run, policy, pairs, negatives):
 
 
 def patch(run, policy, tuned, artefact):
-    """What of `policy` changed, a twelfth of the model at p = 5 %, for patch.py to put on again."""
+    """What of `policy` changed, a tenth of the model at most at p = 5 %, for patch.py."""
     run.stage("patch", artefact, lambda target: save_patch(policy.folder, tuned.folder, target))
 
 
