@@ -264,7 +264,7 @@ def gains(mine: list[dict], theirs: list[dict], shared: bool) -> list[float]:
     saw the same, and have the same start)."""
     differences = defaultdict(list)
     for a, b in product(mine, theirs):
-        if a["seed"] == b["seed"] or shared and a["cell"] == "start":
+        if a["seed"] == b["seed"] or shared and "start" in (a["cell"], b["cell"]):
             for i, (x, y) in enumerate(zip(answers(a), answers(b), strict=True)):
                 differences[i if shared else (a["seed"], i)].append(x - y)
     return [mean(values) for values in differences.values()]
@@ -301,18 +301,18 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
     return finished
 
 
-def pooled(names: list[str]) -> str:
-    """Markdown: cells that all these sets have, accuracies, against DPO over all questions."""
+def pooled(names: list[str], base: str) -> str:
+    """Markdown: cells that all these sets have, accuracies, against `base` over all questions."""
     files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
-    head = ["", *names, "average", "against DPO", "p"]
+    head = ["", *names, "average", f"against {base}", "p"]
     text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in PARTS["methods"]:
         if all(cell in finished for finished in sets):
             scores = [100 * mean(row["accuracy"] for row in finished[cell]) for finished in sets]
-            means = sum((gains(finished[cell], finished["DPO"], True) for finished in sets), [])
+            means = sum((gains(finished[cell], finished[base], True) for finished in sets), [])
             figures = " | ".join(f"{score:.1f}" for score in [*scores, mean(scores)])
-            text.append(f"| {cell} | {figures} | {'- | -' if cell == 'DPO' else against(means)} |")
+            text.append(f"| {cell} | {figures} | {'- | -' if cell == base else against(means)} |")
     return "\n".join(text) + "\n"
 
 
@@ -331,10 +331,11 @@ def overlaps(study: Study) -> str:
 
 
 def tables(study: Study) -> str:
-    """Markdown: a table a part, every cell against DPO (ablations: ALLO), then the loss curves."""
+    """Markdown: a table a part, every cell against DPO (ablations: ALLO; or --against), then the
+    loss curves."""
     finished, text = by_cell(study.done), []
     for part, cells in PARTS.items():
-        base = ["DPO", *ABOVE[part]][-1]
+        base = study.against or ["DPO", *ABOVE[part]][-1]
         if finished.keys() & cells:
             text += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std "
                      f"over seeds | against {base} | p | seeds |", "|---" * 6 + "|"]
@@ -381,6 +382,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rows", type=Path, help="file of finished cells")
     add("--table", action="store_true", help="print the tables of what is finished, and stop")
     add("--pool", nargs="+", metavar="NAME", help="print these sets' cells side by side, and stop")
+    add("--against", choices=CELLS, help="compare with this cell, in tables that are printed alone")
     add("--more", nargs=argparse.REMAINDER, default=[], help="further train.py flags of every run")
     return parser
 
@@ -388,7 +390,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.pool:
-        print(pooled(args.pool))
+        print(pooled(args.pool, args.against or "DPO"))
         return
     study = Study(args)
     for flag in ("train", "test", *["val"] * bool(study.tune)):
@@ -401,7 +403,8 @@ def main(argv: list[str] | None = None) -> None:
             if cell != "start" or not study.share or seed == study.seeds[0]:
                 study.cell(part, cell, seed, settings[cell])
     text = tables(study)
-    write_text(study.file.with_suffix(".md"), text)
+    if not study.against:
+        write_text(study.file.with_suffix(".md"), text)
     print(text + "\n" + overlaps(study) * ("location" in study.parts))
 
 
