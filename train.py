@@ -133,7 +133,7 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
-    return Policy(path, (), mask) if whole else Policy(policy.folder, (*policy.changes, path), mask)
+    return Policy(path) if whole else Policy(policy.folder, (*policy.changes, path))
 
 
 def fine_tuned(run, name, policy, examples, artefact=""):
@@ -188,11 +188,11 @@ def preferences(run):
     if run.pairs:
         return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
                                     pair.rewrite or pair.chosen) for pair in run.pairs]
-    cfg, wrong = run.cfg, run.folder / "negatives.jsonl"
+    wrong = run.folder / "negatives.jsonl"
 
     def make(target):
         samples = read_samples(run.folder / SAMPLES)
-        pairs, negatives = label(run.questions, samples, cfg.pairs_per_question, cfg.seed,
+        pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
                                  run.encoder)
         if not pairs:
             raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "

@@ -38,7 +38,7 @@ def find_folder(path_or_id, download=True):
         if os.path.exists(f"{path_or_id}/adapter_config.json"):
             raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge "
                             "it into its base model first (peft's merge_and_unload), and save that")
-        if os.path.exists(f"{path_or_id}/metrics.jsonl"):
+        if os.path.exists(f"{path_or_id}/.lock"):
             raise UserError(f"{path_or_id}: a run's folder; say which model in it, as RUN/improve")
         return Path(path_or_id)
     name, _, revision = path_or_id.partition("@")
@@ -76,7 +76,7 @@ def meta_model(folder):
     """The folder's model without weights; `files` has each one's file. Raises UserError."""
     path = folder / "config.json"
     with reading(path), torch.device("meta"):
-        config = parse_config(read_json(path), str(path))
+        config = parse_config(read_json(path), path)
         model = build(config)
     files = shard_files(folder)
     for name in sorted(files.keys() ^ dict(model.named_parameters()), reverse=True):

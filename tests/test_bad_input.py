@@ -65,7 +65,7 @@ ROWS = {
     "no input": (lines({"inputs": "a", "output": "x"}), "input"),
     "no output": (lines({"input": "a", "answer": "x"}), "t.jsonl:1: missing key 'output' beside"),
     "an empty question": (lines(task("  ")), "t.jsonl:1"),
-    "preferences": (GOOD["p.jsonl"], "preferences go to --pairs"),
+    "preferences": (GOOD["p.jsonl"], "t.jsonl:1"),
     "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),
     "a number as completion": (lines({"prompt": "a", "completion": 5}), "t.jsonl:1"),
     **{f"with {key}": (lines(task("a"), task("b") | {key: ["x"]}), f"t.jsonl:2: '{key}' is not read")
@@ -112,7 +112,7 @@ FLAGS = [
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],
-    ("train --train t.jsonl --model r", {"r/metrics.jsonl": ""}, "r: a run's folder; say which model"),
+    ("train --train t.jsonl --model r", {"r/.lock": ""}, "r: a run's folder; say which model"),
     (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),
     (T + " --test p.jsonl", {}, "preference"), (P + " --test p.jsonl test.jsonl", {}, "preference"),

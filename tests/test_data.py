@@ -84,13 +84,14 @@ def test_rows_of_gsm8k_of_math_official_ones_and_test_rows_without_output(tmp_pa
     rows = [{"question": "How many?", "answer": solution + "\n#### 1,200"},
             {"problem": "p", "solution": "Thus $\\boxed{5}$.", "level": 1, "type": "Algebra"},
             {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"},
-            {"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"},
-            {"question": "c?", "answer": "Add.\nThe answer is 4."}]
+            {"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
     tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False)
     assert [(task.prompt, task.output, task.answer) for task in tasks] == [
         ("How many?", "He has 1,200.\nSo 1,200.\nThe answer is 1,200", "1200"),
-        ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5"), ("a?", None, None), ("b", None, "5"),
-        ("c?", "Add.\nThe answer is 4.", None)]
+        ("p", "Thus $\\boxed{5}$.", None), ("i", "o", "# 5"), ("a?", None, None), ("b", None, "5")]
+    worked = {"question": "c?", "answer": "Add.\nThe answer is 4."}
+    [task] = read_tasks([write(tmp_path / "u.jsonl", worked)])
+    assert (task.output, task.answer) == (worked["answer"], None)
 
 
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: how?\n\nAssistant:"

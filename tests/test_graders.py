@@ -255,13 +255,19 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
         "The answer is as follows:\n1. She has 9 eggs and sells all\n2. 9 * 2 = 18|Answer:\n\n18\n\n"
         "Why: 9 * 2 = 18 for 9 eggs.", "**Answer:**\n\nShe has 18 eggs before she eats.\n\nShe eats 9 of them."),
     "a sentence": ("gsm8k", "18", "Answer: In 3 days, she makes $18.|~18 dollars ($2 x 9).|~$18, and "
-        "she is happy.|Answer: $18 is her income.|Answer: She sells 9 eggs for $18.",
+        "she is happy.|Answer: $18 is her income.|Answer: She sells 9 eggs for $18.|~18 and we are done.|"
+        "Answer: Thus, the sum is 18.|Answer: After 3 days, there are 18.|Answer: She needs to pay 18.|"
+        "Answer: She divided half of it and got 18.|Answer: So, on Friday, she had 40 - 22 = 18 left.",
         "~18 to 20|~18 out of 20|~18 divided by 3|~18 million|Answer: In 18 days, she makes $3."),
     "a million": ("", "2000000", "~2 million|~2,000,000", "~2|~2 thousand|~2.5 million"),
     "below zero": ("math", r"-\frac{3}{4}", r"~-3/4|~minus 3/4|~negative \frac34|\boxed{- \frac34}",
         r"~\frac{3}{4}|~3/4"),
     "above zero": ("math", r"\frac{3}{4}", "~3/4", r"\boxed{-\frac{3}{4}}|~minus 3/4|~negative 3/4"),
-    "a function of it": ("math", "2", "~2", r"\boxed{\ln 2}|~half of 2|~2 hours 30 minutes"),
+    "a function of it": ("math", "2", "~2", r"\boxed{\ln 2}|\boxed{\sin 2}|~half of 2|~twice 2|~2 hours 30 minutes"),
+    "no limit": ("math", r"\infty", r"\boxed{+\infty}", r"\boxed{-\infty}"),
+    "a binomial": ("math", r"\binom{5}{2}", r"\boxed{\dbinom{5}{2}}", r"\boxed{\dbinom{2}{5}}"),
+    "an explanation below": ("strategyqa", "yes", "Answer:\n\nYes, because Rome had 2 kings more than we"
+        " think.\n\nSo it is.", "Answer:\n\nNo, because Rome had 2 kings more than we.\n\nYes."),
     "spellings": ("math", r"90^\circ", r"\boxed{90\degree}", r"\boxed{9\degree}"),
     "a matrix": ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
         r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}}", r"\boxed{\begin{bmatrix} 2 \\ 1 \end{bmatrix}}")}

@@ -23,7 +23,7 @@ HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
 # of a task row's keys, of a message's, of roles
 OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output",
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+    "human": "user", "gpt": "assistant"}
 UNREAD = "system system_prompt history context choices reasoning_content".split()
 OTHER_NAMES = "question instruction query input history".split()  # of a preference row's prompt
 
@@ -83,8 +83,7 @@ def text_of(row, key, where, optional=False):
     if whole or optional and value is None:
         return value
     if key not in row:
-        hint = "; preferences go to --pairs" * ("chosen" in row)
-        raise UserError(f"{where}: missing key {key!r} beside {list(row)}{hint}")
+        raise UserError(f"{where}: missing key {key!r} beside {list(row)}")
     if key == "answer" and type(value) in (int, float):
         return str(value)
     raise UserError(f"{where}: {key!r} is {type(value).__name__}, expected whole text")
@@ -119,7 +118,7 @@ def refuse_unread(row, prompt, where):
     """Raises UserError for what a row has beside its prompt, a Text, and would be lost."""
     for key in UNREAD:
         if row.get(key) and key != turns_of(prompt)[0]["role"]:
-            raise UserError(f"{where}: {key!r} is not read; make it a part of the text")
+            raise UserError(f"{where}: {key!r} is not read; make it a part of the text, or drop it")
 
 
 def is_pairs(path):
@@ -136,12 +135,11 @@ def read_tasks(paths, need_output=True):
 def task_of(id, where, given, need_output):
     """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
     row = renamed(given)
-    solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n####")
-    answer = answer.strip()
+    solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
     if mark:  # GSM8K's, in which <<...>> are marks of its calculator
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
-    elif "\n" in answer and "output" not in row:  # it is a solution
+    elif need_output and "\n" in answer[1:] and "output" not in row:  # it is a solution
         row["output"] = row.pop("answer")
     if "instruction" in row:
         texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
@@ -156,18 +154,19 @@ def task_of(id, where, given, need_output):
         raise UserError(f"{where}: 'input' is empty")
     refuse_unread(row, prompt, where)
     if need_output or row.get("output") is not None:  # a completion may be messages
-        row["output"] = plain(messages_of(row, "output", where))
+        output = messages_of(row, "output", where)
+        refuse_unread(turns_of(output)[-1], prompt, where)
+        row["output"] = plain(output)
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
     return Task(id, prompt, *texts, where, alone or "completion" in given)
 
 
 def last_answer(messages, where):
-    """(the messages before the assistant's last turn, its text). Raises UserError."""
+    """(the messages before the assistant's last turn, it). Raises UserError."""
     while isinstance(messages, list) and messages:
         *messages, last = messages
         if last["role"] == "assistant" and messages:
-            refuse_unread(last, messages, where)
-            return messages, last["content"]
+            return messages, [last]
     raise UserError(f"{where}: 'messages' hold no assistant's turn after another")
 
 

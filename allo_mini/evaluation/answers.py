@@ -56,7 +56,7 @@ def read_samples(path):
     samples, unfinished = defaultdict(list), 0
     for where, row in read_jsonl(path):
         with reading(where):
-            samples[row["input"]] += filter(str.strip, row["samples"])
+            samples[row["input"]] += filter(str.strip, [] + row["samples"])
             unfinished += row.get("unfinished", 0)
     if unfinished:
         say(f"samples: {unfinished} that hit the length limit are left out")
@@ -116,7 +116,7 @@ def graded(task, text, finished, style):
     gold = gold_answer(task)
     extract, _ = rule_of(task)
     item = {"prompt": style, "input": task.prompt, "gold": gold, "response": text,
-            "finished": finished, "answer": extract(text),
+            "finished": finished, "answer": extract(text) if gold else None,
             "correct": is_correct(text, task) if gold else None}
     if task_name(task.source) in QA:
         item["official"] = official_correct(text, task)

@@ -22,10 +22,10 @@ from unicodedata import normalize
 INSIDE = r"[^{}]*"
 for _ in range(4):  # what may stand between braces: braces again, five deep
     INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
-# "the answer to this is: For $n = 3$, the sum is 42"; a heading above lines of working says none
-WORKING = r"\s*\n\s*(?=[^\n]*=|(?:\S+ +){6})[^\n]*\n\s*\S"
+# "the answer to this is: For $n = 3$, the sum is 42", but no heading above lines of working
 SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b(?: as follows:)?+|[:=])"
-    rf"(?!{WORKING})(?:[\s:,}}]|\$\s*\n)*(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
+    r"(?![^\S\n]*+\n\s*+(?![$\\]|yes\b|no\b)(?=[^\n]*\d)(?=[^\n]*=|(?:\S+ +){6})[^\n]*\n\s*\S)"
+    r"(?:[\s:,}]|\$\s*\n)*(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
     r"|(?:in|after|for|over)\b[^,.\n]*\d)[^,.\n]*,\s*|(?:thus|so|now|(?:al)?together),\s*)?"
     r"(?=([^\s:,}].*))")
 # "so the answer is correct" checks the answer before it
@@ -137,7 +137,8 @@ FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
 FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
 # the number that words begin with, else their last: not in a calculation, a list or after "not"
 LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\d [a-z]+ (?:and )?\d"
-    r"|\b(?:not|ln|log|sin|cos|tan|sqrt|half|twice|[a-z]+illion|thousand|to|out of|divided)\b"
+    r"|\b(?:not|ln|log|sin|cos|tan|sqrt|[a-z]+illion|thousand)\b|\d,? (?:to|out of|divided)\b"
+    r"|\b(?:half|twice)(?: of)? \W?\d"
     rf"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z]))(?:(?![-\d.]).*(?<![-/.]))?({NUMBER})")
 
 
@@ -177,7 +178,7 @@ def says(given, gold):
     """Whether a formula, or the sentence around it, says the same as a mathematical gold answer."""
     text = re.sub(PROSE, "", re.split(ENDS, given, maxsplit=1)[0])
     # what one calculation leads to, alone or in a sentence; in a list every "=" has its own
-    result = re.sub(r"^(?:[^,;]*|[a-z]+,? [a-z]+ .*)=(?=[^,;]*$)", "", plain_math(text))
+    result = re.sub(r"^(?:[^,;]*|[a-z]+,? [a-z]+,? .*)=(?=[^,;]*$)", "", plain_math(text))
     readings = {given, text, result, *re.findall(FORMULA, text), *re.findall(LONE, result)}
     return any(same_math(reading, gold) for reading in readings)
 

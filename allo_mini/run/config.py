@@ -1,6 +1,7 @@
 """Every setting in one place: default, meaning, bounds. Flags, --help and checks are made from it.
 
-Later wins: defaults, then the demo's settings or a card's (CARDS), then --config FILE, then flags.
+Later wins: defaults, the demo's settings, those of a card (CARDS) that --config FILE names, the
+file's, those of a card that is a flag, flags.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SHARED = {  # stage -> whose schedule and rate it has
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
-LEAN = {"locate": "snr", "offload": True, "recompute": True, "micro_tokens": 2400, "p_sft": 10.0}
+LEAN = {"locate": "snr", "int8": False, "offload": True, "recompute": True, "micro_tokens": 2400, "p_sft": 10.0}
 CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
     "24gb": LEAN,
     "16gb": LEAN | {"int8": True},
@@ -135,7 +136,8 @@ class Config:
         """Whether the dpo baseline trains what the warm-up, at its own rate, would train again."""
         first = self.method.index("dpo") if "dpo" in self.method else 99
         moved = self.locate == "movement" and self.p < 100 and not self.masked
-        apart = self.lr_dpo or self.lr_warmup or self.schedules  # else they are alike
+        apart = (self.lr_dpo != self.lr_warmup  # the table's are alike
+                 or self.schedules.get("dpo") != self.schedules.get("warmup"))
         return moved and not apart and any(map(self.masks, self.method[first:]))
 
 

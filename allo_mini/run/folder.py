@@ -38,9 +38,8 @@ ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "pairs.jsonl", "negatives.js
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
 
-# A model on disk: a Hugging Face folder (a Path), patches to put on top of it in order, and the mask
-# of what was trained: under --int8 it stays exact (None: all was, or nothing)
-Policy = namedtuple("Policy", "folder changes mask", defaults=[(), None])
+# A model on disk: a Hugging Face folder (a Path), and patches to put on top of it, in order
+Policy = namedtuple("Policy", "folder changes", defaults=[()])
 
 
 @dataclass
@@ -74,13 +73,15 @@ class Run:
         return list(first.values())
 
     def load(self, policy, mask=None, training=False):
-        """A model on the run's device; under --int8 what is not going to be trained is in 8 bits.
+        """A model on the run's device; under --int8 in 8 bits, but for the weights in `mask`.
 
-        training: the weights in `mask` are, or all of them.
+        training: they are going to be trained, or all are. Else, once the run has its mask, all
+        models have those exact: a table of 8 bits alone would not show what was trained.
         """
         int8 = self.cfg.int8 and not (training and mask is None)
-        model = load_model(policy.folder, self.dtype, self.device, int8, mask or policy.mask,
-                           policy.changes)
+        if int8 and mask is None and self.has("mask.safetensors"):
+            mask = load_mask(self.folder / "mask.safetensors")
+        model = load_model(policy.folder, self.dtype, self.device, int8, mask, policy.changes)
         model.recompute = self.cfg.recompute
         return model
 
@@ -194,7 +195,7 @@ def record_of(run, model):
     cfg = run.cfg
     files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
     beside = (model.folder / name for name in ("config.json", *TOKENIZER_FILES))
-    files |= {*model.files.values(), *filter(Path.exists, beside)}
+    files.update(model.files.values(), filter(Path.exists, beside))
     return {"config": {key: value for key, value in vars(cfg).items() if key not in NO_MATTER},
             "data": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
@@ -247,7 +248,7 @@ def open_run(cfg):
     Raises UserError for whatever would stop the run later.
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
-    model = meta_model(find_folder(str(cfg.model or demo.FOLDER), download=not cfg.dry_run))
+    model = meta_model(find_folder(cfg.model or demo.FOLDER, download=not cfg.dry_run))
     tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
     length = model.config.length(cfg.max_length, f"{model.folder}/config.json")
     rows = read_rows(cfg)
@@ -265,7 +266,7 @@ def open_run(cfg):
         f"{str(dtype).removeprefix('torch.')} on {run.device}; prompts: {encoder.style}"
         f"{unused_template(encoder, cfg.prompt)}")
     stored = read_tensor(model.files, "model.norm.weight").dtype
-    if dtype not in (stored, torch.float32):
+    if stored != dtype == torch.bfloat16:
         say(f"its weights are {stored}: all are rounded to {dtype} (--dtype fp32: none)")
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair) and not run.has("config.json"):  # else looked at
