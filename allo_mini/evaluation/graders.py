@@ -22,9 +22,11 @@ from unicodedata import normalize
 INSIDE = r"[^{}]*"
 for _ in range(4):  # what may stand between braces: braces again, five deep
     INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
-# "the answer to this is: For $n = 3$, the sum is 42", but no heading above lines of working
+# "the answer to this is: 42"
 SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b(?: as follows:)?+|[:=])"
+    # but no heading above lines of working
     r"(?![^\S\n]*+\n\s*+(?![$\\]|yes\b|no\b)(?=[^\n]*\d)(?=[^\n]*=|(?:\S+ +){6})[^\n]*\n\s*\S)"
+    # "For $n = 3$, the sum is 42", "In 3 days, she has 42", "Thus, it is 42"
     r"(?:[\s:,}]|\$\s*\n)*(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
     r"|(?:in|after|for|over)\b[^,.\n]*\d)[^,.\n]*,\s*|(?:thus|so|now|(?:al)?together),\s*)?"
     r"(?=([^\s:,}].*))")
