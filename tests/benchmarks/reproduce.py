@@ -293,10 +293,10 @@ def line(cell: str, rows: list[dict], base: list[dict], shared: bool) -> str:
 
 
 def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
-    """Finished rows that are not of tuning."""
-    finished = {}
+    """Finished rows that are not of tuning, of a cell's latest setting."""
+    latest, finished = {row["cell"]: row["setting"] for row in rows if row["part"] != "tune"}, {}
     for row in rows:
-        if row["part"] != "tune":
+        if row["part"] != "tune" and row["setting"] == latest[row["cell"]]:
             finished.setdefault(row["cell"], []).append(row)
     return finished
 
