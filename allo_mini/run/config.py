@@ -29,7 +29,8 @@ SHARED = {  # stage -> whose schedule and rate it has
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
-LEAN = {"locate": "snr", "int8": False, "offload": True, "recompute": True, "micro_tokens": 2400, "p_sft": 10.0}
+LEAN = {"locate": "snr", "int8": False, "offload": True, "recompute": True, "micro_tokens": 2400,
+        "p_sft": 10.0}
 CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
     "24gb": LEAN,
     "16gb": LEAN | {"int8": True},
