@@ -251,9 +251,10 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
     "GSM8K": ("gsm8k", "72", "48 + 24 = <<48+24=72>>72.\n#### 72|~**72** clips.|"
         "**Answer:** She sold 72 clips.|~48 + 24 = 72. This is right.|~72 m.",
         "#### 27|~**27**|~48 + 24|~71 < 72"),
-    "a heading": ("gsm8k", "18", "**Answer:**\n\nShe sells 16 - 7 = 9 eggs.\n\nShe makes 9 * 2 = $18.|"
+    "a heading": ("gsm8k", "18", "**Answer:**\n\nShe sells 16 - 7 = 9.\n\nShe makes 9 * 2 = $18.|"
         "The answer is as follows:\n1. She has 9 eggs and sells all\n2. 9 * 2 = 18|Answer:\n\n18\n\n"
-        "Why: 9 * 2 = 18 for 9 eggs.", "**Answer:**\n\nShe has 18 eggs before she eats.\n\nShe eats 9 of them."),
+        "Why: 9 * 2 = 18 for 9 eggs.",
+        "**Answer:**\n\nShe has 18 eggs before she eats.\n\nShe eats 9 of them."),
     "a sentence": ("gsm8k", "18", "Answer: In 3 days, she makes $18.|~18 dollars ($2 x 9).|~$18, and "
         "she is happy.|Answer: $18 is her income.|Answer: She sells 9 eggs for $18.|~18 and we are done.|"
         "Answer: Thus, the sum is 18.|Answer: After 3 days, there are 18.|Answer: She needs to pay 18.|"
@@ -263,14 +264,16 @@ FORMS = {  # how chat models write answers: task ("": none of the ten), gold, ri
     "below zero": ("math", r"-\frac{3}{4}", r"~-3/4|~minus 3/4|~negative \frac34|\boxed{- \frac34}",
         r"~\frac{3}{4}|~3/4"),
     "above zero": ("math", r"\frac{3}{4}", "~3/4", r"\boxed{-\frac{3}{4}}|~minus 3/4|~negative 3/4"),
-    "a function of it": ("math", "2", "~2", r"\boxed{\ln 2}|\boxed{\sin 2}|~half of 2|~twice 2|~2 hours 30 minutes"),
+    "a function of it": ("math", "2", "~2",
+        r"\boxed{\ln 2}|\boxed{\sin 2}|~half of 2|~twice 2|~2 hours 30 minutes"),
     "no limit": ("math", r"\infty", r"\boxed{+\infty}", r"\boxed{-\infty}"),
     "a binomial": ("math", r"\binom{5}{2}", r"\boxed{\dbinom{5}{2}}", r"\boxed{\dbinom{2}{5}}"),
     "an explanation below": ("strategyqa", "yes", "Answer:\n\nYes, because Rome had 2 kings more than we"
         " think.\n\nSo it is.", "Answer:\n\nNo, because Rome had 2 kings more than we.\n\nYes."),
     "spellings": ("math", r"90^\circ", r"\boxed{90\degree}", r"\boxed{9\degree}"),
     "a matrix": ("math", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
-        r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}}", r"\boxed{\begin{bmatrix} 2 \\ 1 \end{bmatrix}}")}
+        r"\boxed{\begin{bmatrix} 1 \\ 2 \end{bmatrix}}",
+        r"\boxed{\begin{bmatrix} 2 \\ 1 \end{bmatrix}}")}
 
 
 def case_of(source, gold, right, wrong, options=""):

@@ -32,8 +32,9 @@ sys.path.insert(0, str(ROOT / "tests/benchmarks"))
 import reproduce  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FORKING = (ROOT / "tests/benchmarks/forks.md").read_text(encoding="utf-8")
-BOTH = README + (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8") + FORKING
+FORKING, *PAGES = ((ROOT / f"tests/benchmarks/{name}.md").read_text(encoding="utf-8")
+                   for name in ("forks", "README", "data"))
+BOTH = "".join([README, FORKING, *PAGES])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 COMMANDS = [line for kind, text in BLOCK.findall(BOTH) if kind == "sh"
             for line in text.splitlines()]

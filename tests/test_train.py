@@ -113,7 +113,7 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
 
 
 def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
-    """With another number of threads, which is said once."""
+    """And its next commands; with another number of threads, which is said once."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     before = results_of(whole)
     assert train.main(demo_command(whole.parent)) == 0
@@ -243,7 +243,7 @@ def test_bf16(world, tmp_path, capsys):
               "1e-5", "--lr-improve", "1e-12")
     said = capsys.readouterr().out
     assert first_losses(said)["improve"] == pytest.approx(LN2, rel=1e-5)
-    assert "weights are torch.float32: all are rounded to torch.bfloat16" in said
+    assert "holds torch.float32: all weights are rounded to torch.bfloat16" in said
     start, end, mask = weights_of(world / "model"), weights_of(out / "improve"), dense_mask(out)
     assert all(t.dtype == torch.bfloat16 for t in end.values())
     forgotten = load_file(out / "forget.safetensors")

@@ -24,8 +24,9 @@ HH_TURN = "\n\nAssistant:"  # begins each answer of Anthropic HH's dialogues
 OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "solution": "output",
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
     "human": "user", "gpt": "assistant"}
+# of what would be lost beside a prompt or an answer
 UNREAD = "system system_prompt history context choices reasoning_content".split()
-OTHER_NAMES = "question instruction query input history".split()  # of a preference row's prompt
+OTHER_NAMES = "question instruction query input".split()  # of a preference row's prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 

@@ -31,7 +31,7 @@ DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
         "lr_dpo": 3e-5, "lr_forget": 8e-5, "lr_improve": 2e-5}
 LEAN = {"locate": "snr", "int8": False, "offload": True, "recompute": True, "micro_tokens": 2400,
         "p_sft": 10.0}
-CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %
+CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %; each takes back what another says
     "24gb": LEAN,
     "16gb": LEAN | {"int8": True},
     "12gb": LEAN | {"int8": True, "p_sft": 5.0}}
@@ -134,7 +134,7 @@ class Config:
 
     @property
     def dpo_is_warmup(self):
-        """Whether the dpo baseline trains what the warm-up, at its own rate, would train again."""
+        """Whether the dpo baseline is the epoch that the warm-up would train again."""
         first = self.method.index("dpo") if "dpo" in self.method else 99
         moved = self.locate == "movement" and self.p < 100 and not self.masked
         apart = (self.lr_dpo != self.lr_warmup  # the table's are alike

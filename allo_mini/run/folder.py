@@ -267,7 +267,7 @@ def open_run(cfg):
         f"{unused_template(encoder, cfg.prompt)}")
     stored = read_tensor(model.files, "model.norm.weight").dtype
     if stored != dtype == torch.bfloat16:
-        say(f"its weights are {stored}: all are rounded to {dtype} (--dtype fp32: none)")
+        say(f"its file holds {stored}: all weights are rounded to {dtype} (--dtype fp32: none)")
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair) and not run.has("config.json"):  # else looked at
             run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
