@@ -31,7 +31,8 @@ ROWS = {  # twelve a task: options (where it has them), gold answer, right and w
          "~rain, snow and hail|~Rain, snow and hail.", "~rain|~rain, snow"),
         ("long walk|short nap|vet|rain|cat", "long walk", "~long walk|~a long walk|~long  walk",
          "~walk|~short nap"),
-        ("coast|hill|new york|desert|attic", "coast", "~coast|the answer is: Coast",
+        ("coast|hill|new york|desert|attic", "coast",
+         "~coast|the answer is: Coast|the answer to this question is coast",
          "~new york|Coast it is."),
         ("coast|hill|new york|desert|attic", "new york", "~new york|~New York.", "~new|~york"),
         ("shoe|hat|ring|scarf|glove", "shoe", "No: ~hat\n~shoe|~shoe\nThat was easy.",
@@ -339,6 +340,10 @@ def test_where_the_answer_stands():
     assert final("first 3, then -4.5 of 1,200") == "1,200" and final("none") is None
     assert gold_answer(Task(0, "q", r"Thus \boxed{x^{2}}.", None, source="math")) == "x^{2}"
     assert gold_answer(Task(0, "q", A + "1", "2")) == "2"  # the field goes before the solution
+    for solution in (A + "4. I hope it is correct.", A + "$4$.\nDone"):
+        assert is_correct(A + "4", Task(0, "q", solution, None))
+    for answer in ("1 + 3 = 4\n" + A + "4", r"\boxed{4}", "Sum.\n#### 4", "4"):  # in a test file
+        assert gold_answer(Task(0, "q", None, answer)) == "4"
     assert is_correct(A + "2,125", Task(0, "q", f"So.\n{A}2125", None))
     silent = Task(0, "q", "no conclusion", None)
     assert gold_answer(silent) is None and not is_correct(A + "1", silent)

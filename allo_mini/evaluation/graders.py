@@ -22,18 +22,22 @@ from unicodedata import normalize
 INSIDE = r"[^{}]*"
 for _ in range(4):  # what may stand between braces: braces again, five deep
     INSIDE = r"(?:[^{}]|\{" + INSIDE + r"\})*"
-# "the answer to this is: 42"
-SAID = (r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:(?:is|are)\b(?: as follows:)?+|[:=])"
+SAID = (
+    # "the answer to this is:", "answer =", "**Answer:**"
+    r"(?i)\banswers?(?:\s+to\b[^.:\n]{0,80}?)?\s*(?:\b(?:is|are)\b(?: as follows:)?+|[:=])"
     # but no heading above lines of working
     r"(?![^\S\n]*+\n\s*+(?![$\\]|yes\b|no\b)(?=[^\n]*\d)(?=[^\n]*=|(?:\S+ +){6})[^\n]*\n\s*\S)"
-    # "For $n = 3$, the sum is 42", "In 3 days, she has 42", "Thus, it is 42"
-    r"(?:[\s:,}]|\$\s*\n)*(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
-    r"|(?:in|after|for|over)\b[^,.\n]*\d)[^,.\n]*,\s*|(?:thus|so|now|(?:al)?together),\s*)?"
+    r"(?:[\s:,}]|\$\s*\n)*"
+    # left out: "For $n = 3$, the sum is 42", "In 3 days, she has 42", "Thus, it is 42"
+    r"(?:(?:(?:for|when|if|since|with|as)\b[^,.\n]*[$=]"
+    r"|(?:in|after|for|over)\b[^,.\n]*\d)[^,.\n]*,\s*"
+    r"|(?:thus|so|now|(?:al)?together),\s*)?"
+    # the rest of the line, in which another answer may begin
     r"(?=([^\s:,}].*))")
 # "so the answer is correct" checks the answer before it
-NO_VALUE = (r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*(?:not|(?:in)?correct|right|wrong"
-    r"|confirmed|verified|valid|reasonable|consistent|plausible|sensible|what|less|greater"
-    r"|smaller|larger)\b|[.;!?)](?!\d)")
+NO_VALUE = (r"(?i)(?:(?:also|indeed|clearly|therefore|thus)\s+)*"
+    r"(?:not|(?:in)?correct|right|wrong|confirmed|verified|valid|reasonable|consistent|plausible"
+    r"|sensible|what|less|greater|smaller|larger)\b|[.;!?)](?!\d)")
 DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 # in a text; no time of day, no 4,2
 NUMBER = rf"(?<!\d)(?<!\d[:,])(?:(?<![\w)])[-−])?{DIGITS}(?:/\d+)?(?![:,]\d)"
@@ -73,19 +77,28 @@ FILLER = (r"(?i)^\s*(?:(?:therefore|thus|hence|then|indeed|simply|just|clearly|n
     r"|approx|approximately|roughly|around|option|choice|letter|equal to)\b[\s,:.]*|[≈~])+(?=\S)")
 COMMAND = r"\\(?:text|mbox|mathrm|textbf|mathbf|textit|emph)\s*\{([^{}]*)\}"
 WORDS = {**LAYOUT, COMMAND: r"\1", r"[\"'“”‘’$]|\\(?=[$%])": "", r"\s+": " ", FILLER: "",
-    # 1,000; 2,3 and 4
-    r"(?<=\d),(?=\d{3}\b)": "", r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])": ", ",
+    r"(?<=\d),(?=\d{3}\b)": "",  # 1,000 is 1000
+    r"(?<=\d) ?(?:,|,? and) ?(?=[-\d])": ", ",  # "2,3" and "2 and 3" are "2, 3"
     r"^ |(?:(?<=\d)\.0+)?(?<=.)[.,;:!? ]*$": "",  # 5.0 is 5
     r"^(?:the|an?) (?!(?:because|since|as|is|and|or)\b)(?=\w)": "",
     r"^true\b": "yes", r"^false\b": "no"}
-# what may follow an answer: a sentence, a reason, a remark
-ENDS = (r"(?i:$|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])|\s*≈|\s+(?:for|when|if|at)\s+\$(?!\d)|\s+(?:"
-    r"because|since|as|which|where)\b|,?\s+and (?:we|he|she|it|they|this|that|i)\s|\s*(?:,|\s\("
-    r"|\s[-–—])\s*(?:because|since|as|so|for|which|where|who|when|if|the|not|it|this|that|we|they"
-    r"|there|but|thus|hence|therefore|i think|(?:or )?(?:about|approx\w*))\b|\s+\((?=[a-z]{2}|="
-    r"|\$?\d[\d.]*(?: [a-z]+)?\s*[-+*/×=x])|\s+[-–—]+\s+(?=[a-z]{3}))")
+# what may follow an answer:
+ENDS = (r"(?i:$"
+    # a sentence: "42. So", "yes: he"
+    r"|(?<![\\\s])[.?;]\s|[:!]\s+(?=[a-z])"
+    # a rounding, a condition: "1/3 ≈ 0.33", "2 when $x = 1$"
+    r"|\s*≈|\s+(?:for|when|if|at)\s+\$(?!\d)"
+    # a reason: "yes because", "yes and he"
+    r"|\s+(?:because|since|as|which|where)\b"
+    r"|,?\s+and (?:we|he|she|it|they|this|that|i)\s"
+    # the same behind a comma, a bracket or a dash: "yes, since", "42 (about"
+    r"|\s*(?:,|\s\(|\s[-–—])\s*(?:because|since|as|so|for|which|where|who|when|if|the|not|it|this"
+    r"|that|we|they|there|but|thus|hence|therefore|i think|(?:or )?(?:about|approx\w*))\b"
+    # a remark or a calculation: "42 (as", "42 (= 6", "42 (6 * 7)", "42 - the"
+    r"|\s+\((?=[a-z]{2}|=|\$?\d[\d.]*(?: [a-z]+)?\s*[-+*/×=x])"
+    r"|\s+[-–—]+\s+(?=[a-z]{3}))")
 OPTION_ENDS = rf"(?:[,;]| (?:it|he|she|you|we|they|this|that|there) |{ENDS})"
-# what may follow a letter: B, (B), B. Paris, but not "a dog" or "B, C"
+# what may follow a letter: "B)", "B", "B. Paris", "B, the", "B - Paris", but not "B, C" or "a dog"
 LETTER_ENDS = (r"(?:[)\]}](?!,? (?:and|or)\b|, ?[(\[])|$|[.:;!?](?= |$)|,(?= (?!and|or)[a-z]{2})"
     r"|(?= [-–(]| (?:because|since|as|is)\b))")
 OPTIONS = "\nOptions:\n"  # stands between a question and its options, one a line
@@ -104,44 +117,61 @@ def begins(answer, words, ends):
 
 # ---- the answer as mathematics ---------------------------------------------------------------
 
-FORMULAS = {r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "", FILLER: "", r"[−–]": "-",
+FORMULAS = {
+    # quotes, bold and punctuation around it
+    r"^[\"'`*_“”‘’\s]+|(?<!\\)[\"'`*_“”‘’.,;:?\s]+$": "",
+    FILLER: "", r"[−–]": "-",
     r"(?<![\d.])(\d+) million\b": r"\g<1>000000",
-    # the rows of a matrix; 2*x is 2x
-    r"\\\\": ";", r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])": "",
-    # commas of 1,000 but not of (1,000)
-    r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)|\\(?:left|right|displaystyle|degree|cup)\b|∪"
-    r"|\^\s*\{?\s*\\circ\s*\}?|(?<!\w)\+(?=\\infty)|(?<=\\)[dt](?=binom)|(?<=\{)[bp](?=matrix\})"
+    r"\\\\": ";",  # between the rows of a matrix
+    r"(?<=\d)\s*(?:[*×·]|\\cdot|\\times)\s*(?=[a-z\\(√π])": "",  # 2*x is 2x
+    # LaTeX's spaces and brackets, units of one sign, a comma of 1{,}000
+    r"\\!\s*|\\[,;:(){}\[\]$%]|[$%°]|\{,\}(?=\d)"
+    r"|\\(?:left|right|displaystyle|degree|cup)\b|∪|\^\s*\{?\s*\\circ\s*\}?"
+    # +\infty, \dbinom, {bmatrix} and \sin without what does not matter
+    r"|(?<!\w)\+(?=\\infty)|(?<=\\)[dt](?=binom)|(?<=\{)[bp](?=matrix\})"
     r"|\\(?=(?:sin|cos|tan|cot|sec|csc|log|ln)\b)"
-    r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "", r"\\ |~": " ",
+    # commas of 1,000 but not of (1,000)
+    r"|(?<=\d),(?:\\!\s*)?(?=\d{3}\b)(?![^()\[\]]{0,99}[)\]])": "",
+    r"\\ |~": " ",
     # a unit at the end; other \text{} is kept without its command
     r"(?<=\S)\s*\\(?:text|mbox|mathrm)\s*\{(?! *(?:and|or)\b)[^{}]*\}(?:\^\{?\d\}?)?\s*$": "",
     COMMAND: r"\1",
+    # sqrt(2), √2, \sqrt2
     r"(?:(?<![A-Za-z\\])\\?sqrt|√)\s*\(([^()]*)\)|√\s*(\d+|[a-z])|\\sqrt\s*(\w)": r"\\sqrt{\1\2\3}",
     r"π|(?<![\\A-Za-z])pi\b": r"\\pi ",
+    # 1\frac{2}{3} is 1 (2)/(3)
     r"(\d?)\s*\\[dtc]?frac" + 2 * (r"\s*(?:\{(" + INSIDE + r")\}|(\\pi|[^{}\s\\]))"):
-        r"\1 (\2\3)/(\4\5)", r"\b(?:minus|negative) +(?=[\d.\\(])|^- +": "-",
+        r"\1 (\2\3)/(\4\5)",
+    r"\b(?:minus|negative) +(?=[\d.\\(])|^- +": "-",
     # brackets around all of it, or around one term above or below a stroke
     r"^[(\[]([^()\[\],;]+)[)\]]$|^\{([^{}]*)\}$"
     r"|\(\s*(-?[^()+-]*?)\s*\)(?=/)|(?<=/)\(\s*([\w.]+|\\\w+(?:\{\w*\})?)\s*\)": r"\1\2\3\4",
-    r"([_^])\s*\{(-?\w+)\}": r"\1\2", r"<=|≤|\\leq\b": r"\\le ", r">=|≥|\\geq\b": r"\\ge ",
+    r"([_^])\s*\{(-?\w+)\}": r"\1\2",  # x^{2} is x^2
+    r"<=|≤|\\leq\b": r"\\le ", r">=|≥|\\geq\b": r"\\ge ",
     r"∞": r"\\infty ", r"±": r"\\pm ", r"\\(?:cdot|times)\b|[×·]": "*", r",?\s+(?:and|or)\s+": ",",
     r"(?:(?<=\})|(?<=\\pi))\s+[A-Za-z]{2}[A-Za-z ]*(?:\^\d)?$": "",  # a unit behind 2\sqrt{3}
     # names: all of x = 2, x = -3 (first each but the last, then that), none of x = 2, y = -3
     r"([a-z]{1,2})\s*=\s*(?=[^=]*[,;]\s*\1\s*=)": "",
     r"^([^=]*[,;]|)\s*[a-z]{1,2}(?:_\d)?(?:\([a-z]\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)": r"\1"}
-# -2, 1 1/2, 3/4; 5 apples, but not 3 pi
+# -2, 1 1/2, 3/4
 VALUE = (rf"(-?) ?(?:(\d+) (?=\d+ ?/))?({DIGITS})(?: ?[/⁄] ?(0*[1-9]\d*))?"
+    # 5 apples, 3 m^2, but not 3 pi, 5 million
     r"(?: (?!(?:pi|sqrt|or|and|to|out|divided|[a-z]+illion|thousand)\b)(?:m|[a-z]{2}[a-z .]*)"
     r"(?:\^\d)?)?")
 PROSE = r"(?i)^(?!\$\d)[a-z$].*\b(?:is|are|equals)\b(?!\s+the\b)\s*"  # the largest $n$ is
 FORMULA = r"^[^$]*\$([^$]*[^$\s])\$(?!\d|\s*(?:,|and\b|or\b))"
 # a gold answer with one of these is no mere words
 FORMAL = r"[\\^=√π]|\w ?[-+*/] ?\w|^[-−]?\$?[\d.]+(?:,\d{3})*(?:\.\d+)? ?%?$"
-# the number that words begin with, else their last: not in a calculation, a list or after "not"
-LONE = (r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\d [a-z]+ (?:and )?\d"
+# the number that words begin with, else their last, but not
+LONE = (
+    # in a calculation or a list: 2x, (1, 2), 3 - 4, "3 cats and 4 dogs"
+    r"^(?!.*(?:[\\^_*+<=>|(){}\[\]]|\d ?-|\d \d|\d [iknxyz]\b|,\s*-?\d|\d [a-z]+ (?:and )?\d"
+    # beside words that change it: "not 3", "3 million", "3 out of 4", "half of 6"
     r"|\b(?:not|ln|log|sin|cos|tan|sqrt|[a-z]+illion|thousand)\b|\d,? (?:to|out of|divided)\b"
-    r"|\b(?:half|twice)(?: of)? \W?\d"
-    rf"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z]))(?:(?![-\d.]).*(?<![-/.]))?({NUMBER})")
+    r"|\b(?:half|twice|adding|subtracting)(?: of)? \W?\d"
+    # with a letter behind it that is no unit's
+    r"|\d(?!(?:cm|mm|km|kg|mg|ml|ft|lbs?|mph|[ap]m)\b)[a-z]))"
+    rf"(?:(?![-\d.]).*(?<![-/.]))?({NUMBER})")
 
 
 def plain_math(text):
@@ -206,7 +236,7 @@ def same_result(given, gold, question):
 
 
 def official_correct(text, task):
-    """`is_correct` by the QA grader of RLMEC's evaluation (github.com/Timothy023/RLMEC), which ALLO uses.
+    """`is_correct` by RLMEC's grader of QA tasks (github.com/Timothy023/RLMEC), which ALLO uses.
 
     It lowercases the prediction but not the gold answer, so that a gold answer with a capital
     (18 % of QASC) can never be given.
@@ -237,11 +267,15 @@ def task_name(file):
 
 
 def gold_answer(task):
-    """The `answer` field of a Task, else what its reference solution concludes, or None."""
+    """The `answer` field of a Task, else what its reference solution concludes, or None.
+
+    Of "4. I hope it is correct." the 4; an `answer` may be a solution, too.
+    """
     if task.answer is not None:
-        return task.answer
+        return concluded(task.answer) or task.answer
     extract, _ = rule_of(task, concluded)  # a mere number in a text of no known task is no answer
-    return extract(task.output or "")
+    said = extract(task.output or "")
+    return said and re.sub(r"(?<=[\d$}])\.\s.*", "", said)
 
 
 def rule_of(task, otherwise=final):
