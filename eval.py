@@ -69,12 +69,12 @@ def read_rows(file, task):
 
 
 def verdicts(path):
-    """{question and its prompt style: whether its answer was right} of a file that eval.py wrote.
+    """{question, its prompt style, its reference: whether the answer was right} of a file of ours.
 
     Raises UserError.
     """
     with reading(f"{path}, which should hold answers that eval.py wrote"):
-        return {f"{row['input']} ({row['prompt']})": bool(row["correct"])
+        return {f"{row['input']} {row['prompt']} {row.get('gold')}": bool(row["correct"])
                 for _, row in read_jsonl(path)}
 
 

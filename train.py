@@ -1,9 +1,9 @@
-"""ALLO (arXiv 2406.12606): align a language model by training few weights, on few tokens, in two phases.
+"""ALLO (arXiv 2406.12606): few weights of a language model, trained on few tokens, in two phases.
 
     sft      optional supervised fine-tuning              theta_ref of everything below
-    sample   n responses per question, labelled by their final answer -> pairs (y+, y-), negatives y-
+    sample   n responses a question, labelled by their final answer -> pairs (y+, y-), negatives y-
     warmup   one epoch of DPO; how far each weight moves is its importance
-    locate   the top p % of all weights are the "neurons" that may change; theta returns to theta_ref
+    locate   the top p % of all weights are the "neurons" that may change; theta is put back
     rewrite  a rewriting model (a copy of theta_ref) scores the tokens of y-
     forget   token-weighted NPO on the unaligned tokens (of low score), masked weights only
     improve  DPO whose rejected side counts only the most useful tokens, masked weights only
@@ -12,13 +12,13 @@ Departures from the official code, and why:
  a. It first cuts each tensor to its own top 2p %: 5 % became 21 %; our top p % is exact and global.
  b. It keeps epsilon x padded width tokens, a log-ratio of 0 is padding; we count response tokens.
  c. Its forgetting collator shifts the prompt mask in ragged batches and loses tokens; we never pad.
- d. Its optimizer keeps full-size moments and decays unselected weights; ours knows selected ones only.
+ d. Its optimizer keeps full-size moments and decays unselected weights; ours knows the selected.
  e. It clips by the dense gradient's norm; we clip by the selected entries'.
  f. It averages losses per micro-batch; we normalise over the whole step.
- g. Its rewards/* are per token at equal index; ours are per sequence, with TRL's names and meanings.
+ g. Its rewards/* are per token at equal index; ours per sequence, TRL's names and meanings.
  h. Its AdamW adds eps before bias correction; ours follows torch.optim.AdamW.
- i. It rewrites with GPT-4; we use the data's rewrite, else the policy's nearest correct sample, else
-    the reference solution.
+ i. It rewrites with GPT-4; we use the data's rewrite, else the policy's nearest correct sample,
+    else the reference solution.
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
@@ -59,7 +59,8 @@ GROUP = 64  # questions sampled together: a restart goes on between two groups, 
 
 def optimize(run, name, policy, examples, objective, mask=None):
     """Train a policy; only the weights in `mask` (None: all) move. Returns (model, optimizer)."""
-    cfg, model = run.cfg, run.load(policy, mask, training=True)
+    cfg = run.cfg
+    model = run.load(policy, mask, training=True)
     plan = schedule(cfg, name, run.parameters, len(examples))
     planned = steps_of(examples, plan.batch, plan.epochs, cfg.seed)[:cfg.max_steps or None]
     steps = [step for step in planned if sum(map(objective.units, step))]
@@ -73,16 +74,15 @@ def optimize(run, name, policy, examples, objective, mask=None):
     if objective.first_loss:
         shares = [with_reference(model, share, cfg.micro_tokens)
                   for share in progress(shares, label=f"{name}: reference", unit="step")]
-    micros = [micro_batches(share, cfg.micro_tokens) for share in shares]
-    tokens = [sum(map(size_of, step)) for step in steps]
     place = Progress(run, name, len(steps), optimizer, objective)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {plan.batch}, lr {plan.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
 
     for at in progress(range(place.step, len(steps)), label=name, unit="step"):
-        step, sums = steps[at], defaultdict(float)
+        step = steps[at]
+        sums = defaultdict(float)
         units = sum(map(objective.units, step))  # of the whole step (departure f)
-        for micro in micros[at]:
+        for micro in micro_batches(shares[at], cfg.micro_tokens):
             logps, ref, real = responses_of(model, micro)  # [R,T]
             loss, metrics = objective.loss(logps, ref, real, micro)
             (loss / units).backward()  # adds the selected weights' gradients to optimizer.grad
@@ -99,15 +99,18 @@ def optimize(run, name, policy, examples, objective, mask=None):
         optimizer.lr = cosine_lr(at, len(steps), plan.lr, plan.warmup)
         optimizer.step()
         objective.after(metrics)
+        # of the steps that are taken
         metrics["epoch"] = min(plan.epochs, (at + 1) * plan.batch / len(examples))
-        place.after_step(metrics, tokens[at], model)
+        place.after_step(metrics, sum(map(size_of, step)), model)
     run.report_change(name, optimizer, len(planned) - len(steps))
+    optimizer.close()  # the parameters are ordinary again; its vectors stay
     return model, optimizer
 
 
 def steps_of(examples, batch, epochs, seed):
     """The examples of every step: seeded shuffles laid end to end, then cut into batches."""
-    order, rng = [], random.Random(seed)
+    order = []
+    rng = random.Random(seed)
     total = round(len(examples) * epochs)
     while len(order) < total:
         epoch = list(examples)
@@ -119,8 +122,8 @@ def steps_of(examples, batch, epochs, seed):
 
 # ---- the stages: each makes one artefact, and is skipped when that is there --------------------
 # run: a Run; policy: the Policy, a model on disk, that a stage begins with and many return;
-# examples, pairs: a function that encodes them; negatives: Negatives, wrong responses with what
-# they are to be.
+# examples, pairs: functions that return the encoded rows, called where they are needed;
+# negatives: Negatives, wrong responses with what they are to be.
 
 def trained(run, name, policy, examples, objective, mask, artefact="", whole=True):
     """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
@@ -161,7 +164,8 @@ def sample(run, policy):
     asked = run.questions[:cfg.sample_questions or None]
 
     def make(target):
-        model, growing = run.load(policy), run.folder / "samples.part.jsonl"
+        model = run.load(policy)
+        growing = run.folder / "samples.part.jsonl"
         done = keep_whole(growing, GROUP, len(asked))
         bar = progress(total=len(asked) * cfg.n, label="sample", unit="response")
         bar.update(done * cfg.n)
@@ -196,7 +200,7 @@ def preferences(run):
                                  run.encoder)
         if not pairs:
             raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
-                            "sample more (--n), or try another --prompt or --stop; with a new --out")
+                            "sample more (--n), or try another --prompt or --stop, in a new --out")
         write_jsonl(wrong, [n._asdict() for n in negatives])
         write_jsonl(target, map(vars, pairs))
 
@@ -234,11 +238,11 @@ def top(run, artefact, percent, policy, examples, objective, how):
 
     def make(target):
         importance = importance_of(run, policy, examples, objective, how)
-        mask = select(importance, percent, run.device)
-        describe_mask(run, mask, percent)
-        run.save_mask(mask, target)
+        run.save_mask(select(importance, percent, run.device), target)
 
-    return load_mask(run.stage("locate", artefact, make), run.shapes)
+    mask = load_mask(run.stage("locate", artefact, make), run.shapes)
+    describe_mask(run, mask, percent)  # one laid in may be of another size
+    return mask
 
 
 def importance_of(run, policy, examples, objective, how):
@@ -263,10 +267,11 @@ def select(importance, percent, device):
 
 def token_weights(run, policy, negatives):
     """Every negative as an Example with its token weights (token_weights.py has the modes)."""
-    cfg, encoder = run.cfg, run.encoder
+    cfg = run.cfg
+    encoder = run.encoder
     mode = cfg.token_weights if cfg.forget else "uniform"
     rows = [(n, encoder.example(n.prompt, [n.response])) for n in negatives]
-    rows = [(n, example) for n, example in rows if example]
+    rows = [row for row in rows if row[1]]
     run.report_dropped("negatives", len(rows))
     scored = score(run, policy, rows) if mode not in ("uniform", "edit") else [None] * len(rows)
     weighted = []
@@ -365,7 +370,7 @@ def baseline(run, method, policy, pairs, negatives):
 def right_samples(run):
     """Yield (question, [response]) of every right sample, also where none was wrong."""
     if run.pairs:
-        yield from solutions(run)
+        yield from ((pair.prompt, [pair.chosen]) for pair in run.pairs)
         return
     samples = read_samples(run.folder / SAMPLES)
     for task in run.questions:
@@ -380,7 +385,8 @@ def run_all(run):
     cfg = run.cfg
     policy = sft(run, run.base) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
-    pairs, negatives = None, []
+    pairs = None
+    negatives = []
     if not cfg.sft_alone:
         if not run.pairs:
             sample(run, policy)

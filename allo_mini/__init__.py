@@ -1,4 +1,4 @@
-"""allo_mini: ALLO (arXiv 2406.12606) on one GPU in plain PyTorch. README has the order to read it in."""
+"""allo_mini: ALLO (arXiv 2406.12606) on one GPU in plain PyTorch. README: what to read first."""
 
 import os
 
@@ -7,4 +7,4 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: printed as one line `error: ...`, exit code 2, no traceback."""
+    """A mistake in what the user gave us: one line `error: ...`, exit code 2, no traceback."""

@@ -80,7 +80,8 @@ def meta_model(folder):
         model = build(config)
     files = shard_files(folder)
     for name in sorted(files.keys() ^ dict(model.named_parameters()), reverse=True):
-        if name == "lm_head.weight" and config.tie_word_embeddings:  # the last: the table is there
+        # it is the last of these names: where the embedding is missing, that was said before
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             if not read_tensor(files, name).equal(read_tensor(files, "model.embed_tokens.weight")):
                 raise UserError(f"{path}: tie_word_embeddings is true, but {files[name].name} "
                                 "holds an lm_head of its own; say false, or take it out")
@@ -154,7 +155,8 @@ def save_model(model, folder, eos=()):
     dtype = model.model.embed_tokens.weight.dtype
     config = {key: value for key, value in model.config.raw.items() if key not in NOT_KEPT}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    empty = {n: torch.empty_like(p, dtype=dtype, device="meta") for n, p in model.named_parameters()}
+    empty = {n: torch.empty_like(p, dtype=dtype, device="meta")
+             for n, p in model.named_parameters()}
     shards = split_torch_state_dict_into_shards(empty, max_shard_size=SHARD)
     with atomic(folder) as new:
         new.mkdir()

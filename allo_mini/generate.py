@@ -27,7 +27,7 @@ from allo_mini.run.device import free_memory
 PREFILL = 4096  # tokens of prompts that are read at a time, so that reading takes bounded memory
 AHEAD = 64  # tokens that a sample can add to its slot before slots must get longer
 
-# Its prompt's number and ids, its random stream (as long as it may get), its tokens so far
+# Its prompt's number and ids, its tokens so far; u: a random number for each that it may have
 Sample = namedtuple("Sample", "number prompt u tokens")
 
 
@@ -91,9 +91,9 @@ class Cache:
         if max(map(length, self.running), default=0) > self.room:
             if self.slots_of(min(more, self.longest)) >= len(self.running):
                 self.resize(more)
-            for i in reversed(range(len(self.running))):
-                if length(self.running[i]) > self.room:
-                    waiting.append(self.running[i])
+            for i, s in reversed(list(enumerate(self.running))):
+                if length(s) > self.room:
+                    waiting.append(s)
                     self.leave(i)
         if not self.running and wanted(waiting[0]) > self.room:
             self.resize(max(more, wanted(waiting[0])))
@@ -202,7 +202,8 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
     """
     if not prompts:
         return []
-    waiting, responses = [], [[] for _ in prompts]
+    waiting = []
+    responses = [[] for _ in prompts]
     for i, prompt in enumerate(prompts):
         most = max(1, min(max_new_tokens, max_length - len(prompt)))
         for k in range(n):
@@ -223,8 +224,7 @@ def sample(model, prompts, n, max_new_tokens, temperature=0.7, top_p=0.95, eos_i
         tokens = pick(linear(hidden, model.head_weight), temperature, top_p, u).tolist()
         for s, token in zip(fresh, tokens):
             s.tokens.append(token)
-        for i in reversed(range(len(running))):
-            s = running[i]
+        for i, s in reversed(list(enumerate(running))):
             if len(s.tokens) == len(s.u) or s.tokens[-1] in eos_ids or stopped(s.tokens):
                 on_done(s.number, s.tokens)
                 cache.leave(i)

@@ -56,9 +56,9 @@ def dense_rows(weight, dtype):
 class Keep(torch.autograd.Function):
     """x [N,I] as it is, kept for dW; `handle`: an int8 W's in autograd's graph.
 
-    It stands apart from the product, which keeps nothing: when activations are made again in
-    backward, that ends before a block's last product. `later`: where the product's backward, which
-    comes just before, leaves dy [N,O].
+    Backward runs Product first, which puts dy [N,O] into the list `later`; then Keep, which has
+    both: dW = dy^T x. They are two, since making activations again for backward ends at the last
+    tensor that was kept: of a block's last product that is x, and y is not made again.
     """
 
     @staticmethod
@@ -101,8 +101,9 @@ def linear(x, weight, bias=None):
     if slot is None and weight.is_floating_point():
         return F.linear(x, weight, bias)
     flat = x.flatten(0, -2)
-    later = [] if slot else None
+    later = None
     if slot:
+        later = []
         flat = Keep.apply(flat, weight, slot.handle, later)
     y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

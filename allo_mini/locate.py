@@ -46,7 +46,8 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
     batches = [examples[at:at + TOGETHER] for at in range(0, len(examples), TOGETHER)]
     parameters = list(model.named_parameters())
     size = sum(p.numel() for _, p in parameters)
-    importance, rest = {}, scratch(folder, size)
+    importance = {}
+    rest = scratch(folder, size)
     for group in grouped(parameters, lambda pair: pair[1].numel(), -(-size // groups)):
         flat = FlatGradient(group, offload=offload)
         total, rest = rest.tensor_split([len(flat.grad)])

@@ -112,7 +112,8 @@ def responses_of(model, micro):
     """
     batch = pack(micro, model.head_weight.device)
     logps = token_logps(model, batch)  # [S]
-    ref, real = logps.detach(), torch.ones_like(batch.targets).bool()
+    ref = logps.detach()
+    real = torch.ones_like(batch.targets).bool()
     if micro[0].ref is not None:
         ref = torch.cat([example.ref for example in micro]).to(ref.device, non_blocking=True)
     return [pad_sequence(x.split(batch.lengths), batch_first=True)  # zeros on the right
@@ -126,7 +127,8 @@ def size_of(example):
 
 def grouped(items, size, most):
     """Lists of items in their order, never empty; size(item) of a list sums to `most` at most."""
-    groups, room = [], 0
+    groups = []
+    room = 0
     for item in items:
         if size(item) > room:
             groups.append([])

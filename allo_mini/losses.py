@@ -1,15 +1,16 @@
-"""The equations of ALLO as pure functions of log-probabilities. No model, tokenizer or config in here.
+"""The equations of ALLO as pure functions of log-probabilities: no model, tokenizer or config.
 
-    pi_theta  the policy being trained          x   prompt
-    pi_ref    the policy at the stage's start   y   response, y_t its t-th token; y+ chosen, y- rejected
-    beta      how strongly pi_ref holds (0.1)   n   tokens of a response, the closing EOS included
-    sigma     the logistic function             B   responses or pairs; T the longest response's tokens
+    pi_theta  the policy being trained          x       prompt
+    pi_ref    the policy at the stage's start   y       response, y_t its t-th token
+    beta      how strongly pi_ref holds (0.1)   y+, y-  chosen, rejected response
+    sigma     the logistic function             n       tokens of a response, its EOS included
+    B         responses, or pairs of them       T       tokens of the longest response
 
 ALLO's own come first, then those of the methods it is compared with.
 
-Arguments are tensors; beta, alpha, gamma, delta and fraction are numbers. Every loss is one value per
-row or token, never a mean: the loop in train.py divides by the units of the *whole* step, so that
-splitting a step into micro-batches changes nothing (departure f).
+Arguments are tensors; beta, alpha, gamma, delta and fraction are numbers. Every loss is one value
+per row or token, never a mean: the loop in train.py divides by the units of the *whole* step, so
+that splitting a step into micro-batches changes nothing (departure f).
 """
 
 import math
@@ -28,17 +29,19 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
 
         -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] )
 
-    All arguments [B]: sequence scores, log-probs summed over tokens (or averaged: the caller's choice).
-    Returns [B]. Its value while theta = ref is ln 2.
+    All arguments [B]: sequence scores, log-probs summed over tokens (or averaged: the caller's
+    choice). Returns [B]. Its value while theta = ref is ln 2.
     """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return -F.logsigmoid(beta * margin)
 
 
 def npo_loss(token_logps, ref_token_logps, token_weights, beta):
-    """Token-weighted NPO, ALLO's forgetting loss:  -w_t log sigma( -beta log pi_theta(y_t)/pi_ref(y_t) )
+    """Token-weighted NPO, ALLO's forgetting loss:
 
-    token_logps, ref_token_logps, token_weights [B,T] -> [B,T]; a weight of 0 takes the token out entirely.
+        -w_t log sigma( -beta log pi_theta(y_t)/pi_ref(y_t) )
+
+    token_logps, ref_token_logps, token_weights [B,T] -> [B,T]; a weight of 0 takes the token out.
     ALLO divides the sum by the number of tokens with w_t != 0. Value while theta = ref: w_t ln 2.
     (Official NPO, Zhang et al. 2024, carries a factor 2/beta; the official ALLO code does not.)
     """
@@ -47,15 +50,16 @@ def npo_loss(token_logps, ref_token_logps, token_weights, beta):
 
 
 def useful_token_mask(token_logps, ref_token_logps, response_mask, fraction):
-    """Which rejected tokens count in the improving stage: the k with the lowest log pi_theta(y_t)/pi_ref(y_t).
+    """Which rejected tokens count in improving: the k of lowest log pi_theta(y_t)/pi_ref(y_t).
 
         k = max(1, floor(fraction * n)),  n the response's own tokens, EOS included (departure b)
 
-    These are the tokens that forgetting and training already push down: pushing on is useful; the others are
-    noise that chosen responses share. Tokens tied with the k-th are kept as well, so at theta = ref, where all
-    ratios are 0, every token counts and the loss is plain DPO's.
+    These are the tokens that forgetting and training already push down: pushing on is useful; the
+    others are noise that chosen responses share. Tokens tied with the k-th are kept as well, so at
+    theta = ref, where all ratios are 0, every token counts and the loss is plain DPO's.
 
-    token_logps, ref_token_logps [B,T] float, response_mask [B,T] bool -> bool [B,T]. No gradient passes through.
+    token_logps, ref_token_logps [B,T] float, response_mask [B,T] bool -> bool [B,T]. No gradient
+    passes through.
     """
     ratio = (token_logps - ref_token_logps).detach().masked_fill(~response_mask, math.inf)
     n = response_mask.sum(-1)  # [B]
@@ -66,12 +70,13 @@ def useful_token_mask(token_logps, ref_token_logps, response_mask, fraction):
 
 
 def rdpo_loss(chosen, rejected, ref_chosen, ref_rejected, n_chosen, n_rejected, beta, alpha):
-    """R-DPO (Park et al. 2024, "Disentangling Length from Quality"): the reward minus alpha |y|.
+    """R-DPO (Park et al. 2024, arXiv 2403.19159), for the reward minus alpha |y|:
 
-        -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ] + alpha (|y+| - |y-|) )
+        -log sigma( beta [ log pi_theta(y+)/pi_ref(y+) - log pi_theta(y-)/pi_ref(y-) ]
+                    + alpha (|y+| - |y-|) )
 
-    A longer y+ already has a part of the margin and is pushed less. Log-probs summed, lengths in tokens.
-    All [B] -> [B].
+    Solved for the policy the margin gains what the reward loses: a longer y+ is pushed less.
+    Log-probs summed, lengths in tokens, all [B] -> [B].
     """
     margin = (chosen - ref_chosen) - (rejected - ref_rejected)
     return -F.logsigmoid(beta * margin + alpha * (n_chosen - n_rejected))
@@ -103,7 +108,8 @@ def bco_loss(chosen, rejected, ref_chosen, ref_rejected, beta, delta):
 
         -log sigma(r(y+) - delta) - log sigma(-(r(y-) - delta))
 
-    delta: the rewards' mean so far, (E r(y+) + E r(y-)) / 2. Log-probs summed, [B] -> [B]. While theta = ref: 2 ln 2.
+    delta: the rewards' mean so far, (E r(y+) + E r(y-)) / 2. Log-probs summed, [B] -> [B]. While
+    theta = ref: 2 ln 2.
     """
     up, down = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
     return -F.logsigmoid(up - delta) - F.logsigmoid(delta - down)

@@ -40,7 +40,8 @@ class Selected:
     """
 
     def __init__(self, shape, columns=None, counts=None):
-        self.shape, self.columns = torch.Size(shape), columns
+        self.shape = torch.Size(shape)
+        self.columns = columns
         self.width = (self.shape or [1])[-1]
         if counts is None:
             counts = torch.full([self.shape[:-1].numel()], self.width)

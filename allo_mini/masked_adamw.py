@@ -61,7 +61,8 @@ class FlatGradient:
         self.offload = offload
         self.device = parameters[0][1].device
         self.grad = self.zeros(sum(len(selected) for _, _, selected in parameters))
-        self.slots, end = [], 0
+        self.slots = []
+        end = 0
         undo = ExitStack()
         self.close = undo.close  # makes the parameters ordinary again
         for name, p, selected in parameters:
@@ -122,10 +123,8 @@ class MaskedAdamW(FlatGradient):
         self.steps = torch.tensor(0)
         self.master = self.zeros(len(self.grad))
         for slot in self.slots:
-            if slot.handle is None:
-                self.master[slot.where] = slot.selected.gather(slot.p.detach())
-            else:
-                self.master[slot.where] = slot.p.int8.values
+            int8 = getattr(slot.p, "int8", None)  # whose selected entries stand apart
+            self.master[slot.where] = int8.values if int8 else slot.selected.gather(slot.p.detach())
         self.start = self.master.to("cpu", copy=True)  # to say how far the weights have come
         self.coarse = state_bits == 8
         self.exp_avg = torch.zeros_like(self.master, dtype=torch.uint8 if self.coarse else None)
@@ -158,6 +157,7 @@ class MaskedAdamW(FlatGradient):
             if self.coarse:
                 m = decode(m, self.exp_avg_scale[blocks], True)
                 v = decode(v, self.exp_avg_sq_scale[blocks], False).square_()
+            # the kernel counts it up: every slice needs its own
             before = self.steps.float().to(self.master.device)
             adamw([self.master[part]], [self.grad[part]], [m], [v], [], [before], fused=True,
                   amsgrad=False, maximize=False, lr=self.lr, **self.settings)
@@ -202,7 +202,7 @@ class MaskedAdamW(FlatGradient):
 
 
 def cosine_lr(step, total, peak, warmup):
-    """Rate of step 0..total-1: linear from 0 over the share `warmup`, then a half cosine to 0.
+    """Rate of step 0..total-1: linear from 0 over the share `warmup`, then a half cosine towards 0.
 
     As Hugging Face's, but rising starts at peak / warm-up steps: no step is wasted at 0.
     """

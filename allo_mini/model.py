@@ -102,7 +102,8 @@ def parse_config(raw, where="config.json"):
     for key in ROPE[rope_type]:
         if key not in values:
             raise UserError(f"{where}: {key} is missing from the rope settings")
-    family, heads = FAMILIES[name], values["num_attention_heads"]
+    family = FAMILIES[name]
+    heads = values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
     values.setdefault("head_dim", values["hidden_size"] // heads)
     if not values["head_dim"]:
@@ -207,7 +208,7 @@ def rms_norm(x, weight, eps):
 
 @fused
 def rms_norm_backward(dy, x, weight, eps):
-    """With y = x / rms(x) over the n entries of a row:  dx = (w dy - y sum(w dy y) / n) / rms(x)."""
+    """With y = x / rms(x) over a row's n entries:  dx = (w dy - y sum(w dy y) / n) / rms(x)."""
     y, scale = normalized(x, eps)
     dw = dy * y  # [..., n], fp32
     mean = (dw @ weight.float())[..., None] / len(weight)
@@ -245,7 +246,8 @@ class Attention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
         H, d = c.hidden_size, c.head_dim
-        self.layer, self.heads = layer, (-1, d)
+        self.layer = layer
+        self.heads = (-1, d)
         qwen2 = c.family == "qwen2"  # always has biases here, but not in o_proj
         bias = qwen2 or c.attention_bias
         self.q_proj = Linear(H, c.num_attention_heads * d, bias)
@@ -292,12 +294,14 @@ class CausalLM(nn.Module):
     """The whole model. With tied embeddings there is no lm_head: one tensor, name and mask entry.
 
     `recompute`: blocks keep only their inputs and make their activations again in backward.
-    `folder` is where the model was read from, `changes` the patches put on top (checkpoint.py).
+    checkpoint.py sets `folder` and `files`, where it was read from, `changes`, patches put on top.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.recompute, self.folder = config, False, None
+        self.config = config
+        self.recompute = False
+        self.folder = None
         self.model = nn.ModuleDict({  # from_pretrained: random numbers would load the compiler
             "embed_tokens": nn.Embedding.from_pretrained(
                 torch.empty(config.vocab_size, config.hidden_size), freeze=False),

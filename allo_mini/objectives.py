@@ -104,7 +104,7 @@ def dpo_objective(beta, epsilon=1.0):
 # ---- the methods that ALLO is compared with ----------------------------------------------------
 
 def rdpo_objective(cfg):
-    """R-DPO: DPO whose reward pays rdpo_alpha for every token."""
+    """R-DPO: DPO whose reward loses rdpo_alpha with every token."""
     def loss_of(scores, lengths):
         return losses.rdpo_loss(*scores, *lengths, cfg.beta, cfg.rdpo_alpha)
 

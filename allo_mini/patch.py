@@ -29,8 +29,9 @@ def read_patch(path, names):
     """(path, tensors, digests) of a patch. Raises UserError when it changes others than `names`."""
     tensors, digests = load_tensors(path)
     for key in tensors:
-        if key.rpartition(".")[0] not in names:
-            raise UserError(f"{path}: made for another model: this one has no {key}")
+        name = key.rpartition(".")[0]
+        if name not in names or f"{name}.values" not in tensors:
+            raise UserError(f"{path}: made for another model, or no patch: there is no {key}")
     return path, tensors, digests
 
 
@@ -80,7 +81,11 @@ def save_patch(base, tuned, path):
 
 
 def apply(argv):
-    """The command `python -m allo_mini.patch apply BASE PATCH OUT`; OUT is in the patch's dtype."""
+    """The command `python -m allo_mini.patch apply BASE PATCH OUT`.
+
+    OUT is in the patch's dtype, and has BASE's generation_config.json: a run's own folders also
+    name there the token by which a chat template ends a turn.
+    """
     from allo_mini.checkpoint import load_model, save_model
     if argv[:-3] != ["apply"]:
         raise UserError("expected: python -m allo_mini.patch apply BASE PATCH OUT")

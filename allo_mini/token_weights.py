@@ -20,7 +20,7 @@ REWRITE_PROMPT = ("Problem:\n{}\n\nReference solution:\n{}\n\nWrong prediction:\
 
 
 def rewrite_prompt(encoder, negative, response):
-    """Ids of the rewriting prompt, never cut; None (counted) where it is too long with `response`."""
+    """Ids of the rewriting prompt, never cut; None (counted) if it is too long with `response`."""
     texts = negative.prompt, negative.reference, negative.response
     text = REWRITE_PROMPT.format(*map(plain, texts))
     if encoder.style == "chat":

@@ -96,7 +96,7 @@ def test_pairs_depend_on_the_seed_and_on_no_other_row(encoder):
     assert len(drawn) > 1  # questions do not share one shuffle
 
 
-def test_stop_strings_end_a_response_and_are_cut_off(encoder):
+def test_stop_strings_end_a_response_and_are_cut_off(encoder, monkeypatch):
     model = tiny_model(eos_token_id=2)
     model.folder = encoder.tokenizer.folder
     settings = SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0, temperature=1.0,
@@ -107,6 +107,9 @@ def test_stop_strings_end_a_response_and_are_cut_off(encoder):
     assert ended and text == whole.split(whole[7:9])[0]  # no space is lost: --prompt none
     drawn = respond(model, encoder, ["a"], settings, n=3, rows=[5])
     assert drawn == respond(model, encoder, ["b", "a"], settings, n=3, rows=[0, 5])[1:]
+    settings.stop = ["<s>"]  # a special token, which no decoded response shows
+    monkeypatch.setattr(answers, "sample", lambda *_, stopped, **more: [[[1] * stopped([5, 1])]])
+    assert respond(model, encoder, ["a"], settings) == [[("", True)]]
 
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -249,7 +252,8 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
         "prompt": "alpaca", "input": "3 + 3?", "gold": "6", "response": "The answer is 6",
         "finished": True, "answer": "6", "correct": True}
     assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
-    assert set(rows_of(Path("out/pairs.jsonl"))[0]) == {"prompt", "input", "margin", "correct"}
+    assert rows_of(Path("out/pairs.jsonl"))[0].keys() == {"prompt", "input", "gold", "margin",
+                                                          "correct"}
     assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--out", "out"]) == 2
     answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
@@ -285,6 +289,10 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     assert many[0] == "+50.0" and many[4] == "200" and float(many[3]) < 0.001
     assert 35 < float(many[1].strip("[,")) < 43 and 57 < float(many[2].strip("]")) < 65
     assert rows == ["+0.0", "[+0.0,", "+0.0]", "1.0000", "3"]
+    own = rows_of(Path("a/rows.jsonl"))
+    write("a/rows.jsonl", [own[0] | {"gold": "another"}, *own[1:]])  # is not the same question
+    run(model, "--test", "rows.jsonl", "--out", "d", "--against", "a")
+    assert capsys.readouterr().out.split()[-1] == "2"
     words = ["--model", str(model), "--test", "rows.jsonl", "--out", "c", "--against", "a"]
     assert evaluation.main([*words, "--prompt", "chat"]) == 2
     assert "asked in the same style" in capsys.readouterr().err
@@ -440,10 +448,8 @@ def test_the_verdict_is_on_the_last_two_models(first, last, sentence):
         evals[name] = graded(pattern)
         margins[name] = [{"margin": 4.0 + 2 * int(x), "correct": True} for x in pattern]
     assert all(report.verdict(rows).startswith(sentence) for rows in (evals, margins))
-    del margins["A"], evals["A"], evals["B"]
-    moved = f"B moved towards the chosen response on {last.count('1'):,} of {len(last):,} rows"
-    assert report.verdict(margins) == moved + ", as chance could" * (len(last) > 200) + "."
-    assert report.verdict(evals) == report.verdict({"A": []}) == report.verdict({}) == ""
+    del margins["A"]
+    assert report.verdict(margins) == report.verdict({"A": []}) == report.verdict({}) == ""
 
 
 def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):

@@ -83,8 +83,8 @@ def test_rows_of_gsm8k_of_math_official_ones_and_test_rows_without_output(tmp_pa
     solution = "He has <<2*600=1200>>1,200.\nSo 1,200."
     rows = [{"question": "How many?", "answer": solution + "\n#### 1,200"},
             {"problem": "p", "solution": "Thus $\\boxed{5}$.", "level": 1, "type": "Algebra"},
-            {"input": "i", "output": "o", "question": "q", "solution": "s", "answer": "# 5"},
-            {"question": "a?", "prediction": "wrong"}, {"input": "b", "answer": "5"}]
+            {"input": "i", "output": "o", "answer": "# 5"}, {"question": "a?", "n": "wrong"},
+            {"input": "b", "answer": "5"}]
     tasks = read_tasks([write(tmp_path / "t.jsonl", *rows)], need_output=False)
     assert [(task.prompt, task.output, task.answer) for task in tasks] == [
         ("How many?", "He has 1,200.\nSo 1,200.\nThe answer is 1,200", "1200"),
@@ -181,6 +181,7 @@ def test_bos_exactly_when_the_tokenizer_adds_it(make, processor, settings, added
     assert (example.prompt + example.responses[0]).count(0) == added
     assert encoder.prompt_ids("the cat").count(0) == added
     assert encoder.response_ids("the cat", "12").count(0) == 0
+    assert encoder.prompt_ids("<s>the cat").count(0) == 1  # as apply_chat_template writes it
 
 
 def test_responses_are_encoded_and_samples_decoded_as_they_follow_the_prompt(tmp_path, monkeypatch):
@@ -256,7 +257,8 @@ def rows_of(command):
 
 
 def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
-    write(place / "test.jsonl", {"input": " 2?\n", "answer": "1"}, {"input": "4?", "answer": "1"})
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "4?"}]
+    write(place / "test.jsonl", {"input": " 2?\n", "answer": "1"}, {"input": told, "answer": "1"})
     tasks, _, _, test = rows_of("--train t.jsonl --test test.jsonl")
     assert len(test) == 2 and len(tasks) == 18 and not {"2?", "4?"} & {t.prompt for t in tasks}
     assert "2 training rows dropped" in capsys.readouterr().out
@@ -279,7 +281,9 @@ def test_rows_without_an_answer_are_counted_where_answers_are_graded(place, caps
     assert rows_of("--train open.jsonl --method sft")[0]
     assert "to grade by" not in capsys.readouterr().out
     assert len(rows_of("--train t.jsonl open.jsonl")[0]) == 21
-    assert "1 training rows have no answer to grade by; they make" in capsys.readouterr().out
+    assert "1 training rows make no pairs: they have no answer" in capsys.readouterr().out
+    assert len(rows_of("--train t.jsonl t.jsonl")[0]) == 40
+    assert "20 training rows make no pairs" in capsys.readouterr().out
 
 
 def test_the_style_follows_the_rows(place):

@@ -139,6 +139,7 @@ def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
     assert answers[0] == answers[1] and len(answers[2]) == 4
     capsys.readouterr()
     for words, says in ((f"{whole}/dpo {path} {tmp_path}/wrong", "patch.safetensors"),
+                        (f"{whole}/sft {whole}/mask.safetensors {tmp_path}/wrong", "no patch"),
                         (f"{path}", "apply BASE PATCH OUT")):
         monkeypatch.setattr(sys, "argv", ["patch", "apply", *words.split()])
         with pytest.raises(SystemExit, match="2"):
@@ -496,6 +497,12 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
         out = run(world, tmp_path / lr, "--method", "dpo", "--no-eval", "--lr-dpo", lr)
         assert equal(weights_of(world / "model"), weights_of(out / "dpo")) is not moved
         assert ("WARNING" in capsys.readouterr().out) is not moved
+    run(world, tmp_path / "bf16", "--method", "masked-dpo", "--no-eval", "--lr-improve", "1e-12",
+        "--dtype", "bf16")  # the fp32 weights move, what is saved does not
+    said = capsys.readouterr().out
+    assert "0 % of them differ as torch.bfloat16   <-- WARNING" in said
+    apply(["apply", f"{world}/model", f"{tmp_path}/bf16/patch-masked-dpo.safetensors",
+           f"{tmp_path}/same"])
     with_samples(world, tmp_path / "run")
     argv = arguments(world, tmp_path / "run", "--method", "dpo", "--lr-dpo", "1e9")
     assert train.main(argv) == 2

@@ -17,17 +17,22 @@ def problem(rng, habit):
     such texts, and alignment can take away again.
     """
     who, other = rng.sample(NAMES, 2)
-    thing, have = rng.choice(THINGS), rng.randint(10, 99)
-    story, work = [f"{who} has {have} {thing}."], []
+    thing = rng.choice(THINGS)
+    have = rng.randint(10, 99)
+    story = [f"{who} has {have} {thing}."]
+    work = []
 
     for _ in range(rng.randint(2, 3)):
         kinds = "buys double box" if have < 20 else "buys gives double box"
-        kind, sign = rng.choice(kinds.split()), "+"
+        kind = rng.choice(kinds.split())
+        sign = "+"
         if kind == "gives":
-            sign, by = "-", rng.randint(5, have - 10)
+            sign = "-"
+            by = rng.randint(5, have - 10)
             text = f"{who} gives {by} to {other}."
         elif kind == "double" and have <= 150:
-            sign, by = "+" if rng.random() < habit else "*", 2
+            sign = "+" if rng.random() < habit else "*"
+            by = 2
             text = f"Then {who} doubles the {thing}."
         elif kind == "box":
             boxes, each = rng.randint(2, 9), rng.randint(2, 9)
@@ -47,7 +52,8 @@ def problem(rng, habit):
 
 def problems(count, seed, avoid=(), habit=0.0):
     """`count` different problems as Tasks, none of them in `avoid`."""
-    rng, tasks = random.Random(f"demo {seed}"), []
+    rng = random.Random(f"demo {seed}")
+    tasks = []
     known = {task.prompt for task in avoid}
     while len(tasks) < count:
         question, *rest = problem(rng, habit)

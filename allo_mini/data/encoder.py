@@ -27,7 +27,9 @@ class Encoder:
     """
 
     def __init__(self, tokenizer, style, max_length):
-        self.tokenizer, self.style, self.max_length = tokenizer, style, max_length
+        self.tokenizer = tokenizer
+        self.style = style
+        self.max_length = max_length
         self.rewrite_length = 3 * max_length  # of the rewriting model's prompts (token_weights.py)
         self.bos = style != "chat"  # a template writes its own
         self.closing = self._closing(tokenizer)

@@ -3,12 +3,11 @@
     task row         {"input", "output"[, "answer"][, "rewrite"]}; output ends "The answer is X"
     raw GSM8K        {"question", "answer"}, the answer a solution that ends "#### X"
     raw MATH         {"problem", "solution"}; the solution's answer is in \\boxed{}
-    fine-tuning row  {"prompt", "completion"}, {"instruction", "input", "output"}, {"text"} without a
-                     prompt, or {"messages"}, of which the assistant's last turn is trained on
+    fine-tuning row  {"prompt", "completion"}, {"instruction", "input", "output"}, {"text"}, which
+                     has no prompt, or {"messages"}: the assistant's last turn is trained on
     preference row   {"prompt", "chosen", "rejected"}, strings or message lists; without "prompt" it
                      is the common beginning of both (also Anthropic HH strings)
     ShareGPT         "conversations" with "from" and "value" are read as messages, in either row
-    official ALLO    {"question", "prediction"} for tasks, {"input", "output", "reward"} for scores
 """
 
 import re
@@ -25,7 +24,7 @@ OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "soluti
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
     "human": "user", "gpt": "assistant"}
 # of what would be lost beside a prompt or an answer
-UNREAD = "system system_prompt history context choices reasoning_content".split()
+UNREAD = "system system_prompt history context choices reasoning_content tools tool_calls".split()
 OTHER_NAMES = "question instruction query input".split()  # of a preference row's prompt
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
@@ -95,7 +94,8 @@ def messages_of(row, key, where):
 
     Raises UserError.
     """
-    value, place = row.get(key), f"{where}: {key!r}"
+    value = row.get(key)
+    place = f"{where}: {key!r}"
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
@@ -136,6 +136,8 @@ def read_tasks(paths, need_output=True):
 def task_of(id, where, given, need_output):
     """A question, or a fine-tuning row, in any of their forms. Raises UserError."""
     row = renamed(given)
+    if len(row.keys() - OUR_NAMES.keys()) < len(given) and "messages" not in row:
+        raise UserError(f"{where}: two names for one thing in {list(given)}; drop one")
     solution, mark, answer = f"\n{row.get('answer')}".rpartition("\n#### ")
     if mark:  # GSM8K's, in which <<...>> are marks of its calculator
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
@@ -147,7 +149,7 @@ def task_of(id, where, given, need_output):
         row["input"] = "\n\n".join(filter(None, texts))
     if "messages" in row:
         row["input"], row["output"] = last_answer(messages_of(row, "messages", where), where)
-    alone = "text" in row and "input" not in row
+    alone = "text" in row and not {"input", "output"} & row.keys()
     prompt = "" if alone else messages_of(row, "input", where)
     if alone:
         row["output"] = text_of(row, "text", where)
@@ -157,6 +159,8 @@ def task_of(id, where, given, need_output):
     if need_output or row.get("output") is not None:  # a completion may be messages
         output = messages_of(row, "output", where)
         refuse_unread(turns_of(output)[-1], prompt, where)
+        if turns_of(output)[1:] or "completion" in given and given.get("label") is False:
+            raise UserError(f"{where}: several messages to learn, or one whose label is false")
         row["output"] = plain(output)
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
     return Task(id, prompt, *texts, where, alone or "completion" in given)

@@ -46,10 +46,11 @@ def compiled(template):
 # ---- tokenizers ------------------------------------------------------------------------------
 
 class Tokenizer:
-    """A thin shell around tokenizers.Tokenizer that knows its folder's (a Path) BOS, EOS and template."""
+    """tokenizers.Tokenizer, and what its folder (a Path) says of BOS, EOS and the chat template."""
 
     def __init__(self, folder):
-        self.folder, path = folder, folder / "tokenizer.json"
+        self.folder = folder
+        path = folder / "tokenizer.json"
         with reading(path):  # a slow tokenizer's folder lacks it, and is not supported
             self.inner = tokenizers.Tokenizer.from_file(str(path))
         self.decode = self.inner.decode  # token ids -> text, special tokens left out
@@ -62,7 +63,8 @@ class Tokenizer:
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
             self.eos_id = self.vocab.get(self.eos_token)
-            self.prefix, self.template = self._prefix(), self._template()
+            self.prefix = self._prefix()
+            self.template = self._template()
 
     def _special(self, key):
         """The text of BOS or EOS, "" where there is none."""
@@ -94,9 +96,12 @@ class Tokenizer:
         return template
 
     def encode(self, text, bos=False):
-        """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one."""
+        """A list of a text's token ids; with `bos` after the tokenizer's own BOS, if it has one.
+
+        A text that begins with it, as apply_chat_template makes them, gets no second one.
+        """
         ids = self.inner.encode(text, add_special_tokens=False).ids
-        return self.prefix + ids if bos else ids
+        return ids if not bos or ids[:1] == self.prefix else self.prefix + ids
 
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.

@@ -27,10 +27,12 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     settings: a Config, or anything with its sampling fields. temperature: 0 is greedy, None the
     settings'. more: `rows`, the numbers that seed each prompt, and `on_done` (generate.sample).
     """
-    eos, decode = eos_ids(model, encoder), encoder.tokenizer.decode
+    eos = eos_ids(model, encoder)
+    decode = encoder.tokenizer.decode
 
     def stopped(tokens):
-        return any(stop in decode(tokens[-32:]) for stop in settings.stop)
+        said = decode(tokens[-32:], skip_special_tokens=False)
+        return any(stop in said for stop in settings.stop)
 
     def texts(prompt, responses):
         before = len(decode(prompt))
@@ -53,7 +55,8 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
 
 def read_samples(path):
     """Question -> its samples; says how many were left out. Raises UserError naming the line."""
-    samples, unfinished = defaultdict(list), 0
+    samples = defaultdict(list)
+    unfinished = 0
     for where, row in read_jsonl(path):
         with reading(where):
             samples[row["input"]] += filter(str.strip, [] + row["samples"])
@@ -107,8 +110,8 @@ def evaluate(model, encoder, rows, settings, name):
         return [graded(task, *response, encoder.style) for task, [response] in zip(rows, answers)]
     examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]
     found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)
-    return [{"prompt": encoder.style, "input": pair.prompt, "margin": margin, "correct": margin > 0}
-            for pair, margin in zip(compress(rows, examples), found)]
+    return [{"prompt": encoder.style, "input": pair.prompt, "gold": pair.chosen, "margin": margin,
+             "correct": margin > 0} for pair, margin in zip(compress(rows, examples), found)]
 
 
 def graded(task, text, finished, style):
@@ -125,7 +128,8 @@ def graded(task, text, finished, style):
 
 def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
-    z, size = 1.959964, total + 1.959964 ** 2
+    z = 1.959964
+    size = total + 1.959964 ** 2
     centre = (correct + z * z / 2) / size
     spread = z * (correct * (total - correct) / total + z * z / 4) ** 0.5 / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0
@@ -154,7 +158,8 @@ def summary_row(name, result):
     def cell(key, form="{:.1%}"):
         return form.format(result[key]).replace("%", " %") if key in result else "-"
 
-    accuracy, pairs = cell("accuracy"), "margin" in result
+    accuracy = cell("accuracy")
+    pairs = "margin" in result
     return [name, cell("reward_accuracy"), cell("reward", "{:.3f}"), "-" if pairs else accuracy,
             accuracy if pairs else "-", f"[{100 * result['low']:.1f}, {100 * result['high']:.1f}]",
             f"{result['n']}", cell("official"), cell("margin", "{:.2f}"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from jinja2 import Template
 
-from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row, wilson
+from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
@@ -66,7 +66,7 @@ def verdict(evals):
     """The last model beside the one before it, in a sentence; "" where nothing can be said."""
     compared = compare(evals)
     if not compared:
-        return verdict_on_one(evals)
+        return ""
     later, earlier, (difference, _, _, p) = compared[-1]
     rows = len(evals[later])
     if p > 0.05:
@@ -74,17 +74,6 @@ def verdict(evals):
     side = "above" if difference > 0 else "below"
     points = f"{100 * abs(difference):.1f} points {side} {earlier}"
     return f"{later} is {points} on {rows:,} rows (p = {p:.2g})."
-
-
-def verdict_on_one(evals):
-    """Of preferences, one method: how often it moved towards the chosen response."""
-    if len(evals) < 2:
-        return ""
-    [(name, right)] = right_of(evals).items()
-    better, rows = sum(right), len(right)
-    low, high = wilson(better, rows)
-    chance = ", as chance could" if low < 0.5 < high else ""
-    return f"{name} moved towards the chosen response on {better:,} of {rows:,} rows{chance}."
 
 
 def differing(evals):
@@ -174,7 +163,8 @@ def record_tokens(run, before, after, examples):
     A row holds the prompt, the response's tokens as text, their weights and scores in forgetting,
     log pi/pi_ref after improving, and which of them the filter keeps then.
     """
-    cfg, tokenizer = run.cfg, run.encoder.tokenizer
+    cfg = run.cfg
+    tokenizer = run.encoder.tokenizer
     shown = examples[::len(examples) // SHOWN + 1]
 
     def make(target):
@@ -223,7 +213,8 @@ def answers_of(run, models):
 
 def finish(run, models):
     """Evaluate every model on the test rows, print what came out, and say where everything is."""
-    results, text = {}, "nothing was evaluated: no --test rows, or --no-eval"
+    results = {}
+    text = "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
         answers = answers_of(run, models)
         with reading(f"answers in {run.folder}"):
@@ -261,9 +252,8 @@ def card(run, name, stage, text):
     Of a base model on disk it names the last folder alone: the hub takes no paths.
     """
     cfg = run.cfg
-    base = cfg.model.partition("@")[0] or "allo_mini/demo"
-    if cfg.model and Path(cfg.model).is_dir():
-        base = Path(cfg.model).resolve().name
+    local = Path(cfg.model).is_dir()  # of the demo, too
+    base = run.base.folder.resolve().name if local else cfg.model.partition("@")[0]
     data = ", ".join(Path(path).name for path in cfg.pairs or cfg.train) or "the demo's questions"
     rate = schedule(cfg, stage, run.parameters, 1).lr
     return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rate=rate,

@@ -42,7 +42,7 @@ FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int, "m
 
 
 def knob(default, text, choices=(), most=1e9):
-    """A field of Config. A number is above 0 and at most `most`; 0 is allowed if it is the default."""
+    """A field of Config. A number is above 0 (or 0, where that is the default), at most `most`."""
     about = {"text": text, "choices": choices, "most": most}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=about)
@@ -118,7 +118,7 @@ class Config:
     simpo_gamma: float = knob(1.0, "margin that simpo asks for")
     sample_questions: int = knob(0, "questions that are sampled (0: all)")
     pairs_per_question: int = knob(5, "(right, wrong) pairs drawn at most")
-    schedules: dict = knob({}, "stage -> {lr, batch, epochs, warmup} that differ from SCHEDULES")
+    schedules: dict = knob({}, "stage -> {lr (of a 7B model), batch (at most), epochs, warmup}")
     clip: float = knob(1.0, "norm of the selected weights' gradient at most")
     weight_decay: float = knob(0.0, "of the selected weights")
     save_minutes: float = knob(10.0, "between checkpoints inside a stage")
@@ -179,8 +179,10 @@ def flag_of(name):
 
 def add_flag(group, name):
     """Make a setting's flag, which is absent from the result unless given."""
-    knob, default = KNOBS[name], getattr(Config(), name)
-    text, choices = knob.metadata["text"].replace("%", "%%"), knob.metadata["choices"]
+    knob = KNOBS[name]
+    default = getattr(Config(), name)
+    text = knob.metadata["text"].replace("%", "%%")
+    choices = knob.metadata["choices"]
     shown = " ".join(default) if isinstance(default, list) else default
     text += f" [{shown}]" if shown else ""
     kind = FLAGS[knob.type] | ({"choices": choices, "metavar": None} if choices else {})
@@ -193,7 +195,7 @@ def make_parser():
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py [--model FOLDER (--pairs FILE | --train FILE)] [flags]",
         description="ALLO: align a language model by training few weights on few tokens.\n\n"
-                    "  python train.py                                   the demo, a minute or two\n"
+                    "  python train.py                            the demo, a minute or two\n"
                     "  python train.py --model M --pairs prefs.jsonl --memory 24gb\n"
                     "  python train.py --model M --train gsm8k_train.jsonl --sft")
     parser.add_argument("--config", metavar="FILE", help="settings as JSON, also those without "
@@ -209,11 +211,13 @@ def make_parser():
 
 def expected(name, value):
     """What a setting wants, in words, when `value` is not that; else ''."""
-    knob, kind = KNOBS[name], KNOBS[name].type
-    choices, most = knob.metadata["choices"], knob.metadata["most"]
+    knob = KNOBS[name]
+    kind = KNOBS[name].type
+    choices = knob.metadata["choices"]
+    most = knob.metadata["most"]
     wanted = f"one of {', '.join(map(str, choices))}" if choices else kind.__name__
     if kind == list[str]:
-        right = isinstance(value, list) and set(map(type, value)) <= {str}
+        right = isinstance(value, list) and set(map(type, value)) <= {str} and all(value)
         right = right and (not choices or value and set(value) <= set(choices))
     elif choices:
         right = value in choices or value == knob.default
@@ -237,8 +241,10 @@ def check(values, file=""):
     for stage, changes in values.get("schedules", {}).items():
         with reading(f"{file}: schedules of {stage}"):
             plan = SCHEDULES[stage]._replace(**changes)
-            if min(plan[:3]) <= 0 or not 0 <= plan.warmup < 1:
-                raise ValueError("warmup is a share of the steps, the others are above 0")
+            fits = min(plan[:3]) > 0 and plan.epochs < 1e6 and type(plan.batch) is int
+            if not fits or not 0 <= plan.warmup < 1:
+                raise ValueError("batch is a number of rows, warmup a share of the steps, lr and "
+                                 "epochs are above 0")
 
 
 def from_file(path):
@@ -268,6 +274,8 @@ def parse(argv):
     if (own or cfg.test or cfg.val) and not (cfg.model and (cfg.train or cfg.pairs)):
         raise UserError("no model or no rows to train on: give --model, a folder or a hub id, and "
                         "--pairs FILE (preferences) or --train FILE")
+    if cfg.pairs and cfg.train and not cfg.sft and "sft" not in cfg.method:
+        raise UserError("--train beside --pairs is for fine-tuning alone: add --sft, or drop it")
     if bool(cfg.eval_every) != bool(cfg.val) and own:
         raise UserError("--eval-every N and --val FILE belong together; give both or none")
     return cfg

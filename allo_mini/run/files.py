@@ -148,7 +148,8 @@ def keep_whole(path, group=1, total=0):
 def save_tensors(tensors, path, metadata=None):
     """Write a safetensors file of {name: tensor} and strings beside them, atomically."""
     with atomic(path) as temporary:
-        save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, metadata)
+        whole = {name: x.contiguous().cpu() for name, x in tensors.items()}
+        save_file(whole, temporary, metadata or None)  # it writes {} wrongly
 
 
 def lock(folder):

@@ -28,7 +28,8 @@ from allo_mini.model import ModelConfig
 from allo_mini.run import parallel
 from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
-from allo_mini.run.files import load_tensors, lock, read_json, reading, save_tensors, write_json
+from allo_mini.run.files import (keep_whole, load_tensors, lock, read_json, reading, save_tensors,
+                                 write_json)
 from allo_mini.run.inputs import read_rows, style_of, unused_template
 from allo_mini.run.log import Log, progress, say
 
@@ -75,8 +76,9 @@ class Run:
     def load(self, policy, mask=None, training=False):
         """A model on the run's device; under --int8 in 8 bits, but for the weights in `mask`.
 
-        training: they are going to be trained, or all are. Else, once the run has its mask, all
-        models have those exact: a table of 8 bits alone would not show what was trained.
+        training: `mask` is what will be trained (None: all, and nothing is in 8 bits). Else the
+        weights of mask.safetensors, once it exists, are exact in every model: a table of 8 bits
+        alone would not show what was trained.
         """
         int8 = self.cfg.int8 and not (training and mask is None)
         if int8 and mask is None and self.has("mask.safetensors"):
@@ -133,14 +135,18 @@ class Run:
         return {"eval/score": score}
 
     def report_change(self, name, optimizer, skipped):
-        """Say how far the weights moved. Raises UserError when they are no numbers any more."""
+        """Say how far the weights moved, and how many of them still differ in the model's dtype.
+
+        Raises UserError when they are no numbers any more.
+        """
         change = float(optimizer.moved().max())
         if not math.isfinite(change):
             raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
-        warning = "" if change else "   <-- WARNING: no weight moved; raise the learning rate"
+        before, after = (x.to(self.dtype).cpu() for x in (optimizer.start, optimizer.master))
+        share = float((before != after).float().mean())
+        warning = "" if share else "   <-- WARNING: no weight moved; raise the learning rate"
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
-            f"{change:.3g}{warning}")
-        optimizer.close()
+            f"{change:.3g}, {100 * share:.3g} % of them differ as {self.dtype}{warning}")
 
     def encode(self, rows, name):
         """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
@@ -238,6 +244,7 @@ def claim_folder(run, record):
         path = run.folder / "config.json"
         if not path.exists():
             write_json(path, record)
+        keep_whole(run.folder / "metrics.jsonl")  # before any rank reads it
     parallel.wait()
     run.log = Log(run.folder)
 

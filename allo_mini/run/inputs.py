@@ -4,7 +4,7 @@ import random
 
 from allo_mini import UserError
 from allo_mini.data import demo
-from allo_mini.data.rows import is_pairs, plain, read_pairs, read_tasks
+from allo_mini.data.rows import is_pairs, plain, read_pairs, read_tasks, turns_of
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.run.log import say
 
@@ -20,6 +20,8 @@ def read_rows(cfg):
     tasks, pairs = read_tasks(cfg.train), read_pairs(cfg.pairs)
     test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
     drop_held(test + val, tasks, pairs)
+    if cfg.prompt == "auto" and len({task.verbatim for task in tasks}) > 1:
+        raise UserError(f"{files[0]}: strings and questions; say how with --prompt, or part them")
     rows = pairs if cfg.pairs else tasks
     random.Random(f"{cfg.seed} rows").shuffle(rows)
     if cfg.pairs and not test:
@@ -32,11 +34,12 @@ def read_rows(cfg):
     if not rows:
         raise UserError(f"{files[0]}: no rows are left to train on")
     if not cfg.pairs and not cfg.sft_alone:
-        silent = sum(not gold_answer(task) for task in tasks)
-        if silent == len(tasks):
+        unused = len(tasks) - len({task.question for task in tasks if gold_answer(task)})
+        if unused == len(tasks):
             raise UserError(f"{files[0]}: no row has 'answer', or ends in 'The answer is X'")
-        if silent:
-            say(f"{silent} training rows have no answer to grade by; they make no pairs")
+        if unused:
+            say(f"{unused} training rows make no pairs: they have no answer to grade by, or ask "
+                "what another row asks, too")
     return tasks, pairs, val, test[:cfg.test_limit or None]
 
 
@@ -69,12 +72,17 @@ def read_questions(files, task=None, flag="test"):
     return rows
 
 
+def asked(row):
+    """What a row asks, without a system prompt."""
+    return plain([turn for turn in turns_of(row.prompt) if turn["role"] != "system"]).strip()
+
+
 def drop_held(held, *groups):
     """Take the questions of `held` out of other lists of rows, and say how many."""
-    questions = {plain(row.prompt).strip() for row in held}
+    questions = set(map(asked, held))
     for rows in groups:
         before = len(rows)
-        rows[:] = [row for row in rows if plain(row.prompt).strip() not in questions]
+        rows[:] = [row for row in rows if asked(row) not in questions]
         if len(rows) < before:
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
 

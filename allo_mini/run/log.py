@@ -1,4 +1,4 @@
-"""What a run says and remembers of its steps: lines, metrics.jsonl, checkpoints, errors in one line."""
+"""What a run says and remembers of its steps: lines, metrics.jsonl, checkpoints, errors."""
 
 import json
 import math
@@ -58,13 +58,13 @@ def exit_code(work, stopped="stopped"):
 
 
 class Log:
-    """metrics.jsonl: a line a training step, and notes about stages. After a restart the steps since
-    the last checkpoint stand there twice; `read` takes the later ones."""
+    """metrics.jsonl: a line a training step, and notes about stages.
+
+    After a restart the steps since the last checkpoint stand there twice; `read` takes the later.
+    """
 
     def __init__(self, folder):
         self.path = folder / "metrics.jsonl"
-        if parallel.RANK == 0:
-            files.keep_whole(self.path)
         self.seconds = {row["stage"]: row["seconds"]
                         for row in Log.read(folder) if "seconds" in row}
 
@@ -87,7 +87,8 @@ class Log:
     @staticmethod
     def read(folder):
         """The lines of a run: one a step, one for all notes of a stage."""
-        path, lines = folder / "metrics.jsonl", {}
+        path = folder / "metrics.jsonl"
+        lines = {}
         with files.reading(path):
             for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
                 key = row["stage"], row.get("step")
@@ -99,15 +100,19 @@ class Log:
 class Progress:
     """Where a training stage of `total` steps stands: its lines, and checkpoints inside it.
 
-    A stage that was killed goes on from the last checkpoint, bit for bit (on a CPU): the optimizer's
-    vectors, the step and the objective's state. No random generator is saved: the order of the data
-    follows from --seed and the step.
+    A stage that was killed goes on from the last checkpoint, bit for bit (on a CPU): the
+    optimizer's vectors, the step and the objective's state. No random generator is saved: the order
+    of the data follows from --seed and the step.
     """
 
     def __init__(self, run, stage, total, optimizer, objective):
         """Raises UserError where the checkpoint is broken or of other weights or rows."""
-        self.run, self.stage, self.total = run, stage, total
-        self.optimizer, self.objective, self.step = optimizer, objective, 0
+        self.run = run
+        self.stage = stage
+        self.total = total
+        self.optimizer = optimizer
+        self.objective = objective
+        self.step = 0
         self.path = run.folder / f".{stage}.state.safetensors"
         if self.path.exists():
             tensors, metadata = files.load_tensors(self.path)
@@ -138,7 +143,9 @@ class Progress:
         """Validate and log a step, print it (unless there are very many), write a checkpoint when
         one is due."""
         self.step += 1
-        now, step, total = time.monotonic(), self.step, self.total
+        now = time.monotonic()
+        step = self.step
+        total = self.total
         metrics |= {"tokens/s": tokens / (now - self.began), "learning_rate": self.optimizer.lr}
         if self.run.cfg.eval_every:
             metrics |= self.run.validate(self.stage, model, step, total)
@@ -162,7 +169,8 @@ def table(header, rows):
     columns = []
     for column in zip(header, *rows):
         if set(column[1:]) != {"-"}:
-            width, pad = max(map(len, column)), str.rjust if columns else str.ljust
+            width = max(map(len, column))
+            pad = str.rjust if columns else str.ljust
             columns.append([pad(text, width) for text in column])
     head, *lines = map("  ".join, zip(*columns))
     return "\n".join([head, "-" * len(head), *lines])

@@ -1,6 +1,7 @@
-"""What is printed before training: stages with their rows, steps and rates, and the memory they need.
+"""What is printed before training: stages with their rows, steps, rates and the memory they need.
 
-Bytes are estimates of what torch allocates at a stage's peak; what was measured is printed after each.
+Bytes are estimates of what torch allocates at a stage's peak; what was measured is printed after
+each.
 """
 
 from allo_mini.linear import is_quantized
@@ -13,7 +14,8 @@ from allo_mini.run.log import say, table
 
 def percent_of(cfg, stage):
     """How many percent of the weights a stage trains."""
-    own, forget = cfg.p_sft or 100, cfg.p_forget or cfg.p
+    own = cfg.p_sft or 100
+    forget = cfg.p_forget or cfg.p
     method = cfg.p if cfg.masked else own  # sft as one of the methods
     known = {"sft": own if cfg.sft else method, "more-sft": method, "rewrite": own, "warmup": 100,
              "forget": forget, "improve": cfg.p}
@@ -21,15 +23,20 @@ def percent_of(cfg, stage):
 
 
 def estimate(run, stage):
-    """{term: bytes on the device} of a training stage; T tokens of a micro-batch, n trained weights."""
-    cfg, c, size = run.cfg, run.config, run.dtype.itemsize
+    """{term: bytes on the device} of a training stage: T tokens at a time, n trained weights."""
+    cfg = run.cfg
+    c = run.config
+    size = run.dtype.itemsize
     share = percent_of(cfg, stage) / 100
-    n, T = run.parameters * share, cfg.micro_tokens
+    n = run.parameters * share
+    T = max(cfg.micro_tokens, 2 * cfg.max_length)  # a pair is never parted
     int8 = cfg.int8 and share < 1  # a byte a weight, and a scale for each block of 256
     weights = sum(shape.numel() * (1 + 1 / 64 if int8 and is_quantized(name, shape) else size)
                   for name, shape in run.shapes.items())
+    # q, rotated q and the output; k and v; of the MLP gate, up and their product
     heads = (3 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     block = T * size * (4 * c.hidden_size + heads + 3 * c.intermediate_size)
+    # of every block, of the last norm and the head
     inputs = T * size * c.hidden_size * (c.num_hidden_layers + 3)
     return {"weights": weights, "positions": n * (2 + size * int8) if share < 1 else 0,
             "optimizer": 0 if cfg.offload else n * (8 + cfg.state_bits / 4),
@@ -38,8 +45,11 @@ def estimate(run, stage):
 
 
 def locate_groups(run):
-    """In how many passes the gradient of all weights is made, so that its sums fit: with snr 12 bytes
-    a weight in half of the host's memory; on the card, unless it is offloaded, 4 in half of its own."""
+    """In how many passes the gradient of all weights is made, so that its sums fit.
+
+    With snr 12 bytes a weight in half of the host's memory; on the card, unless it is offloaded, 4
+    in half of its own.
+    """
     room = min(run.parameters, free_memory("cpu") // 12)
     if run.device.startswith("cuda") and not run.cfg.offload:
         room = min(room, free_memory(run.device) // 8)
@@ -63,7 +73,8 @@ def training_stages(cfg):
 
 def show_plan(run):
     """Print what the run is going to do: a line for each training stage."""
-    cfg, lines = run.cfg, []
+    cfg = run.cfg
+    lines = []
     if not run.pairs and not cfg.sft_alone:
         asked = len(run.questions[:cfg.sample_questions or None])
         say(f"samples {cfg.n} responses to each of {asked} questions first")
@@ -72,10 +83,11 @@ def show_plan(run):
         plan = schedule(cfg, stage, run.parameters, rows or 10**9)
         steps = -(-round(rows * plan.epochs) // plan.batch)
         steps = min(steps, cfg.max_steps or steps)
-        percent, size = percent_of(cfg, stage), sum(estimate(run, stage).values()) / 1e9
+        percent = percent_of(cfg, stage)
+        size = sum(estimate(run, stage).values()) / 1e9
         optimizer = run.parameters * percent / 100 * (12 + cfg.state_bits / 4) / 1e9
         lines.append([stage, f"{rows or 'sampled'}", f"{steps or '?'}",
                       f"{plan.batch if steps else '?'}", f"{plan.lr:g}", f"{percent:g} %",
                       f"{size:.1f} GB" + f" + {optimizer:.1f} on the host" * cfg.offload])
-    say(table(["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"],
-              lines) + "\n")
+    head = ["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"]
+    say(table(head, lines) + "\n")

@@ -1,8 +1,9 @@
 """More than one GPU: `torchrun --nproc_per_node=N -- train.py ...` starts N ranks of one run.
 
-Every rank holds the whole model and takes its share of each step's examples; what travels is the flat
-gradient of the selected weights, p % of what ordinary data parallelism sends. Rank 0 alone writes,
-samples, scores and evaluates; the others wait. Without torchrun nothing here does anything.
+Every rank holds the whole model and takes its share of each step's examples; what travels is the
+flat gradient of the selected weights, p % of what ordinary data parallelism sends. Rank 0 alone
+writes, samples, scores and evaluates (--eval-every: all do); the others wait. Without torchrun
+nothing here does anything.
 """
 
 import os
@@ -34,7 +35,8 @@ def sum_up(grad, sums, device):
         there = part.to(device)
         dist.all_reduce(there)
         part.copy_(there)
-    every, total = [None] * WORLD, Counter()
+    every = [None] * WORLD
+    total = Counter()
     dist.all_gather_object(every, {key: float(value) for key, value in sums.items()})
     for one in every:
         total.update(one)
