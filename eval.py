@@ -13,15 +13,13 @@ from pathlib import Path
 
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
-from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Task, is_pairs, read_pairs, text_of, turns_of
-from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, evaluate, respond, summary, summary_row
 from allo_mini.evaluation.graders import JUDGED, RULES, task_name
 from allo_mini.run.config import KNOBS, Config, Parser, add_flag, check
 from allo_mini.run.device import pick_device
-from allo_mini.run.files import read_json, read_jsonl, reading, write_jsonl
-from allo_mini.run.inputs import read_questions, style_of, unused_template
+from allo_mini.run.files import read_if_there, read_jsonl, reading, write_jsonl
+from allo_mini.run.inputs import encoder_for, read_questions, unused_template
 from allo_mini.run.log import exit_code, say, table
 
 OF_A_RUN = ("prompt", "max_length", "max_new_tokens", "stop")  # by default as the run had them
@@ -47,7 +45,7 @@ def make_parser():
 
 def settings_of(args, path):
     """The flags; what they leave out is as in the config.json of a run, where `path` is one."""
-    run = read_json(path).get("config", {}) if path.is_file() else {}
+    run = read_if_there(path).get("config", {})
     values = {key: run[key] for key in OF_A_RUN if key in run}
     if values:
         say(f"as in {path}, where no flag says otherwise: {', '.join(values)}")
@@ -91,16 +89,6 @@ def compare(target, theirs):
 
 
 # ---- work ------------------------------------------------------------------------------------
-
-def encoder_for(model, settings, rows):
-    """The encoder; without graded rows prompts are as in a chat."""
-    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
-    length = model.config.length(settings.max_length, f"{model.folder}/config.json")
-    style = settings.prompt
-    if style == "auto" and not rows:
-        style = "chat" if tokenizer.template else "alpaca"
-    return Encoder(tokenizer, style_of(style, rows), length)
-
 
 def talk(model, settings):
     """A conversation in the terminal; every answer is greedy and follows all that was said."""

@@ -73,12 +73,12 @@ def optimize(run, name, policy, examples, objective, mask=None):
     shares = [step[parallel.RANK::parallel.WORLD] for step in steps]  # without torchrun all
     if objective.first_loss:
         shares = [with_reference(model, share, cfg.micro_tokens)
-                  for share in progress(shares, label=f"{name}: reference", unit="step")]
+                  for share in progress(shares, f"{name}: reference", "step")]
     place = Progress(run, name, len(steps), optimizer, objective)
     say(f"{name}: {len(examples)} rows, {len(steps)} steps of {plan.batch}, lr {plan.lr:g}, "
         f"{len(optimizer.master):,} weights in training")
 
-    for at in progress(range(place.step, len(steps)), label=name, unit="step"):
+    for at in progress(range(place.step, len(steps)), name, "step"):
         step = steps[at]
         sums = defaultdict(float)
         units = sum(map(objective.units, step))  # of the whole step (departure f)
@@ -149,13 +149,14 @@ def fine_tuned(run, name, policy, examples, artefact=""):
 
 def sft(run, policy):
     """Supervised fine-tuning on the reference solutions."""
-    return fine_tuned(run, "sft", policy, run.encoded(solutions(run), "training rows"))
+    return fine_tuned(run, "sft", policy, solutions(run))
 
 
 def solutions(run):
-    """(question, [reference solution]), ...; of preference rows, what was chosen."""
+    """Examples of questions and their reference solutions; of preferences, of what was chosen."""
     rows = [(task.prompt, [task.output]) for task in run.tasks]
-    return rows or [(pair.prompt, [pair.chosen]) for pair in run.pairs]
+    chosen = [(pair.prompt, [pair.chosen]) for pair in run.pairs]
+    return run.encoded(rows or chosen, "training rows")
 
 
 def sample(run, policy):
@@ -167,7 +168,7 @@ def sample(run, policy):
         model = run.load(policy)
         growing = run.folder / "samples.part.jsonl"
         done = keep_whole(growing, GROUP, len(asked))
-        bar = progress(total=len(asked) * cfg.n, label="sample", unit="response")
+        bar = progress(None, "sample", "response", len(asked) * cfg.n)
         bar.update(done * cfg.n)
         for at in range(done, len(asked), GROUP):
             tasks = asked[at:at + GROUP]
@@ -233,7 +234,7 @@ def top(run, artefact, percent, policy, examples, objective, how):
     """The mask of the top `percent` of all weights by their importance; None: of all."""
     if percent == 100:
         return None
-    if how == "movement" and not (run.folder / artefact).exists():
+    if how == "movement" and not run.has(artefact):
         warmup(run, policy, examples)
 
     def make(target):
@@ -291,11 +292,11 @@ def token_weights(run, policy, negatives):
 def score(run, policy, rows):
     """The rewriting model's score of every token of every negative; rows: (it, its Example)."""
     negatives, examples = zip(*rows)
-    path = run.folder / "token_weights.jsonl"
-    rewriter = None if path.exists() else rewrite(run, policy, negatives)
+    artefact = "token_weights.jsonl"
+    rewriter = None if run.has(artefact) else rewrite(run, policy, negatives)
 
     def make(target):
-        bar = progress(total=len(negatives), label="score", unit="response")
+        bar = progress(None, "score", "response", len(negatives))
         scores = token_scores(run.load(rewriter), run.encoder, negatives, examples,
                               run.cfg.micro_tokens, bar.update)
         run.report_dropped("negatives to score", sum(map(bool, scores)))
@@ -304,7 +305,7 @@ def score(run, policy, rows):
         write_jsonl(target, [{"input": n.prompt, "output": n.response, "reward": row}
                              for n, row in zip(negatives, scores)])
 
-    return read_scores(run.stage("score", path.name, make), negatives, examples)
+    return read_scores(run.stage("score", artefact, make), negatives, examples)
 
 
 def rewrite(run, policy, negatives):
@@ -319,8 +320,8 @@ def rewrite(run, policy, negatives):
 
 def forget(run, policy, weighted, mask, name="forget"):
     """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
-    objective = npo_objective(run.cfg.beta)
-    return trained(run, name, policy, lambda: weighted, objective, mask, whole=False)
+    return trained(run, name, policy, lambda: weighted, npo_objective(run.cfg.beta), mask,
+                   whole=False)
 
 
 def improve(run, policy, pairs, mask, name="improve", whole=True):
@@ -351,17 +352,18 @@ def patch(run, policy, tuned, artefact):
 
 def baseline(run, method, policy, pairs, negatives):
     """One of the methods that ALLO is compared with, from the same policy and samples."""
-    mask = locate(run, policy, pairs)[1] if run.cfg.masks(method) else None
-    name = "more-sft" if method == "sft" and run.cfg.sft else method
+    cfg = run.cfg
+    mask = locate(run, policy, pairs)[1] if cfg.masks(method) else None
+    name = "more-sft" if method == "sft" and cfg.sft else method
     if method == "sft":
-        pairs = run.encoded(solutions(run), "training rows")
-        if not run.cfg.masked:
+        pairs = solutions(run)
+        if not cfg.masked:
             return fine_tuned(run, name, policy, pairs)
     if method == "npo":
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
         pairs = run.encoded(right_samples(run), "right samples")
-    tuned = trained(run, name, policy, pairs, BASELINES[method][1](run.cfg), mask)
+    tuned = trained(run, name, policy, pairs, BASELINES[method][1](cfg), mask)
     if mask:
         patch(run, policy, tuned, f"patch-{name}.safetensors")
     return tuned
@@ -369,8 +371,9 @@ def baseline(run, method, policy, pairs, negatives):
 
 def right_samples(run):
     """Yield (question, [response]) of every right sample, also where none was wrong."""
+    for pair in run.pairs:
+        yield pair.prompt, [pair.chosen]
     if run.pairs:
-        yield from ((pair.prompt, [pair.chosen]) for pair in run.pairs)
         return
     samples = read_samples(run.folder / SAMPLES)
     for task in run.questions:
@@ -391,7 +394,7 @@ def run_all(run):
         if not run.pairs:
             sample(run, policy)
         preferred, negatives = preferences(run)
-        pairs = run.encoded([(p.prompt, [p.chosen, p.rejected]) for p in preferred], "pairs")
+        pairs = run.encoded([pair.sides for pair in preferred], "pairs")
     for method in cfg.method:
         if method == "allo":
             models["ALLO"] = allo(run, policy, pairs, negatives)

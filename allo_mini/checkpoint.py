@@ -16,7 +16,8 @@ from allo_mini.linear import is_quantized, to_int8
 from allo_mini.model import build, parse_config
 from allo_mini.patch import put_changes, read_patch
 from allo_mini.run.device import DTYPES
-from allo_mini.run.files import atomic, open_tensors, read_json, reading, save_tensors, write_json
+from allo_mini.run.files import (atomic, open_tensors, read_if_there, read_json, reading,
+                                 save_tensors, write_json)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
@@ -120,8 +121,7 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
 def eos_ids(model, encoder):
     """Ids that end a response: config.json's, generation_config.json's, the tokenizer's, and what
     ends one in the encoder's prompt style."""
-    path = model.folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation = read_if_there(model.folder / "generation_config.json")
     ids = [encoder.tokenizer.eos_id, encoder.closing]
     for config in (model.config.raw, generation):
         value = config.get("eos_token_id")
@@ -171,6 +171,5 @@ def save_model(model, folder, eos=()):
             if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, new / name)
         if eos:
-            ends = {"eos_token_id": sorted(eos)}
             path = new / "generation_config.json"
-            write_json(path, (read_json(path) if path.exists() else {}) | ends)
+            write_json(path, read_if_there(path) | {"eos_token_id": sorted(eos)})

@@ -88,7 +88,7 @@ class Cache:
         With no sample running, slots fit the first that waits.
         """
         more = self.room * 3 // 2  # by half: copying stays rare
-        if max(map(length, self.running), default=0) > self.room:
+        if any(length(s) > self.room for s in self.running):
             if self.slots_of(min(more, self.longest)) >= len(self.running):
                 self.resize(more)
             for i, s in reversed(list(enumerate(self.running))):
@@ -145,8 +145,8 @@ class Cache:
         self.rows = torch.arange(len(places), device=device)
         self.used = max(places) + 1
         hidden = torch.arange(self.used, device=device) > self.places[:, None, None, None]
-        zeros = self.stores[0].new_zeros(hidden.shape)
-        self.bias = zeros.masked_fill_(hidden, -torch.inf)  # [A,1,1,used], for all layers
+        # [A,1,1,used], for all layers
+        self.bias = self.stores[0].new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         return model(newest, self.places, self)
 
     def __call__(self, q, k, v, layer):
@@ -172,10 +172,11 @@ def pick(logits, temperature, top_p, u):
     probs = (logits.float() / temperature).softmax(-1)
     vocabulary = probs.shape[-1]
     size = 64 if top_p < 1 else vocabulary  # nearly always enough; all are slow
-    top, ids = probs.topk(min(size, vocabulary))  # descending
-    while size < vocabulary and (top.sum(-1) < top_p).any():
+    while True:
+        top, ids = probs.topk(min(size, vocabulary))  # descending
+        if size >= vocabulary or (top.sum(-1) >= top_p).all():
+            break
         size *= 8
-        top, ids = probs.topk(min(size, vocabulary))
     before = top.cumsum(-1) - top
     mass = (top * (before < top_p)).cumsum(-1)  # of tokens up to the one that reaches top_p
     choice = (mass <= u[:, None] * mass[:, -1:]).sum(-1, keepdim=True)  # [A,1]

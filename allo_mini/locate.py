@@ -52,7 +52,7 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
         flat = FlatGradient(group, offload=offload)
         total, rest = rest.tensor_split([len(flat.grad)])
         squares = torch.zeros_like(total) if snr else None
-        for batch in progress(batches, label="locate", unit="step"):
+        for batch in progress(batches, "locate", "step"):
             flat.grad.zero_()
             for micro in micro_batches(batch, tokens):
                 objective.loss(*responses_of(model, micro), micro)[0].backward()

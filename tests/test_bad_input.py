@@ -85,6 +85,7 @@ PAIRS = {
     "nothing in common": (lines({"chosen": "yes", "rejected": "no"}), "p.jsonl:1"),
     "identical pairs": (lines(*(pair(str(i), "x", "x") for i in range(12))), "identical"),
     "too long rows": (lines(*(pair(str(i), "x" * 1300) for i in range(12))), "longer"),
+    "another prompt": (lines(pair("c", 2 * USER, 2 * USER)), "p.jsonl:1: 'prompt' is not what"),
     "a system prompt": (lines(pair("a") | {"system": "Hm."}), "p.jsonl:1: 'system' is not read"),
     "one beside messages": (lines(pair(USER, USER, USER) | {"system": "Hm."}), "p.jsonl:1: 'sys"),
     "a single pair": (lines(pair("a")), "p.jsonl")}

@@ -61,6 +61,11 @@ class Pair:
         """As a Task's."""
         return self.task is None
 
+    @property
+    def sides(self):
+        """(prompt, its two responses), as the encoder takes them."""
+        return self.prompt, [self.chosen, self.rejected]
+
 
 # A response to forget, the solution it should have been, and itself put right; Texts all
 Negative = namedtuple("Negative", "prompt response reference rewrite")
@@ -189,6 +194,8 @@ def pair_of(where, row):
         raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback's: conversations, and their first turn once more
+        if len(chosen) > 1 and prompt.strip() not in plain(chosen):
+            raise UserError(f"{where}: 'prompt' is not what the messages of 'chosen' begin with")
         prompt = turns_of(prompt) if len(chosen) == 1 else None
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")

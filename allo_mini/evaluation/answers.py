@@ -103,12 +103,12 @@ def evaluate(model, encoder, rows, settings, name):
     "correct" is None where there is no reference answer; rows of QA tasks have "official" too.
     A margin is log pi(chosen) - log pi(rejected); pairs that cannot be encoded are left out.
     """
-    update = progress(None, len(rows), name).update
+    update = progress(None, name, total=len(rows)).update
     if isinstance(rows[0], Task):
         answers = respond(model, encoder, [task.prompt for task in rows], settings,
                           temperature=0.0, on_done=lambda *_: update())
         return [graded(task, *response, encoder.style) for task, [response] in zip(rows, answers)]
-    examples = [encoder.example(pair.prompt, [pair.chosen, pair.rejected]) for pair in rows]
+    examples = [encoder.example(*pair.sides) for pair in rows]
     found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)
     return [{"prompt": encoder.style, "input": pair.prompt, "gold": pair.chosen, "margin": margin,
              "correct": margin > 0} for pair, margin in zip(compress(rows, examples), found)]

@@ -21,7 +21,8 @@ from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
 from allo_mini.run.config import schedule
-from allo_mini.run.files import read_json, read_jsonl, reading, write_json, write_jsonl, write_text
+from allo_mini.run.files import (read_if_there, read_json, read_jsonl, reading, write_json,
+                                 write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
 from allo_mini.run.memory import percent_of
@@ -120,11 +121,10 @@ def write_report(folder):
         path = folder / name
         return [row for _, row in read_jsonl(path)] if path.exists() else []
 
-    results = folder / "results.json"
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
                         autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with reading(folder):
-        about = read_json(results) if results.exists() else {}
+        about = read_if_there(folder / "results.json")
         results = about.get("results", {})
         evals = {name: rows(f"eval-{name}.jsonl") for name in results}
         masks = sorted(folder.glob("mask*.safetensors"))
@@ -174,7 +174,7 @@ def record_tokens(run, before, after, examples):
             real = ref[None].isfinite()  # as all are
             useful = useful_token_mask(now[None], ref[None], real, cfg.epsilon)[0]
             rows.append({"prompt": tokenizer.decode(example.prompt),
-                         "tokens": pieces(tokenizer.inner.decode, example.responses[0]),
+                         "tokens": pieces(tokenizer.decode, example.responses[0]),
                          "weights": example.weights, "scores": example.scores,
                          "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
@@ -199,16 +199,12 @@ def evaluated(run, name, policy):
     return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
 
 
-def answers_of(run, models):
-    """{model's name: its answers}; of pairs with beta log pi/pi_start(y+) - the same of y- as the
-    reward, pi_start being the model that all others began with: they are right where it is > 0."""
-    answers = {name: evaluated(run, name, policy) for name, policy in models.items()}
-    start, *others = answers.values()
-    with reading(run.folder):
-        for row, *tuned in zip(start, *others):
-            for item in tuned if "margin" in row else ():
-                item["reward"] = run.cfg.beta * (item["margin"] - row["margin"])
-    return answers
+def add_rewards(answers, beta):
+    """Give answers to pairs beta log pi/pi_start(y+) - the same of y- as their reward, pi_start
+    being the model that all others began with: they are right where it is > 0."""
+    for row, *tuned in zip(*answers.values()):
+        for item in tuned if "margin" in row else ():
+            item["reward"] = beta * (item["margin"] - row["margin"])
 
 
 def finish(run, models):
@@ -216,8 +212,9 @@ def finish(run, models):
     results = {}
     text = "nothing was evaluated: no --test rows, or --no-eval"
     if run.cfg.eval and run.test:
-        answers = answers_of(run, models)
+        answers = {name: evaluated(run, name, policy) for name, policy in models.items()}
         with reading(f"answers in {run.folder}"):
+            add_rewards(answers, run.cfg.beta)
             results = {name: summary(items) for name, items in answers.items()}
             text = table(["model", *COLUMNS], [summary_row(*result) for result in results.items()])
             text = f"{verdict(answers)}\n\n{text}".strip()

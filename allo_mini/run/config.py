@@ -10,9 +10,10 @@ from collections import namedtuple
 from dataclasses import dataclass, field, fields
 
 from allo_mini import UserError
+from allo_mini.objectives import BASELINES
 from allo_mini.run.files import read_json, reading
 
-METHODS = ("sft", "rft", "dpo", "rdpo", "ipo", "bco", "simpo", "npo", "masked-dpo", "allo")
+METHODS = (*BASELINES, "allo")
 
 
 # How a stage trains. lr: peak learning rate of a 7B model; batch: rows of a step at most;
@@ -22,9 +23,8 @@ SCHEDULES = {  # of warmup, forget and improve the official scripts'; the others
     "sft": Schedule(1e-5, 16, 3, 0.1), "rewrite": Schedule(1e-5, 16, 1, 0.1),
     "warmup": Schedule(1e-6, 32, 1, 0.1), "dpo": Schedule(1e-6, 32, 1, 0.1),
     "forget": Schedule(5e-7, 128, 1, 0.03), "improve": Schedule(5e-6, 128, 1, 0.1)}
-SHARED = {  # stage -> whose schedule and rate it has
-    "rft": "sft", "more-sft": "sft", "rdpo": "dpo", "ipo": "dpo", "bco": "dpo", "simpo": "dpo",
-    "npo": "dpo", "masked-dpo": "improve"}
+SHARED = dict.fromkeys(BASELINES, "dpo") | {  # stage -> whose schedule and rate it has
+    "sft": "sft", "rft": "sft", "more-sft": "sft", "masked-dpo": "improve"}
 
 # `python train.py` without model and data; rates chosen on validation rows
 DEMO = {"prompt": "chat", "max_length": 400, "max_new_tokens": 100, "n": 8,
@@ -137,9 +137,9 @@ class Config:
         """Whether the dpo baseline is the epoch that the warm-up would train again."""
         first = self.method.index("dpo") if "dpo" in self.method else 99
         moved = self.locate == "movement" and self.p < 100 and not self.masked
-        apart = (self.lr_dpo != self.lr_warmup  # the table's are alike
-                 or self.schedules.get("dpo") != self.schedules.get("warmup"))
-        return moved and not apart and any(map(self.masks, self.method[first:]))
+        alike = (self.lr_dpo == self.lr_warmup  # as the table's are
+                 and self.schedules.get("dpo") == self.schedules.get("warmup"))
+        return moved and alike and any(map(self.masks, self.method[first:]))
 
 
 KNOBS = {f.name: f for f in fields(Config)}
@@ -212,7 +212,7 @@ def make_parser():
 def expected(name, value):
     """What a setting wants, in words, when `value` is not that; else ''."""
     knob = KNOBS[name]
-    kind = KNOBS[name].type
+    kind = knob.type
     choices = knob.metadata["choices"]
     most = knob.metadata["most"]
     wanted = f"one of {', '.join(map(str, choices))}" if choices else kind.__name__

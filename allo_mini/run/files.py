@@ -64,6 +64,11 @@ def read_jsonl(path):
         raise UserError(f"{path}: no rows; expected JSON Lines, one object a line")
 
 
+def read_if_there(path):
+    """The object that a JSON file of ours holds; {} where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def open_tensors(path):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
     with reading(path):
@@ -107,7 +112,7 @@ def atomic(target):
 def write_text(path, text):
     """Write a text file, atomically."""
     with atomic(path) as temporary:
-        temporary.write_bytes(text.encode(errors="replace"))
+        temporary.write_text(text, "utf-8", "replace")
 
 
 def write_json(path, value):

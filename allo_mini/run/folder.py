@@ -20,7 +20,6 @@ from allo_mini.checkpoint import (TOKENIZER_FILES, eos_ids, find_folder, load_mo
 from allo_mini.data import demo
 from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair, Task
-from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.answers import evaluate, summary
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.mask import from_tensors, to_tensors
@@ -30,7 +29,7 @@ from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
 from allo_mini.run.files import (keep_whole, load_tensors, lock, read_json, reading, save_tensors,
                                  write_json)
-from allo_mini.run.inputs import read_rows, style_of, unused_template
+from allo_mini.run.inputs import encoder_for, read_rows, unused_template
 from allo_mini.run.log import Log, progress, say
 
 ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "pairs.jsonl", "negatives.jsonl",
@@ -126,13 +125,11 @@ class Run:
         """Whether all these artefacts are there."""
         return all((self.folder / name).exists() for name in names)
 
-    def validate(self, name, model, done, total):
-        """Every --eval-every steps: {"eval/score": share of the validation rows that are right}."""
-        if (done % self.cfg.eval_every and done < total) or name in ("warmup", "rewrite"):
-            return {}
+    def validate(self, name, model):
+        """The share of the validation rows that are right."""
         score = summary(self.evaluate(model, self.val, "validate"))["accuracy"]
         say(f"{name}: {score:.4f} of the validation rows right")
-        return {"eval/score": score}
+        return score
 
     def report_change(self, name, optimizer, skipped):
         """Say how far the weights moved, and how many of them still differ in the model's dtype.
@@ -148,16 +145,17 @@ class Run:
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
             f"{change:.3g}, {100 * share:.3g} % of them differ as {self.dtype}{warning}")
 
-    def encode(self, rows, name):
-        """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
-        bar = progress(rows, label=f"read {name}", unit="row")
-        examples = list(filter(None, starmap(self.encoder.example, bar)))
-        self.report_dropped(name, len(examples))
-        return examples
-
     def encoded(self, rows, name):
-        """A function that encodes the rows when it is first called: a finished stage does not."""
-        return functools.cache(lambda: self.encode(rows, name))
+        """A function: (prompt, responses) rows -> examples, without those that are dropped (and
+        counted). It encodes when it is first called: a finished stage does not."""
+        @functools.cache
+        def encode():
+            bar = progress(rows, f"read {name}", "row")
+            examples = list(filter(None, starmap(self.encoder.example, bar)))
+            self.report_dropped(name, len(examples))
+            return examples
+
+        return encode
 
     def report_dropped(self, name, usable):
         """Say what the encoder dropped or trimmed just now. Raises UserError if that was all."""
@@ -241,9 +239,8 @@ def claim_folder(run, record):
         with reading(run.folder):
             run.folder.mkdir(parents=True, exist_ok=True)
         lock(run.folder)
-        path = run.folder / "config.json"
-        if not path.exists():
-            write_json(path, record)
+        if not run.has("config.json"):
+            write_json(run.folder / "config.json", record)
         keep_whole(run.folder / "metrics.jsonl")  # before any rank reads it
     parallel.wait()
     run.log = Log(run.folder)
@@ -256,17 +253,15 @@ def open_run(cfg):
     """
     device, dtype = pick_device(cfg.device, cfg.dtype)
     model = meta_model(find_folder(cfg.model or demo.FOLDER, download=not cfg.dry_run))
-    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
-    length = model.config.length(cfg.max_length, f"{model.folder}/config.json")
     rows = read_rows(cfg)
-    encoder = Encoder(tokenizer, style_of(cfg.prompt, sum(rows, [])), length)
-    encoder.rewrite_length = min(3 * length, model.config.max_position_embeddings,
+    encoder = encoder_for(model, cfg, sum(rows, []))
+    encoder.rewrite_length = min(encoder.rewrite_length, model.config.max_position_embeddings,
                                  model.config.sliding_window)
     eos_ids(model, encoder)  # reads generation_config.json
     data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    known = replace(cfg, prompt=encoder.style, max_length=length)  # recorded: eval.py asks so, too
+    known = replace(cfg, prompt=encoder.style, max_length=encoder.max_length)  # eval.py asks so
     run = Run(known, folder, Policy(model.folder), parallel.join(device), dtype, model.config,
               shapes, encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
@@ -277,6 +272,6 @@ def open_run(cfg):
         say(f"its file holds {stored}: all weights are rounded to {dtype} (--dtype fp32: none)")
     for name, held in ("test rows", run.test), ("val rows", run.val):
         if held and isinstance(held[0], Pair) and not run.has("config.json"):  # else looked at
-            run.encode([(pair.prompt, [pair.chosen, pair.rejected]) for pair in held], name)
+            run.encoded([pair.sides for pair in held], name)()
     claim_folder(run, record_of(run, model))
     return run

@@ -4,7 +4,9 @@ import random
 
 from allo_mini import UserError
 from allo_mini.data import demo
+from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import is_pairs, plain, read_pairs, read_tasks, turns_of
+from allo_mini.data.tokenizer import load_tokenizer
 from allo_mini.evaluation.graders import gold_answer
 from allo_mini.run.log import say
 
@@ -98,6 +100,16 @@ def style_of(prompt, rows):
     if any(isinstance(row.prompt, list) for row in rows):
         return "chat"
     return "none" if rows[0].verbatim else "alpaca"
+
+
+def encoder_for(model, settings, rows):
+    """The Encoder of a model for these rows; without any, prompts are as in a chat."""
+    tokenizer = load_tokenizer(model.folder, model.config.vocab_size)
+    length = model.config.length(settings.max_length, f"{model.folder}/config.json")
+    style = settings.prompt
+    if style == "auto" and not rows:
+        style = "chat" if tokenizer.template else "alpaca"
+    return Encoder(tokenizer, style_of(style, rows), length)
 
 
 def unused_template(encoder, prompt):

@@ -24,7 +24,7 @@ class Lines:
         sys.stderr.write(text.strip("\r ") and text.replace("\r", "") + "\n")
 
 
-def progress(items=None, total=None, label="", unit="it"):
+def progress(items, label, unit="it", total=None):
     """A tqdm bar; where the output is no terminal a line a minute."""
     quiet = {} if sys.stderr.isatty() else {  # miniters: tqdm's own thread shows nothing then
         "file": Lines(), "mininterval": MINUTE, "delay": MINUTE, "miniters": 1, "ncols": 80}
@@ -81,8 +81,7 @@ class Log:
     def write(self, stage, **values):
         """Append a line."""
         if parallel.RANK == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"stage": stage, **values}) + "\n")
+            files.append_rows(self.path, [{"stage": stage, **values}])
 
     @staticmethod
     def read(folder):
@@ -147,8 +146,10 @@ class Progress:
         step = self.step
         total = self.total
         metrics |= {"tokens/s": tokens / (now - self.began), "learning_rate": self.optimizer.lr}
-        if self.run.cfg.eval_every:
-            metrics |= self.run.validate(self.stage, model, step, total)
+        every = self.run.cfg.eval_every
+        scored = every and self.stage not in ("warmup", "rewrite")
+        if scored and (step % every == 0 or step == total):
+            metrics["eval/score"] = self.run.validate(self.stage, model)
         self.run.log.write(self.stage, step=step, **metrics)
         if step in (1, total) or step % -(-total // LINES) == 0:
             columns = [f"{key} {metrics[key]:>9.4g}" for key in self.objective.shown]
