@@ -10,13 +10,14 @@ a bf16 model cannot hold.
 """
 
 import hashlib
+import json
 import sys
 
 import torch
 
 from allo_mini import UserError
 from allo_mini.mask import Selected, from_tensors, to_tensors
-from allo_mini.run.files import load_tensors, reading, save_tensors
+from allo_mini.run.files import load_tensors, read_if_there, reading, save_tensors
 from allo_mini.run.log import exit_code
 
 
@@ -67,7 +68,7 @@ def begin_at(optimizer, path):
 
 
 def save_patch(base, tuned, path):
-    """Keep the entries in which two model folders differ, with their digests."""
+    """Keep the entries in which two model folders differ, their digests, and what ends a response."""
     from allo_mini.checkpoint import read_tensor, shard_files
     before, after = shard_files(base), shard_files(tuned)
     tensors, digests = {}, {}
@@ -77,21 +78,20 @@ def save_patch(base, tuned, path):
         if changed.any():
             tensors |= to_tensors({name: Selected.from_dense(changed)}, {name: new[changed]})
             digests[name] = digest(old[changed], new[changed])
-    save_tensors(tensors, path, digests)
+    ends = read_if_there(tuned / "generation_config.json").get("eos_token_id", [])
+    save_tensors(tensors, path, digests | {"eos_token_id": json.dumps(ends)})
 
 
 def apply(argv):
-    """The command `python -m allo_mini.patch apply BASE PATCH OUT`.
-
-    OUT is in the patch's dtype, and has BASE's generation_config.json: a run's own folders also
-    name there the token by which a chat template ends a turn.
-    """
+    """The command `python -m allo_mini.patch apply BASE PATCH OUT`; OUT is in the patch's dtype."""
     from allo_mini.checkpoint import load_model, save_model
     if argv[:-3] != ["apply"]:
         raise UserError("expected: python -m allo_mini.patch apply BASE PATCH OUT")
     _, base, patch, out = argv
-    dtypes = [x.dtype for x in load_tensors(patch)[0].values() if x.is_floating_point()]
-    save_model(load_model(base, *dtypes[:1], changes=[patch]), out)
+    tensors, notes = load_tensors(patch)
+    dtypes = [x.dtype for x in tensors.values() if x.is_floating_point()]
+    ends = json.loads(notes.get("eos_token_id", "[]"))
+    save_model(load_model(base, *dtypes[:1], changes=[patch]), out, ends)
 
 
 if __name__ == "__main__":

@@ -130,8 +130,13 @@ def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
 def test_a_patch_is_the_improved_model(whole, tmp_path, monkeypatch, capsys):
     """Applied to the base, and in eval.py, which then gives the folder's answers."""
     path, answers = whole / "patch.safetensors", []
-    apply(["apply", str(whole / "sft"), str(path), str(tmp_path / "applied")])
+    shutil.copytree(whole / "sft", tmp_path / "base")
+    (tmp_path / "base/generation_config.json").unlink()
+    apply(["apply", str(tmp_path / "base"), str(path), str(tmp_path / "applied")])
     assert equal(weights_of(whole / "improve"), weights_of(tmp_path / "applied"))
+    ends = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+            for folder in (whole / "improve", tmp_path / "applied")]
+    assert ends[0] == ends[1]  # what ends a response, too
     for i, words in enumerate(("improve", f"sft --patch {path}", f"sft --patch {path} --int8")):
         command = f"--test {whole.parent}/test.jsonl --out {tmp_path}/{i} --model {whole}/{words}"
         assert evaluation.main(command.split()) == 0

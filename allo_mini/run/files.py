@@ -153,8 +153,7 @@ def keep_whole(path, group=1, total=0):
 def save_tensors(tensors, path, metadata=None):
     """Write a safetensors file of {name: tensor} and strings beside them, atomically."""
     with atomic(path) as temporary:
-        whole = {name: x.contiguous().cpu() for name, x in tensors.items()}
-        save_file(whole, temporary, metadata or None)  # it writes {} wrongly
+        save_file({name: x.contiguous().cpu() for name, x in tensors.items()}, temporary, metadata)
 
 
 def lock(folder):
