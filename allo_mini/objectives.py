@@ -91,7 +91,7 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
         lengths = torch.tensor([list(map(len, example.responses)) for example in examples]).T
         return float(loss_of(torch.zeros(4, len(examples)), lengths).mean())
 
-    filtered = ["useful/fraction"] if epsilon < 1 else []
+    filtered = ["useful/fraction"] * (epsilon < 1)
     shown = "loss", "rewards/margins", "rewards/accuracies", *filtered, "grad_norm", "tokens/s"
     return Objective(loss, first_loss=first_loss if reference else None, shown=shown)
 

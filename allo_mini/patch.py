@@ -32,7 +32,7 @@ def read_patch(path, names):
     for key in tensors:
         name = key.rpartition(".")[0]
         if name not in names or f"{name}.values" not in tensors:
-            raise UserError(f"{path}: made for another model, or no patch: there is no {key}")
+            raise UserError(f"{path}: made for another model, or no patch: it has {key}")
     return path, tensors, digests
 
 
@@ -79,7 +79,7 @@ def save_patch(base, tuned, path):
             tensors |= to_tensors({name: Selected.from_dense(changed)}, {name: new[changed]})
             digests[name] = digest(old[changed], new[changed])
     ends = read_if_there(tuned / "generation_config.json").get("eos_token_id", [])
-    save_tensors(tensors, path, digests | {"eos_token_id": json.dumps(ends)})
+    save_tensors(tensors, path, digests | {"eos_token_ids": str(ends).strip("[]")})
 
 
 def apply(argv):
@@ -90,7 +90,8 @@ def apply(argv):
     _, base, patch, out = argv
     tensors, notes = load_tensors(patch)
     dtypes = [x.dtype for x in tensors.values() if x.is_floating_point()]
-    ends = json.loads(notes.get("eos_token_id", "[]"))
+    with reading(patch):
+        ends = json.loads(f"[{notes.get('eos_token_ids', '')}]")
     save_model(load_model(base, *dtypes[:1], changes=[patch]), out, ends)
 
 

@@ -257,8 +257,7 @@ def rows_of(command):
 
 
 def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
-    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "4?"}]
-    write(place / "test.jsonl", {"input": " 2?\n", "answer": "1"}, {"input": told, "answer": "1"})
+    write(place / "test.jsonl", {"input": " 2?\n", "answer": "1"}, {"input": "4?", "answer": "1"})
     tasks, _, _, test = rows_of("--train t.jsonl --test test.jsonl")
     assert len(test) == 2 and len(tasks) == 18 and not {"2?", "4?"} & {t.prompt for t in tasks}
     assert "2 training rows dropped" in capsys.readouterr().out
@@ -266,6 +265,18 @@ def test_what_is_held_out_is_dropped_from_the_rest_and_counted(place, capsys):
     _, pairs, _, test = rows_of("--pairs p.jsonl")
     assert len(test) == 5 and pairs and "5 of 50 pairs held out" in capsys.readouterr().out
     assert not {plain(pair.prompt) for pair in test} & {plain(pair.prompt) for pair in pairs}
+
+
+def test_a_system_prompt_makes_no_other_question(place):
+    """But a text in it does, of which all rows ask the same."""
+    write(place / "one.jsonl", {"input": "4?", "answer": "1"})
+    told = [{"messages": [*SYSTEM, user(f"{i}?"), *SO]} for i in range(9)]
+    write(place / "told.jsonl", *told)
+    assert len(rows_of("--train told.jsonl --test one.jsonl --method sft")[0]) == 8
+    texts = [{"prompt": [{"role": "system", "content": f"Text {i}"}, *asked], "chosen": SO,
+              "rejected": NO} for i in range(20) for asked in ([], [user("In short?")])]
+    write(place / "texts.jsonl", *texts)
+    assert sum(map(len, rows_of("--pairs texts.jsonl")[1::2])) == 40
 
 
 def test_order_depends_on_the_seed_alone(place):

@@ -342,7 +342,7 @@ def test_where_the_answer_stands():
     assert gold_answer(Task(0, "q", A + "1", "2")) == "2"  # the field goes before the solution
     for solution in (A + "4. I hope it is correct.", A + "$4$.\nDone"):
         assert is_correct(A + "4", Task(0, "q", solution, None))
-    for answer in ("1 + 3 = 4\n" + A + "4", r"\boxed{4}", "Sum.\n#### 4", "4"):  # in a test file
+    for answer in ("1 + 3 = 4. " + A + "4. I hope so.", r"\boxed{4}", "Sum.\n#### 4", "4"):
         assert gold_answer(Task(0, "q", None, answer)) == "4"
     assert is_correct(A + "2,125", Task(0, "q", f"So.\n{A}2125", None))
     silent = Task(0, "q", "no conclusion", None)

@@ -168,7 +168,8 @@ def task_of(id, where, given, need_output):
             raise UserError(f"{where}: several messages to learn, or one whose label is false")
         row["output"] = plain(output)
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
-    return Task(id, prompt, *texts, where, alone or "completion" in given)
+    strings = alone or "completion" in given and isinstance(prompt, str)
+    return Task(id, prompt, *texts, where, strings)
 
 
 def last_answer(messages, where):
@@ -193,10 +194,13 @@ def pair_of(where, row):
     if prompt is None and row.keys() & OTHER_NAMES:
         raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
     if isinstance(prompt, str) and isinstance(chosen, list):
-        # UltraFeedback's: conversations, and their first turn once more
-        if len(chosen) > 1 and prompt.strip() not in plain(chosen):
-            raise UserError(f"{where}: 'prompt' is not what the messages of 'chosen' begin with")
-        prompt = turns_of(prompt) if len(chosen) == 1 else None
+        # UltraFeedback's conversations have their first turn in `prompt` once more
+        if len(chosen) == 1:
+            prompt = turns_of(prompt)
+        elif prompt.strip() in plain(chosen):
+            prompt = None
+        else:
+            raise UserError(f"{where}: 'prompt' is nowhere in the messages of 'chosen'; drop it")
     if not type(prompt or chosen) is type(chosen) is type(rejected):
         raise UserError(f"{where}: prompt and responses must all be strings or all message lists")
     if not isinstance(prompt, str):

@@ -271,11 +271,9 @@ def gold_answer(task):
 
     Of "4. I hope it is correct." the 4; an `answer` may be a solution, too.
     """
-    if task.answer is not None:
-        return concluded(task.answer) or task.answer
     extract, _ = rule_of(task, concluded)  # a mere number in a text of no known task is no answer
-    said = extract(task.output or "")
-    return said and re.sub(r"(?<=[\d$}])\.\s.*", "", said)
+    said = extract(task.output or "") if task.answer is None else concluded(task.answer)
+    return re.sub(r"(?<=[\d$}])\.\s.*", "", said) if said else task.answer
 
 
 def rule_of(task, otherwise=final):

@@ -244,7 +244,7 @@ def check(values, file=""):
             fits = min(plan[:3]) > 0 and plan.epochs < 1e6 and type(plan.batch) is int
             if not fits or not 0 <= plan.warmup < 1:
                 raise ValueError("batch is a number of rows, warmup a share of the steps, lr and "
-                                 "epochs are above 0")
+                                 "epochs are above 0, epochs below a million")
 
 
 def from_file(path):

@@ -140,7 +140,7 @@ class Run:
         if not math.isfinite(change):
             raise UserError(f"{name}: weights are no longer finite; lower the learning rate")
         before, after = (x.to(self.dtype).cpu() for x in (optimizer.start, optimizer.master))
-        share = float((before != after).float().mean())
+        share = float((before != after).sum() / len(before))
         warning = "" if share else "   <-- WARNING: no weight moved; raise the learning rate"
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
             f"{change:.3g}, {100 * share:.3g} % of them differ as {self.dtype}{warning}")
@@ -215,18 +215,16 @@ def check_folder(folder, record):
                 raise UserError(f"{folder}: holds {file.name}, not a run; choose another --out")
         return
     known = read_json(path)
-    if not all(isinstance(known.get(key), dict) for key in record):
-        raise UserError(f"{folder}: holds a run of an earlier version of allo_mini, or nothing of "
-                        "ours; choose another --out")
-    for key, values in record.items():
-        for name in known[key] | values:
-            before, now = known[key].get(name), values.get(name)
-            if before == now:
-                continue
-            if name != "threads":
-                raise UserError(f"{folder}: holds a run with another {name} ({before!r}, now "
-                                f"{now!r}); choose another --out")
-            say(f"begun with {before} threads, now {now}: sums may round differently")
+    with reading(f"{path}, of an earlier version or nothing of ours (choose another --out)"):
+        for key, values in record.items():
+            for name in known[key] | values:
+                before, now = known[key].get(name), values.get(name)
+                if before == now:
+                    continue
+                if name != "threads":
+                    raise UserError(f"{folder}: holds a run with another {name} ({before!r}, now "
+                                    f"{now!r}); choose another --out")
+                say(f"begun with {before} threads, now {now}: sums may round differently")
 
 
 def claim_folder(run, record):

@@ -23,7 +23,8 @@ def read_rows(cfg):
     test, val = held_rows(cfg, "test"), held_rows(cfg, "val")
     drop_held(test + val, tasks, pairs)
     if cfg.prompt == "auto" and len({task.verbatim for task in tasks}) > 1:
-        raise UserError(f"{files[0]}: strings and questions; say how with --prompt, or part them")
+        raise UserError(f"{cfg.train[0]}: strings beside questions or messages; say how with "
+                        "--prompt, or part them")
     rows = pairs if cfg.pairs else tasks
     random.Random(f"{cfg.seed} rows").shuffle(rows)
     if cfg.pairs and not test:
@@ -75,16 +76,17 @@ def read_questions(files, task=None, flag="test"):
 
 
 def asked(row):
-    """What a row asks, without a system prompt."""
-    return plain([turn for turn in turns_of(row.prompt) if turn["role"] != "system"]).strip()
+    """What a row asks, with and without a system prompt."""
+    rest = [turn for turn in turns_of(row.prompt) if turn["role"] != "system"]
+    return {plain(row.prompt).strip(), plain(rest).strip()}
 
 
 def drop_held(held, *groups):
     """Take the questions of `held` out of other lists of rows, and say how many."""
-    questions = set(map(asked, held))
+    questions = {plain(row.prompt).strip() for row in held}
     for rows in groups:
         before = len(rows)
-        rows[:] = [row for row in rows if asked(row) not in questions]
+        rows[:] = [row for row in rows if questions.isdisjoint(asked(row))]
         if len(rows) < before:
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
 

@@ -89,5 +89,6 @@ def show_plan(run):
         lines.append([stage, f"{rows or 'sampled'}", f"{steps or '?'}",
                       f"{plan.batch if steps else '?'}", f"{plan.lr:g}", f"{percent:g} %",
                       f"{size:.1f} GB" + f" + {optimizer:.1f} on the host" * cfg.offload])
-    head = ["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"]
-    say(table(head, lines) + "\n")
+    say(table(
+        ["stage", "rows", "steps", "rows a step", "peak rate", "weights", "memory (estimate)"],
+        lines) + "\n")
