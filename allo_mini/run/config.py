@@ -103,7 +103,8 @@ class Config:
     dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
     device: str = knob("auto", "cuda, cuda:1 or cpu")
 
-    memory: str = knob("", "settings by which a 7B model fits it: also --locate snr, --p-sft", tuple(CARDS))
+    memory: str = knob("", "settings by which a 7B model fits it: also --locate snr, --p-sft",
+                       tuple(CARDS))
     int8: bool = knob(False, "8 bits for matrices' weights that are not trained")
     state_bits: int = knob(32, "bits of each optimizer moment", (8, 32))
     offload: bool = knob(False, "optimizer and its gradient in host memory")
