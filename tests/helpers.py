@@ -16,7 +16,7 @@ from allo_mini.model import CausalLM, parse_config
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 HF = ("llama_mha", "llama_gqa_tied", "mistral", "qwen2", "qwen3", "llama3_rope")
-EOS, BOS = 2, 1
+EOS = 2
 RAW = {"architectures": ["LlamaForCausalLM"], "vocab_size": 120, "hidden_size": 16,
        "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
        "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,

@@ -172,8 +172,6 @@ def test_weights_by_edit_alignment_and_from_scores():
     assert nearest([1, 2, 3, 4], [[9], [1, 4], [1, 2, 3, 4, 5], [1, 2, 4]]) == 2
     scores = [0.0, 0.49, 0.5, 0.75, 1.0]
     assert weights_from_scores(scores, "threshold", 0.5) == [1, 1, 0, 0, 0]  # 0.5 is aligned
-    assert weights_from_scores(scores, "soft", 0.5) == pytest.approx([1, 0.51, 0.5, 0.25, 0])
-    assert weights_from_scores(scores, "released", 0.5) == scores
 
 
 def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
@@ -206,14 +204,10 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
 # ---- eval.py ------------------------------------------------------------------------------------
 
 @pytest.fixture
-def model(world):
-    return world / "model"
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with one small file of each kind."""
+def place(world, tmp_path, monkeypatch):
+    """A folder with a model and one small file of each kind."""
     monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to(world / "model")
     write("gsm8k_test.jsonl", [{"input": f"{i} + {i}?", "answer": str(2 * i)} for i in range(7)])
     write("qasc_test.jsonl", [{"input": "Colour?\nOptions:\nred\nblue", "answer": "Red"}] * 5)
     write("rows.jsonl", [{"input": f"Row {i}?", "output": "The answer is 5"} for i in range(3)])
@@ -223,9 +217,9 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(model, *words):
+def run(*words):
     sizes = ["--max-new-tokens", "4", "--max-length", "300", "--sample-batch", "2"]
-    assert evaluation.main(["--model", str(model), *sizes, *words]) == 0
+    assert evaluation.main(["--model", "model", *sizes, *words]) == 0
 
 
 def answering(monkeypatch, answer):
@@ -240,9 +234,9 @@ def answering(monkeypatch, answer):
     return asked
 
 
-def test_several_files_in_one_call(model, place, capsys, monkeypatch):
+def test_several_files_in_one_call(place, capsys, monkeypatch):
     answering(monkeypatch, lambda q: "The answer is " + {"C": "red", "R": "5"}.get(q[0], "6"))
-    run(model, "--test", "gsm8k_test.jsonl", "qasc_test.jsonl", "rows.jsonl", "pairs.jsonl",
+    run("--test", "gsm8k_test.jsonl", "qasc_test.jsonl", "rows.jsonl", "pairs.jsonl",
         "--out", "out")
     table = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert table["gsm8k_test.jsonl"][1:8] == ["(gsm8k)", "14.3", "%", "-", "[2.6,", "51.3]", "7"]
@@ -254,36 +248,37 @@ def test_several_files_in_one_call(model, place, capsys, monkeypatch):
     assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
     assert rows_of(Path("out/pairs.jsonl"))[0].keys() == {"prompt", "input", "gold", "margin",
                                                           "correct"}
-    assert evaluation.main(["--model", str(model), "--test", "rows.jsonl", "--out", "out"]) == 2
+    assert evaluation.main(["--model", "model", "--test", "rows.jsonl", "--out", "out"]) == 2
     answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
-        run(model, "--test", "rows.jsonl", "--out", task, "--task", task)
+        run("--test", "rows.jsonl", "--out", task, "--task", task)
         assert sum(row["correct"] for row in rows_of(Path(task, "rows.jsonl"))) == correct
 
 
-def test_prompts_for_a_judge_are_answered_and_not_graded(model, place, capsys, monkeypatch):
+def test_prompts_for_a_judge_are_answered_and_not_graded(place, capsys, monkeypatch):
     files = ["--test", "alpaca_eval.jsonl", "arena_hard.jsonl", "--out"]
-    run(model, *files, "chat")
+    run(*files, "chat")
     said = capsys.readouterr().out
     assert "chat/alpaca_eval.jsonl: 3 rows, none dropped; prompts: chat\n" in said
     assert "accuracy" not in said
     save_model(tiny_model(), "plain")
     answering(monkeypatch, lambda q: f"Done: {q}")
-    run(write_tokenizer(Path("plain")), *files, "out")
+    write_tokenizer(Path("plain"))
+    run(*files, "out", "--model", "plain")
     assert "prompts: alpaca\n" in capsys.readouterr().out
     assert rows_of(Path("out/alpaca_eval.jsonl"))[2]["response"] == "Done: Write 2."
     last = {"response": "Done: Do 2.", "gold": None, "correct": None}
     assert last.items() <= rows_of(Path("out/arena_hard.jsonl"))[2].items()
 
 
-def test_against_another_model(model, place, capsys, monkeypatch):
+def test_against_another_model(place, capsys, monkeypatch):
     write("many_gsm8k.jsonl", [{"input": f"{i}?", "answer": "2111"[i % 4]} for i in range(200)])
     files = ["--test", "many_gsm8k.jsonl", "alpaca_eval.jsonl", "rows.jsonl"]
     answering(monkeypatch, lambda q: "The answer is 2")
-    run(model, *files, "--out", "a")  # 25 % right
+    run(*files, "--out", "a")  # 25 % right
     answering(monkeypatch, lambda q: "The answer is 1")
     capsys.readouterr()
-    run(model, *files, "--out", "b", "--against", "a")  # 75 % right
+    run(*files, "--out", "b", "--against", "a")  # 75 % right
     said = capsys.readouterr().out.splitlines()
     many, rows = (line.split()[7:] for line in said if ".jsonl (" in line)
     assert many[0] == "+50.0" and many[4] == "200" and float(many[3]) < 0.001
@@ -291,40 +286,40 @@ def test_against_another_model(model, place, capsys, monkeypatch):
     assert rows == ["+0.0", "[+0.0,", "+0.0]", "1.0000", "3"]
     own = rows_of(Path("a/rows.jsonl"))
     write("a/rows.jsonl", [own[0] | {"gold": "another"}, *own[1:]])  # is not the same question
-    run(model, "--test", "rows.jsonl", "--out", "d", "--against", "a")
+    run("--test", "rows.jsonl", "--out", "d", "--against", "a")
     assert capsys.readouterr().out.split()[-1] == "2"
-    words = ["--model", str(model), "--test", "rows.jsonl", "--out", "c", "--against", "a"]
+    words = ["--model", "model", "--test", "rows.jsonl", "--out", "c", "--against", "a"]
     assert evaluation.main([*words, "--prompt", "chat"]) == 2
     assert "asked in the same style" in capsys.readouterr().err
 
 
-def test_a_model_brings_its_runs_settings(model, place, capsys):
+def test_a_model_brings_its_runs_settings(place, capsys):
     """In a run folder, or made of the base and a run's patch, which must be the same model."""
     improved = Path("runs/demo/improve")
     save_model(tiny_model(seed=1), improved)
     write_tokenizer(improved, chat_template=TEMPLATE)
-    save_patch(model, improved, Path("runs/demo/patch.safetensors"))
+    save_patch(Path("model"), improved, Path("runs/demo/patch.safetensors"))
     write("runs/demo/config.json", [{"config": {"prompt": "chat", "max_new_tokens": 5, "p": 5.0}}])
-    for words in ([str(improved)], [str(model), "--patch", "runs/demo/patch.safetensors"]):
+    for words in ([str(improved)], ["model", "--patch", "runs/demo/patch.safetensors"]):
         assert evaluation.main(["--model", *words, "--test", "rows.jsonl"]) == 0
         assert "rows.jsonl: 3 rows, none dropped; prompts: chat\n" in capsys.readouterr().out
     rows = rows_of(Path("eval/demo-improve/rows.jsonl"))
     assert rows == rows_of(Path("eval/demo-patch.safetensors/rows.jsonl"))
     assert 1 < len(rows[0]["response"]) <= 5
-    run(model, "--test", "rows.jsonl")  # prompts: alpaca, and there is a template
+    run("--test", "rows.jsonl")  # prompts: alpaca, and there is a template
     assert "prompts: alpaca (the model has a chat" in capsys.readouterr().out
 
 
-def test_chat_remembers_until_an_empty_line(model, place, capsys, monkeypatch):
+def test_chat_remembers_until_an_empty_line(place, capsys, monkeypatch):
     def type_in(text):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
     type_in(b"hi\n" + b"a long line " * 20 + b"\nno text: \xe9\n")
-    run(model, "--chat", "--max-length", "60", "--max-new-tokens", "2")
+    run("--chat", "--max-length", "60", "--max-new-tokens", "2")
     said = capsys.readouterr().out
     assert said.count(" ... (cut: --max-new") == 3 and said.count("with a trimmed prompt") == 2
     type_in(b"one\ntwo\n\nthree\n")
     asked = answering(monkeypatch, lambda messages: f"reply {len(messages)}")
-    run(model, "--chat")
+    run("--chat")
     said = [[message["content"] for message in messages] for messages in asked]
     assert said == [["one"], ["one", "reply 1", "two"], ["three"]]
     assert [message["role"] for message in asked[1]] == ["user", "assistant", "user"]

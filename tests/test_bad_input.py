@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import LLAMA3, RAW, error_of, tiny_model, write_tokenizer
-from runs import FOLDER, ROOT, lines, pair, run, task
+from runs import ROOT, lines, pair, run, task
 from safetensors.torch import load, save
 
 import eval as evaluation

@@ -206,29 +206,28 @@ def test_responses_are_encoded_and_samples_decoded_as_they_follow_the_prompt(tmp
         assert answers.respond(model, encoder, ["a:"], settings, 1, 0.0) == [[(text, True)]]
 
 
-def test_truncation_trims_the_prompts_left(make):
-    tokenizer = make(bos=True)
-    encoder = Encoder(tokenizer, "none", 40)
-    row = "x" * 60 + "the cat", [" sat", " sat on the mat and the mat and the mat"]
-    example, whole = encoder.example(*row), Encoder(tokenizer, "none", 10**6).example(*row)
-    assert example.responses == whole.responses  # never shortened, both beside one prompt
-    assert len(example.prompt) + max(map(len, example.responses)) == 40
-    assert list(example.prompt) == [0, *whole.prompt[1 - len(example.prompt):]]
-    assert len(encoder.prompt_ids("x" * 38)) == 39
-    assert len(encoder.prompt_ids("x" * 60)) == 20  # leaves room to sample a response
-    assert encoder.report() == "2 with a trimmed prompt" and encoder.report() == ""
-
-
 @pytest.mark.parametrize("length", range(8, 40, 4))
-def test_no_response_is_ever_empty_or_cut(make, length):
-    encoder = Encoder(make(bos=True), "none", length)
+def test_truncation_trims_the_prompts_left_and_no_response(make, length):
+    """BOS and the prompt's end are kept; a response is never empty or cut."""
+    tokenizer, row = make(bos=True), "x" * 30 + "the cat"
+    encoder, unlimited = Encoder(tokenizer, "none", length), Encoder(tokenizer, "none", 10**6)
     for count in range(1, 45):
-        example = encoder.example("z" * 30, ["y" * count, "w"])
+        example, whole = (one.example(row, ["y" * count, "w"]) for one in (encoder, unlimited))
         fits = count + 1 + 2 <= length  # closing token, BOS and one prompt token beside it
         assert (example is not None) == fits
         if fits:
+            assert example.responses == whole.responses
             assert [len(ids) for ids in example.responses] == [count + 1, 2]
-            assert 2 <= len(example.prompt) <= length - count - 1
+            assert len(example.prompt) == min(len(whole.prompt), length - count - 1)
+            assert list(example.prompt) == [0, *whole.prompt[1 - len(example.prompt):]]
+
+
+def test_a_long_prompt_leaves_room_to_sample_a_response(make):
+    encoder = Encoder(make(bos=True), "none", 40)
+    assert encoder.example("x" * 60, ["y"])
+    assert len(encoder.prompt_ids("x" * 38)) == 39
+    assert len(encoder.prompt_ids("x" * 60)) == 20
+    assert encoder.report() == "2 with a trimmed prompt" and encoder.report() == ""
 
 
 def test_dropped_rows_are_counted(make):
@@ -496,7 +495,6 @@ FINE_TUNING = {  # a row, the style it gets, its prompt, what is trained on
     "messages": ({"messages": ASK + SO + ASK[:1]}, "chat", "hi|hello</s>how?|", "so</s>"),
     "ShareGPT": ({"conversations": SHARED}, "chat", "system|human|", "gpt</s>"),
     "Alpaca's": (DO | {"input": "", "text": "Do ok"}, "alpaca", ALPACA.format("Do"), " ok</s>"),
-    "no input": (DO, "alpaca", ALPACA.format("Do"), " ok</s>"),
     "braces": (DO | {"instruction": "{x} {}"}, "alpaca", ALPACA.format("{x} {}"), " ok</s>"),
     "an input": (DO | {"input": "x"}, "alpaca", ALPACA.format("Do\n\nx"), " ok</s>"),
     "a text": ({"text": "The cat"}, "none", "T", "he cat</s>"),

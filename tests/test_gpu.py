@@ -14,8 +14,8 @@ from allo_mini.data.encoder import Example
 from allo_mini.generate import sample
 from allo_mini.logprobs import score
 from allo_mini.run.device import pick_device
-from allo_mini.run.log import Log
 from helpers import last_step, random_ids, tiny_model
+from runs import steps_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDE = {"hidden_size": 256, "intermediate_size": 384}  # heads of 64
@@ -56,7 +56,7 @@ def test_a_run_on_a_gpu_is_a_cpus(tmp_path):
             shutil.copy(tmp_path / "cpu/samples.jsonl", tmp_path / device)
         argv = ["--device", device, "--dtype", "fp32", "--out", str(tmp_path / device), *SMALL]
         assert train.main(argv) == 0
-        losses.append([row["loss"] for row in Log.read(tmp_path / device) if "step" in row])
+        losses.append([row["loss"] for row in steps_of(tmp_path / device)])
     assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=1e-4)
 
 

@@ -16,7 +16,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from helpers import FIXTURES
-from runs import ROOT, lines, pair, rows_of, weights_of
+from runs import ROOT, lines, pair, rows_of, run, weights_of
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -90,7 +90,7 @@ def place(tmp_path_factory):
     for name, content in {"train": rows[:16], "test": rows[16:], "prefs": prefs,
                           "samples": samples}.items():
         (folder / f"{name}.jsonl").write_text(lines(*content))
-    for name in ("DIR_OR_HUB_ID", "BASE"):
+    for name in ("DIR_OR_HUB_ID", "BASE", "model"):
         shutil.copytree(demo.FOLDER, folder / name)
     return folder
 
@@ -214,14 +214,14 @@ def test_the_results_are_what_the_finished_cells_say():
 # ---- examples for forks --------------------------------------------------------------------------
 
 HOOKS = ("weights_from_scores", "select", "allo", "token_scores", "rewrite")
-ALLO = ("--method", "allo", "--locate", "snr", "--lr-improve", "1e-2")
+ALLO = ("--no-eval", "--method", "allo", "--locate", "snr", "--lr-improve", "1e-2")
 EDIT = ("--token-weights", "edit")
 
 
 @pytest.fixture
 def fork(monkeypatch):
     """fork(word): run the example that holds the word; what it changed is put back afterwards."""
-    def run(word):
+    def execute(word):
         [code] = [text for text in EXAMPLES if word in text]
         assert len([line for line in code.splitlines() if line.strip()]) <= 15
         names = {}
@@ -232,22 +232,12 @@ def fork(monkeypatch):
         monkeypatch.setattr(train, name, getattr(train, name))
     with (patch.dict(objectives.BASELINES), patch.dict(graders.RULES), patch.dict(model.FAMILIES),
           patch.dict(model.BUILDERS)):
-        yield run
-
-
-def run_with(place, out, *more) -> Path:
-    """The folder of a run on the rows in `place`."""
-    out.mkdir()
-    shutil.copy(place / "samples.jsonl", out)
-    command = (f"--model {place}/BASE --train {place}/train.jsonl --prompt chat --no-eval "
-               f"--max-steps 2 --max-length 400 --out {out}")
-    assert train.main([*command.split(), *more]) == 0
-    return out
+        yield execute
 
 
 def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
     fork("hinge_objective")
-    run_with(place, tmp_path / "run", "--method", "ipo")
+    run(place, tmp_path / "run", "--no-eval", "--method", "ipo")
     assert "ipo: first loss 1.000000, expected 1.000000" in capsys.readouterr().out
     objective = objectives.BASELINES["ipo"][1](Config(beta=0.5))
     logps, zeros = torch.tensor([[2.0], [-1.0]]), torch.zeros(2, 1)
@@ -257,21 +247,21 @@ def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
 def test_example_of_a_new_weight_rule(fork, place, tmp_path):
     rule = fork("squared")["squared"]
     assert rule([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0, 0.36, 1])
-    for row in rows_of(run_with(place, tmp_path / "run", *ALLO) / "token_examples.jsonl"):
+    for row in rows_of(run(place, tmp_path / "run", *ALLO) / "token_examples.jsonl"):
         assert row["weights"] == pytest.approx(rule(row["scores"], "threshold", 0.5))
 
 
 def test_example_of_scores_from_two_models(fork, place, tmp_path, monkeypatch):
     monkeypatch.chdir(place)
     fork("contrast")
-    out = run_with(place, tmp_path / "run", *ALLO, "--token-weights", "soft")
+    out = run(place, tmp_path / "run", *ALLO, "--token-weights", "soft")
     for row in rows_of(out / "token_weights.jsonl"):
         assert row["reward"] == pytest.approx([0.5] * len(row["reward"]))  # the same model twice
 
 
 def test_example_of_a_mask_rule(fork, place, tmp_path):
     fork("attention_only")
-    out = run_with(place, tmp_path / "run", *ALLO, *EDIT)
+    out = run(place, tmp_path / "run", *ALLO, *EDIT)
     base, new = weights_of(place / "BASE"), weights_of(out / "improve")
     changed = {name for name in base if not torch.equal(base[name], new[name])}
     assert changed and all("self_attn" in name for name in changed)
@@ -280,7 +270,7 @@ def test_example_of_a_mask_rule(fork, place, tmp_path):
 def test_example_of_a_budget_for_each_block(fork, place, tmp_path):
     fork("per_block")
     counts = Counter()
-    mask = load_mask(run_with(place, tmp_path / "run", *ALLO, *EDIT) / "mask.safetensors")
+    mask = load_mask(run(place, tmp_path / "run", *ALLO, *EDIT) / "mask.safetensors")
     for name, selected in mask.items():
         counts[name.split(".")[2]] += len(selected)
     assert len({counts[str(layer)] for layer in range(4)}) == 1
@@ -288,7 +278,7 @@ def test_example_of_a_budget_for_each_block(fork, place, tmp_path):
 
 def test_example_of_cycles(fork, place, tmp_path):
     fork("cycles")
-    out = run_with(place, tmp_path / "run", *ALLO, *EDIT)
+    out = run(place, tmp_path / "run", *ALLO, *EDIT)
     parts = [f"{stage}-{cycle}.safetensors" for cycle in (1, 2) for stage in ("forget", "improve")]
     assert {*parts, "forget-3.safetensors", "improve-3"} <= {*os.listdir(out)}
     assert json.loads((out / "results.json").read_text())["models"]["ALLO"] == f"{out}/improve-3"
@@ -362,7 +352,7 @@ def test_the_best_rates_are_found(cell, flags, best, chosen, monkeypatch):
 
 
 def test_finished_cells_are_read_back_and_missing_ones_made(tmp_path, monkeypatch):
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row_of("DPO", 1, "10")) + "\n")
+    (tmp_path / "rows.jsonl").write_text(lines(row_of("DPO", 1, "10")))
     study = study_of("--rows", str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(study, "shared", lambda *_: pytest.fail("made again"))
     assert study.cell("methods", "DPO", 1, ["--lr-dpo", "4e-05"])["accuracy"] == 0.5

@@ -144,11 +144,11 @@ def under_cap(a, name: str, card: str, stage: str) -> dict:
 def beside(a, side, *more) -> dict:
     """A side of peer.py: median pairs/s, peak, saved bytes."""
     args = peer.arguments(f"--shape {a.small} --batch {a.batch} --steps 6 --warm 2".split())
-    args.device, args.dtype = a.device, args.trl_weights
+    args.device = a.device
     with tempfile.TemporaryDirectory() as place:
         peer.make_world(args, Path(place))
         pairs = peer.usable_pairs(args, 8 * a.batch)
-        return side(args, pairs, a.batch, *more)
+        return side(args, pairs, *more)
 
 
 def demo(a) -> dict:

@@ -1,11 +1,9 @@
-"""What the benchmarks share: random models of well-known shapes, training on them, the result file.
+"""What the benchmarks share: random models of well-known shapes, training on them, the table.
 
-Every benchmark prints a table; --json FILE keeps its figures, in seconds, bytes and FLOP/s. Peaks
-are the allocator's on CUDA; on a CPU (Linux) they are the process's resident memory, so each
+Peaks are the allocator's on CUDA; on a CPU (Linux) they are the process's resident memory, so each
 measurement runs in a process of its own (`fresh_process`).
 """
 
-import argparse
 import os
 import platform
 import sys
@@ -24,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import train  # noqa: E402
-from allo_mini import UserError  # noqa: E402
+from allo_mini import UserError  # noqa: E402, F401
 from allo_mini.linear import is_quantized, to_int8  # noqa: E402
 from allo_mini.mask import Selected  # noqa: E402
 from allo_mini.model import FAMILIES, CausalLM, build, parse_config  # noqa: E402
@@ -33,6 +31,7 @@ from allo_mini.run.device import DTYPES, pick_device  # noqa: E402
 from allo_mini.run.files import write_json  # noqa: E402
 from allo_mini.run.folder import Policy, Run  # noqa: E402
 from allo_mini.run.log import exit_code, table  # noqa: E402, F401
+from helpers import random_ids  # noqa: E402
 
 
 def shape(family: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int,
@@ -55,24 +54,6 @@ SHAPES = {  # as in each model's published config.json
     "qwen2.5-7b": shape(QWEN, 152064, 3584, 18944, 28, 28, 4, theta=1e6)}
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the flags all benchmarks have."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--device", default="auto", help="cuda, cuda:1 or cpu (the best there is)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
-    return parser
-
-
-def start(args) -> bool:
-    """Resolve args.device, and args.dtype where there is one; whether it is a GPU."""
-    args.device, dtype = pick_device(args.device, getattr(args, "dtype", "auto"))
-    if hasattr(args, "dtype"):
-        args.dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    if args.json and Path(args.json).exists():
-        raise UserError(f"{args.json}: exists already; nothing is overwritten")
-    return args.device.startswith("cuda")
-
-
 def device_name(device: str) -> str:
     """The card's name, or the processor's."""
     if device.startswith("cuda"):
@@ -82,18 +63,12 @@ def device_name(device: str) -> str:
     return f"{[*models, platform.machine()][0]}, {os.cpu_count()} cores"
 
 
-def finish(args, header: list[str], rows: list[list], notes: list[str] = (), **figures) -> None:
-    """Print the table and the notes; write the JSON file if one was asked for."""
-    result = {"benchmark": Path(sys.argv[0]).stem, "command": " ".join(["python", *sys.argv]),
-              "device": device_name(args.device), "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "date": str(date.today()),
-              "python": platform.python_version(), "dtype": getattr(args, "dtype", None),
-              "args": vars(args), **figures}
-    print("{device}, torch {torch}, {threads} threads, {date}\n".format(**result))
+def finish(device: str, header: list[str], rows: list[list], notes: list[str] = ()) -> None:
+    """Print where this was measured, the table and the notes."""
+    print(f"{device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{date.today()}\n")
     cells = [list(map(str, row)) for row in rows]
     print("\n".join([table(header, cells), "", *notes]), flush=True)
-    if args.json:
-        write_json(args.json, result)
 
 
 def meta_of(name: str) -> CausalLM:
@@ -130,12 +105,11 @@ def random_model(name: str, dtype: torch.dtype, device: str, int8=False, mask=No
 
 def random_pairs(count: int, tokens: int, vocab: int, prompt: int = 0) -> list[tuple]:
     """[(prompt, [y+, y-])]: two sequences of `tokens` tokens, of which `prompt` (0: a quarter)."""
-    generator, prompt = torch.Generator().manual_seed(0), prompt or tokens // 4
-
-    def draw(size):
-        return torch.randint(3, vocab, (size,), generator=generator).tolist()
-
-    return [(draw(prompt), [draw(tokens - prompt), draw(tokens - prompt)]) for _ in range(count)]
+    prompt, pairs = prompt or tokens // 4, []
+    for i in range(count):
+        responses = [random_ids(tokens - prompt, 3 * i + k, vocab) for k in (1, 2)]
+        pairs.append((random_ids(prompt, 3 * i, vocab), responses))
+    return pairs
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Memory of every training stage: the estimate that train.py prints against what was allocated.
 
-    python tests/benchmarks/memory.py [--true llama-2-7b ...] [--memory 24gb 16gb 12gb] [--p 5]
+    python tests/benchmarks/memory.py [--true llama-2-7b ...] [--memory 24gb 16gb 12gb]
 
 Each stage takes one step on a random model with the settings of --memory and a full micro-batch, on
 CUDA under a cap. Without CUDA it is the same code on a pretended GPU (pretend_cuda.py), which meters
@@ -13,13 +13,14 @@ import mmap
 import os
 import sys
 import tempfile
+from argparse import ArgumentParser
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
 import torch
-from common import (SHAPES, UserError, exit_code, finish, fresh_process, make_parser, peaks,
-                    random_pairs, random_run, start, train, train_steps)
+from common import (SHAPES, UserError, exit_code, finish, fresh_process, peaks, pick_device,
+                    random_pairs, random_run, train, train_steps)
 
 from allo_mini import locate
 from allo_mini.data.encoder import Example
@@ -104,29 +105,25 @@ def all_layers(name: str, stage: str, settings: dict, device: str, few: list[int
     if len(few) == 1 and few != [layers]:
         raise UserError(f"--few {few[0]}: a line takes two, or all {layers} layers of {name}")
     done = [fresh_process(one_stage, name, each, stage, settings, device) for each in few]
-    at, peaks_at = zip(*((one["layers"], one["peak_bytes"]) for one in done))
-    each = (peaks_at[-1] - peaks_at[0]) / max(1, at[-1] - at[0])
-    line = [peaks_at[0] + each * (x - at[0]) for x in (*at, layers)]
-    off = max(abs(found / straight - 1) for found, straight in zip(peaks_at, line))
-    return done[0] | {"peak_bytes": line[-1], "layer_bytes": each, "off": off, "reserved_bytes": 0}
+    first, last = done[0], done[-1]
+    each = (last["peak_bytes"] - first["peak_bytes"]) / max(1, last["layers"] - first["layers"])
+    peak = first["peak_bytes"] + each * (layers - first["layers"])
+    return first | {"peak_bytes": peak, "reserved_bytes": 0}
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--true", nargs="+", choices=SHAPES, default=["llama-2-7b", "llama-3-8b", "qwen2.5-7b"])
     add("--memory", nargs="+", default=list(CAPS), choices=tuple(CAPS))
     add("--stages", nargs="+", default=list(STAGES), choices=tuple(STAGES))
-    add("--p", type=float, default=5.0)
     add("--few", type=int, nargs="+", default=(2, 4),
-        help="layers run on a pretended GPU, ascending")
+        help="layers run on a pretended GPU: two numbers, or all there are")
     args = parser.parse_args()
-    start(args)
-    rows, done = [], []
+    device, _ = pick_device("auto", "auto")
+    rows = []
     for name, card, stage in product(args.true, args.memory, args.stages):
-        settings = {"p": args.p, "memory": card}
-        one = all_layers(name, stage, settings, args.device, args.few)
-        done.append({"shape": name, "stage": stage, "settings": settings, **(one or {})})
+        one = all_layers(name, stage, {"memory": card}, device, args.few)
         figures = ["-", "out of memory", "-", "-"]
         if one:
             sizes = [one[key] for key in ("estimate", "peak_bytes", "reserved_bytes")]
@@ -138,10 +135,7 @@ def main() -> None:
                 print(f"{name} {card}: {one['slots']} samples of 450 tokens at once")
         rows.append([f"{name} {card}, {stage}", *figures, CAPS[card]])
         print(*rows[-1], flush=True)
-    off = max((one.get("off", 0) for one in done), default=0)
-    note = f"at most {off:.2%} from a straight line through the layers run" if off else ""
-    finish(args, ["GiB", "estimate", "peak", "reserved", "estimate / peak", "cap"], rows,
-           [note], stages=done)
+    finish(device, ["GiB", "estimate", "peak", "reserved", "estimate / peak", "cap"], rows)
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ class Study:
                      for side in ("chosen", "rejected")}
             rows.append({"prompt": framed, **sides})
         plan = schedule(cfg, "dpo", run.parameters, len(rows))
-        trainer = dpo_trainer(run.base.folder, rows, out / "trl", cfg.dtype, cfg.dtype, True,
-                              plan.batch, learning_rate=plan.lr, warmup_steps=plan.warmup,
+        trainer = dpo_trainer(run.base.folder, rows, out / "trl", cfg.dtype, True, plan.batch,
+                              learning_rate=plan.lr, warmup_steps=plan.warmup,
                               lr_scheduler_type="cosine", num_train_epochs=plan.epochs,
                               seed=cfg.seed, max_length=cfg.max_length, use_cpu=True)
         trainer.train()
