@@ -362,7 +362,7 @@ def test_finished_cells_are_read_back_and_missing_ones_made(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("flags", [
     "--name demo", *(f"--name {name} --model x" for name in (
-        "ecqa", "ecqa-again", "openbookqa", "qasc"))])
+        "ecqa", "ecqa-again", "openbookqa", "qasc", "strategyqa"))])
 def test_the_shipped_tables_are_those_of_the_shipped_rows(flags):
     study = study_of(*flags.split())
     assert reproduce.tables(study) == study.file.with_suffix(".md").read_text()
