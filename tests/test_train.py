@@ -503,7 +503,7 @@ def test_weights_that_do_not_move_or_are_no_numbers(world, tmp_path, capsys):
     run(world, tmp_path / "bf16", "--method", "masked-dpo", "--no-eval", "--lr-improve", "1e-12",
         "--dtype", "bf16")  # the fp32 weights move, what is saved does not
     said = capsys.readouterr().out
-    assert "0 % of them differ as torch.bfloat16   <-- WARNING" in said
+    assert "0 % of the trained weights changed as torch.bfloat16   <-- WARNING" in said
     apply(["apply", f"{world}/model", f"{tmp_path}/bf16/patch-masked-dpo.safetensors",
            f"{tmp_path}/same"])
     with_samples(world, tmp_path / "run")

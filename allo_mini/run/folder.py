@@ -143,7 +143,8 @@ class Run:
         share = float((before != after).sum() / len(before))
         warning = "" if share else "   <-- WARNING: no weight moved; raise the learning rate"
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
-            f"{change:.3g}, {100 * share:.3g} % of them differ as {self.dtype}{warning}")
+            f"{change:.3g}, {100 * share:.3g} % of the trained weights changed as {self.dtype}"
+            f"{warning}")
 
     def encoded(self, rows, name):
         """A function: (prompt, responses) rows -> examples, without those that are dropped (and
