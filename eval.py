@@ -82,8 +82,8 @@ def compare(target, theirs):
     both = ours.keys() & theirs
     if not both:
         raise UserError(f"{target}: has no question in common with the file --against it, asked in "
-                        "the same style; say --prompt and --test as there (of an earlier version "
-                        "there are no pairs)")
+                        "the same style; say --prompt and --test as there (pairs graded by an "
+                        "earlier version cannot be compared)")
     difference, low, high, p = bootstrap([ours[key] for key in both], [theirs[key] for key in both])
     return [f"{100 * difference:+.1f}", f"[{100 * low:+.1f}, {100 * high:+.1f}]", f"{p:.4f}",
             f"{len(both)}"]

@@ -272,7 +272,7 @@ def token_weights(run, policy, negatives):
     encoder = run.encoder
     mode = cfg.token_weights if cfg.forget else "uniform"
     rows = [(n, encoder.example(n.prompt, [n.response])) for n in negatives]
-    rows = [row for row in rows if row[1]]
+    rows = [(n, example) for n, example in rows if example]
     run.report_dropped("negatives", len(rows))
     scored = score(run, policy, rows) if mode not in ("uniform", "edit") else [None] * len(rows)
     weighted = []

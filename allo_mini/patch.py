@@ -68,7 +68,7 @@ def begin_at(optimizer, path):
 
 
 def save_patch(base, tuned, path):
-    """Keep the entries in which two model folders differ, their digests, and what ends a response."""
+    """Keep the entries in which two model folders differ, their digests, what ends a response."""
     from allo_mini.checkpoint import read_tensor, shard_files
     before, after = shard_files(base), shard_files(tuned)
     tensors, digests = {}, {}

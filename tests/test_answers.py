@@ -480,7 +480,7 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
 
 @pytest.mark.parametrize("file, text, message", [
     ("config.json", "{}", "cannot be read"), ("metrics.jsonl", '{"stage": "a"}\n{', "jsonl:2"),
-    ("metrics.jsonl", '{"stage": "a", "seconds": "1"}\n', ": cannot be read: TypeError"),
+    ("metrics.jsonl", '{"stage": "a", "seconds": "1"}\n', "metrics.jsonl: cannot be read"),
     ("results.json", "[1]", "results.json: expected a JSON object"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
     ("mask.safetensors", "no", "mask.safetensors: cannot be read")])

@@ -71,7 +71,7 @@ ROWS = {
     **{f"with {key}": (lines(task("a"), task("b") | {key: ["x"]}), f"t.jsonl:2: '{key}' is not read")
        for key in ("history", "context", "choices", "tools")},
     "two questions": (lines(task("a"), task("b") | {"question": "c"}), "t.jsonl:2: two names"),
-    "several messages to learn": (lines({"prompt": "a", "completion": 2 * USER}), "t.jsonl:1: sev"),
+    "several messages to learn": (lines({"prompt": "a", "completion": 2 * USER}), "t.jsonl:1: not"),
     "KTO's bad ones": (lines({"prompt": "a", "completion": "b", "label": False}), "t.jsonl:1"),
     "a thought beside": (lines({"messages": [*USER, {"role": "assistant", "content": "c",
                          "reasoning_content": "d"}]}), "t.jsonl:1: 'reasoning_content' is not"),

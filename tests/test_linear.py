@@ -195,11 +195,11 @@ def net(dtype=torch.float32, *more):
     return nn.Sequential(*layers, *more).to(dtype)
 
 
-def distance(model, step=0):
+def distance(model, step=0, rows=slice(None)):
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 11, (8, 5), generator=generator)
     targets = torch.randn(8, 5, 3, generator=generator)
-    return (model(ids).float() - targets).square().sum() / 8
+    return (model(ids[rows]).float() - targets[rows]).square().sum() / 8
 
 
 def train(model, optimizer, steps):
@@ -242,18 +242,23 @@ def test_full_mask_is_torch_adamw(decay, all_true):
     assert float(mine.moved().max()) > 1e-2
 
 
-def test_clip_scales_to_a_norm_and_close_undoes_everything():
-    """And masks that do not fit are refused."""
-    model = net()
+def test_backward_gathers_what_is_selected_and_leaves_no_dense_gradient():
+    """In four micro-batches as in one; close() undoes everything; masks that do not fit."""
+    model, twin = net(), net()
     mask = random_mask(model)
     for bad, says in ({**mask, "1.weight": mask["1.weight"].t()}, "1.weight"), ({}, "0.weight"):
         with pytest.raises(ValueError, match=says):
             MaskedAdamW(net().named_parameters(), bad)
-    mask["1.weight"][:] = False  # which is frozen until then
+    mask["1.weight"][:] = False
     optimizer = MaskedAdamW(model.named_parameters(), mask)
-    distance(model).backward()
-    wanted = optimizer.grad.clone()
-    assert optimizer.clip(100.0) == optimizer.clip(0.1) == pytest.approx(float(wanted.norm()))
+    for i in range(4):
+        distance(model, 0, slice(2 * i, 2 * i + 2)).backward()
+    distance(twin).backward()
+    assert all(p.grad is None for p in model.parameters())
+    wanted = torch.cat([p.grad[mask[n]] for n, p in twin.named_parameters()])
+    assert len(optimizer.master) == len(optimizer.exp_avg) == len(wanted)
+    torch.testing.assert_close(optimizer.grad, wanted)
+    assert optimizer.clip(10.0) == optimizer.clip(0.1) == pytest.approx(float(wanted.norm()))
     torch.testing.assert_close(optimizer.grad, wanted * 0.1 / wanted.norm())
     optimizer.step()
     optimizer.close()

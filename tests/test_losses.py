@@ -41,17 +41,18 @@ def test_npo_equals_official_loss_and_gradient(case):
     torch.testing.assert_close(logits.grad, data["grad"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("case", range(4))
-def test_noisy_token_dpo_equals_official_loss_and_gradient(case):
-    """With epsilon 0.1, 0.3, 0.5, 1.0."""
+@pytest.mark.parametrize("case, of_margin", [
+    *((case, lambda m: dpo_loss(m, 0, 0, 0, 0.1)) for case in range(4)),
+    (4, lambda m: (1 - 0.1 * m).relu()), (5, lambda m: (m - 1 / (2 * 0.1)).square())])
+def test_noisy_token_dpo_equals_official_loss_and_gradient(case, of_margin):
+    """With epsilon 0.1, 0.3, 0.5, 1.0, and its filter under the official hinge and IPO losses."""
     data = case_of("noisy_token_dpo", case)
     chosen, rejected = (data[f"policy_{side}"].requires_grad_() for side in ("chosen", "rejected"))
     epsilon = round(float(data["epsilon"]), 6)
     useful = useful_token_mask(rejected, data["ref_rejected"], rejected < 1, epsilon)
     assert useful.sum(-1).tolist() == [math.floor(epsilon * 20 + 1e-6)] * 4
     up = (chosen - data["ref_chosen"]).sum(-1)
-    down = ((rejected - data["ref_rejected"]) * useful).sum(-1)
-    losses = dpo_loss(up, down, 0, 0, 0.1)
+    losses = of_margin(up - ((rejected - data["ref_rejected"]) * useful).sum(-1))
     losses.sum().backward()
     torch.testing.assert_close(losses, data["losses"], atol=2e-6, rtol=1e-6)
     torch.testing.assert_close(chosen.grad, data["grad_chosen"], atol=1e-6, rtol=1e-6)

@@ -454,17 +454,19 @@ def test_a_card_given_as_a_flag_outranks_a_file(tmp_path):
 
 # ---- what a command says -----------------------------------------------------------------------
 
-@pytest.mark.parametrize("error, says", [
-    (UserError("rows.jsonl:3: bad\nrow"), "rows.jsonl:3: bad row"),
-    (PermissionError(13, "Permission denied", "x"), "[Errno 13] Permission denied: 'x'"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: lower --")])
-def test_mistakes_are_one_line_and_errors_of_ours_are_not_hidden(error, says, capsys):
+@pytest.mark.parametrize("error, code, says", [
+    (UserError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row"),
+    (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "error: out of memory: lower --"),
+    (KeyboardInterrupt(), 130, "\nstopped; go on")])
+def test_what_ends_a_command_is_one_line_and_a_code(error, code, says, capsys):
     def work():
         raise error
 
-    assert exit_code(work) == 2
-    assert error_of(capsys).startswith("error: " + says)
-    with pytest.raises(ZeroDivisionError):
+    assert exit_code(work, stopped="stopped; go on") == code
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(says) and said.err.strip().count("\n") == 0
+    with pytest.raises(ZeroDivisionError):  # other errors are ours, and not hidden
         exit_code(lambda: 1 / 0)
 
 

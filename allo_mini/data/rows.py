@@ -164,12 +164,12 @@ def task_of(id, where, given, need_output):
     if need_output or row.get("output") is not None:  # a completion may be messages
         output = messages_of(row, "output", where)
         refuse_unread(turns_of(output)[-1], prompt, where)
-        if turns_of(output)[1:] or "completion" in given and given.get("label") is False:
-            raise UserError(f"{where}: several messages to learn, or one whose label is false")
+        if turns_of(output)[1:] or given.get("label") is False:
+            raise UserError(f"{where}: not read: several messages to learn, or label false")
         row["output"] = plain(output)
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
-    strings = alone or "completion" in given and isinstance(prompt, str)
-    return Task(id, prompt, *texts, where, strings)
+    return Task(id, prompt, *texts, where,
+                alone or "completion" in given and isinstance(prompt, str))
 
 
 def last_answer(messages, where):

@@ -129,7 +129,7 @@ def graded(task, text, finished, style):
 def wilson(correct, total):
     """95 % interval of a share (Wilson 1927), as two numbers in 0..1."""
     z = 1.959964
-    size = total + 1.959964 ** 2
+    size = total + z * z
     centre = (correct + z * z / 2) / size
     spread = z * (correct * (total - correct) / total + z * z / 4) ** 0.5 / size
     return max(0.0, centre - spread), min(1.0, centre + spread)  # rounding must not print -0.0

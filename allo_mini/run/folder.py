@@ -216,7 +216,7 @@ def check_folder(folder, record):
                 raise UserError(f"{folder}: holds {file.name}, not a run; choose another --out")
         return
     known = read_json(path)
-    with reading(f"{path}, of an earlier version or nothing of ours (choose another --out)"):
+    with reading(f"{path}: of an earlier version, or nothing of ours; choose another --out"):
         for key, values in record.items():
             for name in known[key] | values:
                 before, now = known[key].get(name), values.get(name)

@@ -92,6 +92,7 @@ class Log:
             for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
                 key = row["stage"], row.get("step")
                 lines.setdefault(key, {}).update(row)
+                row.get("seconds", 0) + 0.0  # a number, or it is refused: they are added up
         return list(lines.values())
 
 
