@@ -68,7 +68,7 @@ def middle(cell: str, study) -> float:
     """The learning rate that --factors multiply: of improving in ALLO, see `setting`."""
     if cell == LORA:
         return 2e-4
-    name = "ALLO" if cell.startswith("ALLO") else cell
+    name = cell.partition(",")[0]
     if not study.model:  # the demo, whose model is far from what the defaults are made for
         return DEMO_RATES.get(name, 8e-5 if "%" in cell else 4e-5)
     stages = {"+SFT": "sft", "RFT": "sft", "ALLO": "improve", MASKED: "improve"}
@@ -222,8 +222,8 @@ class Study:
             return []
         if cell.startswith("ALLO") and OWN not in cell:
             cell = "ALLO"  # an ablation is ALLO, as tuned, with one thing changed
-        if cell.startswith(MASKED):
-            cell = MASKED  # so is a mask of other pairs, or of another p
+        if "pairs" in cell:
+            cell = MASKED  # so is a mask of other pairs; one of another size has its own rate
         allo = cell == "ALLO"
         factors = self.allo_factors if allo and self.allo_factors else self.factors
         rates, ratio = [middle(cell, self) * factor for factor in factors], self.ratios[0]
@@ -317,16 +317,22 @@ def pooled(names: list[str], base: str) -> str:
 
 
 def overlaps(study: Study) -> str:
-    """Markdown: how much of a mask of the part "location" is in another, of every two, in %."""
-    masks = {}
+    """Markdown: how much of a mask of the part "location" is in another, in %, mean over seeds."""
+    masks, shares = {}, defaultdict(list)
     for path in sorted(study.out.glob(f"{study.name}-*-location-*/mask.safetensors")):
+        seed, _, cell = path.parent.name[len(study.name) + 1:].partition("-location-")
         mask = load_mask(path)
-        masks[path.parent.name] = {name: selected.dense() for name, selected in mask.items()}
-    text = ["| of | also in | % |", "|---" * 3 + "|"]
-    for (one, mine), (other, theirs) in permutations(masks.items(), 2):
+        masks[seed, cell] = {name: selected.dense() for name, selected in mask.items()}
+    for ((seed, cell), mine), ((another, other), theirs) in permutations(masks.items(), 2):
         both = sum(int((mine[name] & theirs[name]).sum()) for name in mine)
         size = sum(int(selected.sum()) for selected in mine.values())
-        text.append(f"| {one} | {other} | {100 * both / size:.1f} |")
+        if seed == another:
+            shares[cell, other].append(both / size)
+        elif cell == other:
+            shares[cell, "the same of another seed"].append(both / size)
+    text = ["| of | also in | % |", "|---" * 3 + "|"]
+    text += [f"| {one} | {other} | {100 * mean(values):.1f} |"
+             for (one, other), values in shares.items()]
     return "\n".join(text) + "\n"
 
 
