@@ -285,7 +285,7 @@ def token_weights(run, policy, negatives):
         else:
             weights = weights_from_scores(scores, mode, cfg.threshold)
         if weights:  # of a rewriting prompt that is too long there are none
-            weighted.append(example._replace(weights=weights, scores=scores))
+            weighted.append(example._replace(weights=list(map(float, weights)), scores=scores))
     return weighted
 
 

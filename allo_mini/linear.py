@@ -22,8 +22,8 @@ Int8 = namedtuple("Int8", "selected values chunks")
 
 
 def is_quantized(name, shape):
-    """Whether --int8 makes a weight int8: every matrix but the embedding, read a row at a time."""
-    return len(shape) == 2 and "embed_tokens" not in name
+    """Whether --int8 makes a weight int8: the matrices of `linear`, by their names."""
+    return len(shape) == 2 and name.endswith(("_proj.weight", "lm_head.weight"))
 
 
 def to_int8(weight, selected, device):

@@ -93,23 +93,30 @@ class FlatGradient:
 
 def selected_of(name, p, mask):
     """Where a parameter's selected entries stand, on its device. Raises ValueError."""
+    if hasattr(p, "slot"):
+        raise ValueError(f"{name} is in an optimizer already; close() that one first")
     if mask is None:
         return Selected(p.shape)
-    if hasattr(p, "int8"):  # it was made with this mask; one copy is enough
-        return p.int8.selected
     selected = mask.get(name)
     if selected is None or selected.shape != p.shape:
         raise ValueError(f"the mask has no entry of shape {list(p.shape)} for {name}")
     if isinstance(selected, Tensor):
         selected = Selected.from_dense(selected)
-    return selected.to(p.device)
+    if not hasattr(p, "int8"):
+        return selected.to(p.device)
+    if len(selected) != len(p.int8.selected):
+        raise ValueError(f"{name} is in 8 bits but for the entries of another mask")
+    return p.int8.selected  # one copy is enough
 
 
 class MaskedAdamW(FlatGradient):
     """AdamW over the selected weights, equal to torch.optim.AdamW on those.
 
     After it is made, `backward()` leaves no dense .grad behind, and `step()` changes selected
-    entries only: no decay, no rounding and no moment ever touches another weight.
+    entries only: no decay, no rounding and no moment ever touches another weight. Unlike torch's it
+    owns what it trains: values that somebody sets in a parameter are lost in the next `step()`; to
+    drop gradients take `grad.zero_()`, to clip them `clip`; without a mask all parameters are
+    trained, also those that did not require gradients.
 
     state_bits: 32, or 8 for blockwise 8-bit moments (m, and the square root of v; quant.py).
     offload: master, gradient and moments in host memory.
@@ -195,7 +202,8 @@ class MaskedAdamW(FlatGradient):
         return {key: x for key, x in vars(self).items() if isinstance(x, Tensor) and key != "grad"}
 
     def load_state_dict(self, state):
-        """The inverse of state_dict; the parameters get the master's values."""
+        """The inverse of state_dict, of the same mask and state_bits; the parameters get the
+        master's values."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
         self.write_back()

@@ -26,8 +26,8 @@ class Objective:
 
     units(example): what the sum is divided by: rows, tokens, or weights that are not 0.
     first_loss(examples): the loss while theta = theta_ref, which is checked; None: no reference is
-    needed. state: what the loss remembers of earlier steps, saved in checkpoints; after(metrics)
-    changes it.
+    needed. state: what the loss remembers of earlier steps, saved in checkpoints as JSON;
+    after(metrics) changes it.
     """
     loss: Callable
     units: Callable = lambda example: 1
@@ -69,14 +69,14 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
     count, or with `mean` averaged; lengths: tokens of y+ and y- [B]. With a reference it depends on
     the ratios alone, so its first loss is that of scores which are all 0. The logged rewards are of
     whole responses: beta log pi_theta/pi_ref; without a `reference` beta times the mean log-prob of
-    a token.
+    a token, and no token is left out.
     """
     def loss(logps, ref, real, examples):
         logps, ref, real = (x.unflatten(0, (-1, 2)) for x in (logps, ref, real))  # [B,2,T]
         useful = losses.useful_token_mask(logps[:, 1], ref[:, 1], real[:, 1], epsilon)  # [B,T]
         counted = torch.stack((real[:, 0], useful), 1)
         lengths = real.sum(-1).T  # of y+ and y- [2,B]
-        divisor = lengths if mean else 1
+        divisor = counted.sum(-1).T if mean else 1
         now, before = ((x * counted).sum(-1).T / divisor for x in (logps, ref))
         whole = logps.sum(-1).T
         ratios = (logps - ref).sum(-1).T if reference else whole / lengths

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini import mask as mask_module
-from allo_mini.linear import linear, to_int8
+from allo_mini.linear import is_quantized, linear, to_int8
 from allo_mini.mask import Selected, to_tensors
 from allo_mini.masked_adamw import FlatGradient, MaskedAdamW, cosine_lr
 from allo_mini.patch import begin_at
@@ -139,9 +139,20 @@ def test_int8_is_the_rows_quantised_with_the_selected_entries_exact(chunks, widt
 
 def test_int8_weights_are_trained_where_they_are_kept_exact():
     ours, _, mask = twins("many", int8=True)
-    for given in (mask, {**mask, "up": ~mask["up"]}):
-        optimizer = MaskedAdamW(ours.items(), given)
-        assert len(optimizer.master) == sum(int(m.sum()) for m in mask.values())
+    with pytest.raises(ValueError, match="up is in 8 bits but for the entries of another mask"):
+        MaskedAdamW(ours.items(), {**mask, "up": ~mask["up"]})
+    optimizer = MaskedAdamW(ours.items(), mask)
+    assert len(optimizer.master) == sum(int(m.sum()) for m in mask.values())
+    with pytest.raises(ValueError, match="is in an optimizer already"):  # it would get no gradient
+        MaskedAdamW(ours.items(), mask)
+
+
+def test_what_a_fork_reads_by_rows_is_not_made_int8():
+    matrices = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    names = [f"model.layers.0.{name}.weight" for name in matrices] + ["lm_head.weight"]
+    assert all(is_quantized(name, (8, 8)) for name in names)
+    others = "model.embed_tokens.weight", "wpe.weight", "model.layers.0.q_proj.bias"
+    assert not any(is_quantized(name, (8, 8)) for name in others)
 
 
 # ---- int8 rows, 8-bit moments ------------------------------------------------------------------

@@ -16,7 +16,7 @@ from allo_mini.data.encoder import Example
 from allo_mini.locate import gradient_importance
 from allo_mini.losses import bco_loss, dpo_loss, npo_loss, useful_token_mask
 from allo_mini.mask import Selected, put, select_neurons, take, to_tensors
-from allo_mini.objectives import BASELINES, dpo_objective, npo_objective
+from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, pair_objective
 from allo_mini.run.config import Config
 from allo_mini.run.files import save_tensors
 from allo_mini.run.folder import load_mask
@@ -129,6 +129,10 @@ def test_losses_of_ragged_pairs_by_hand():
         if "rewards/chosen" in metrics:  # of whole responses; without a reference, mean log-probs
             rewards = 2.5 * NOW.sum(-1) / FLAT if method == "simpo" else 0.3 * (NOW - ref).sum(-1)
             torch.testing.assert_close(metrics["rewards/chosen"], rewards[::2])
+    filtered = pair_objective(lambda scores, lengths: scores[1], 0.3, epsilon=0.1, mean=True)
+    means, _ = filtered.loss(NOW, ref, REAL, PAIRS)  # over the one token of y- that counts
+    lowest = (NOW - ref)[1::2].masked_fill(~REAL[1::2], math.inf).argmin(-1, keepdim=True)
+    assert float(means) == pytest.approx(float(NOW[1::2].gather(-1, lowest).sum()))
     assert ALL["sft"].units(PAIRS[0]) == 3 and ALL["forget"].units(SINGLES[1]) == 3
     objective = ALL["bco"]  # which shifts by the mean of earlier rewards
     for up, down in ((0.4, 0.2), (0.8, -0.2), (0.0, 0.0)):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from allo_mini import UserError, checkpoint, model, objectives
+from allo_mini import UserError, checkpoint, mask, model, objectives
 from allo_mini.data import demo
 from allo_mini.data.rows import Task
 from allo_mini.evaluation import graders
@@ -247,6 +247,7 @@ def test_example_of_a_new_loss(fork, place, tmp_path, capsys):
 def test_example_of_a_new_weight_rule(fork, place, tmp_path):
     rule = fork("squared")["squared"]
     assert rule([0.9, 0.4, 0.0], "threshold", 0.5) == pytest.approx([0, 0.36, 1])
+    train.weights_from_scores = lambda *given: [int(w) if w in (0, 1) else w for w in rule(*given)]
     for row in rows_of(run(place, tmp_path / "run", *ALLO) / "token_examples.jsonl"):
         assert row["weights"] == pytest.approx(rule(row["scores"], "threshold", 0.5))
 
@@ -265,13 +266,17 @@ def test_example_of_a_mask_rule(fork, place, tmp_path):
     base, new = weights_of(place / "BASE"), weights_of(out / "improve")
     changed = {name for name in base if not torch.equal(base[name], new[name])}
     assert changed and all("self_attn" in name for name in changed)
+    train.select = lambda importance, *more: mask.select_neurons(
+        {name: values for name, values in importance.items() if "self_attn" in name}, 0.05)
+    with pytest.raises(KeyError, match="embed_tokens"):  # what it leaves out would be all trained
+        run(place, tmp_path / "other", *ALLO, *EDIT)
 
 
 def test_example_of_a_budget_for_each_block(fork, place, tmp_path):
     fork("per_block")
     counts = Counter()
-    mask = load_mask(run(place, tmp_path / "run", *ALLO, *EDIT) / "mask.safetensors")
-    for name, selected in mask.items():
+    made = load_mask(run(place, tmp_path / "run", *ALLO, *EDIT) / "mask.safetensors")
+    for name, selected in made.items():
         counts[name.split(".")[2]] += len(selected)
     assert len({counts[str(layer)] for layer in range(4)}) == 1
 
@@ -282,6 +287,7 @@ def test_example_of_cycles(fork, place, tmp_path):
     parts = [f"{stage}-{cycle}.safetensors" for cycle in (1, 2) for stage in ("forget", "improve")]
     assert {*parts, "forget-3.safetensors", "improve-3"} <= {*os.listdir(out)}
     assert json.loads((out / "results.json").read_text())["models"]["ALLO"] == f"{out}/improve-3"
+    assert "p = 5 % of the weights" in (out / "improve-3/README.md").read_text()
 
 
 def test_example_of_a_new_task(fork):

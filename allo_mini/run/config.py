@@ -152,10 +152,10 @@ def schedule(cfg, stage, parameters, rows):
     lr: the table's is for 7B; smaller models take sqrt(7e9 / parameters) times that, at most 100
     times. batch: the table's, but small enough for 50 steps an epoch, and not below 8. (ours)
     """
-    shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget
+    shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget; see forks.md
     plan = SCHEDULES[shared]._replace(**cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
-    lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
+    lr = getattr(cfg, f"lr_{shared}", 0) or float(f"{plan.lr * scale:.2g}")
     return plan._replace(lr=lr, batch=cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1))
 
 

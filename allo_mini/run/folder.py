@@ -95,8 +95,8 @@ class Run:
                 save_model(what, target, eos_ids(what, self.encoder))
 
     def save_mask(self, mask, path):
-        """Write a mask; its file knows the shapes of its tensors."""
-        shapes = {name: " ".join(map(str, shape)) for name, shape in self.shapes.items()}
+        """Write a mask, which has all tensors; its file knows their shapes."""
+        shapes = {name: " ".join(map(str, mask[name].shape)) for name in self.shapes}
         save_tensors(to_tensors(mask), path, shapes)
 
     def stage(self, name, artefact, make, ranks=False):

@@ -19,7 +19,8 @@ def percent_of(cfg, stage):
     method = cfg.p if cfg.masked else own  # sft as one of the methods
     known = {"sft": own if cfg.sft else method, "more-sft": method, "rewrite": own, "warmup": 100,
              "forget": forget, "improve": cfg.p}
-    return known.get(stage, cfg.p if cfg.masks(stage) else 100)
+    first = stage.split("-")[0]  # a fork's forget-2 is as forget
+    return known.get(stage) or known.get(first, cfg.p if cfg.masks(stage) else 100)
 
 
 def estimate(run, stage):
