@@ -72,8 +72,8 @@ def verdicts(path):
     Raises UserError.
     """
     with reading(f"{path}, which should hold answers that eval.py wrote"):
-        return {f"{row['input']} {row['prompt']} {row.get('gold')}": bool(row["correct"])
-                for _, row in read_jsonl(path)}
+        return {f"{row['input']} {row['prompt']} {row.get('gold')} {row.get('rejected')}":
+                bool(row["correct"]) for _, row in read_jsonl(path)}
 
 
 def compare(target, theirs):

@@ -131,8 +131,6 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
 
     def make(target):
         model, optimizer = optimize(run, name, policy, examples(), objective, mask)
-        if name == "dpo" and run.cfg.dpo_is_warmup and not run.has(MOVEMENT):
-            run.save(optimizer.movement(), run.folder / MOVEMENT)
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
@@ -241,8 +239,9 @@ def top(run, artefact, percent, policy, examples, objective, how):
         importance = importance_of(run, policy, examples, objective, how)
         run.save_mask(select(importance, percent, run.device), target)
 
-    mask = load_mask(run.stage("locate", artefact, make), run.shapes)
-    describe_mask(run, mask, percent)  # one laid in may be of another size
+    name = artefact.partition(".")[0].replace("mask", "locate")
+    mask = load_mask(run.stage(name, artefact, make), run.shapes)
+    describe_mask(run, name, mask, percent)  # one laid in may be of another size
     return mask
 
 
@@ -347,7 +346,8 @@ def allo(run, policy, pairs, negatives):
 
 def patch(run, policy, tuned, artefact):
     """What of `policy` changed, a tenth of the model at most at p = 5 %, for patch.py."""
-    run.stage("patch", artefact, lambda target: save_patch(policy.folder, tuned.folder, target))
+    run.stage(artefact.partition(".")[0], artefact,
+              lambda target: save_patch(policy.folder, tuned.folder, target))
 
 
 def baseline(run, method, policy, pairs, negatives):

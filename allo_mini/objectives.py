@@ -32,7 +32,6 @@ class Objective:
     loss: Callable
     units: Callable = lambda example: 1
     first_loss: Callable | None = None
-    shown: tuple = ("loss", "grad_norm", "learning_rate", "tokens/s")
     state: dict = field(default_factory=dict)
     after: Callable = lambda metrics: None
 
@@ -58,8 +57,7 @@ def npo_objective(beta):
     def first_loss(examples):
         return LN2 * fmean(w for example in examples for w in example.weights if w)
 
-    shown = "loss", "rewards/rejected", "token_weight/fraction", "grad_norm", "tokens/s"
-    return Objective(loss, lambda example: sum(map(bool, example.weights)), first_loss, shown)
+    return Objective(loss, lambda example: sum(map(bool, example.weights)), first_loss)
 
 
 def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
@@ -81,19 +79,18 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
         whole = logps.sum(-1).T
         ratios = (logps - ref).sum(-1).T if reference else whole / lengths
         up, down = beta * ratios
-        return loss_of((*now, *before), lengths).sum(), {
-            "rewards/chosen": up, "rewards/rejected": down,
-            "rewards/margins": up - down, "rewards/accuracies": up > down,
-            "logps/chosen": whole[0], "logps/rejected": whole[1],
-            "useful/fraction": useful.sum(-1) / lengths[1]}
+        metrics = {"rewards/chosen": up, "rewards/rejected": down,
+                   "rewards/margins": up - down, "rewards/accuracies": up > down,
+                   "logps/chosen": whole[0], "logps/rejected": whole[1]}
+        if epsilon < 1:
+            metrics["useful/fraction"] = useful.sum(-1) / lengths[1]
+        return loss_of((*now, *before), lengths).sum(), metrics
 
     def first_loss(examples):
         lengths = torch.tensor([list(map(len, example.responses)) for example in examples]).T
         return float(loss_of(torch.zeros(4, len(examples)), lengths).mean())
 
-    filtered = ["useful/fraction"] * (epsilon < 1)
-    shown = "loss", "rewards/margins", "rewards/accuracies", *filtered, "grad_norm", "tokens/s"
-    return Objective(loss, first_loss=first_loss if reference else None, shown=shown)
+    return Objective(loss, first_loss=first_loss if reference else None)
 
 
 def dpo_objective(beta, epsilon=1.0):

@@ -188,8 +188,10 @@ def test_scores_are_the_probabilities_of_the_policys_own_tokens(tmp_path):
     path = tmp_path / "token_weights.jsonl"
     rows = [{"input": n.prompt, "output": n.response, "reward": row}
             for n, row in zip(NEGATIVES, scores)]
-    write(path, rows)
-    assert read_scores(path, NEGATIVES, examples) == scores
+    other = [1 - s for s in scores[0]]  # as to another reference: each keeps its own
+    write(path, [*rows, rows[0] | {"reward": other}])
+    twice = read_scores(path, [*NEGATIVES, NEGATIVES[0]], [*examples, examples[0]])
+    assert twice == [*scores, other]
     text = tokenizer.decode(rewrite_prompt(encoder, NEGATIVES[1], []))
     assert text.index("Capital of France?") < text.index("\nParis\n") < text.index("Rome, I think")
     prompt, [rewrite], *_ = rewrite_examples(encoder, NEGATIVES)[1]
@@ -246,8 +248,8 @@ def test_several_files_in_one_call(place, capsys, monkeypatch):
         "prompt": "alpaca", "input": "3 + 3?", "gold": "6", "response": "The answer is 6",
         "finished": True, "answer": "6", "correct": True}
     assert all(r["correct"] and not r["official"] for r in rows_of(Path("out/qasc_test.jsonl")))
-    assert rows_of(Path("out/pairs.jsonl"))[0].keys() == {"prompt", "input", "gold", "margin",
-                                                          "correct"}
+    assert rows_of(Path("out/pairs.jsonl"))[0].keys() == {"prompt", "input", "gold",
+                                                          "rejected", "margin", "correct"}
     assert evaluation.main(["--model", "model", "--test", "rows.jsonl", "--out", "out"]) == 2
     answering(monkeypatch, lambda q: "It is 5")  # --task goes before the file's name
     for task, correct in (("ecqa", 0), ("generic", 3), ("math", 3)):
@@ -288,6 +290,10 @@ def test_against_another_model(place, capsys, monkeypatch):
     write("a/rows.jsonl", [own[0] | {"gold": "another"}, *own[1:]])  # is not the same question
     run("--test", "rows.jsonl", "--out", "d", "--against", "a")
     assert capsys.readouterr().out.split()[-1] == "2"
+    write("few.jsonl", [{"prompt": "Is it?", "chosen": "yes", "rejected": no} for no in "ab"])
+    run("--test", "few.jsonl", "--out", "a")
+    run("--test", "few.jsonl", "--out", "d", "--against", "a")
+    assert capsys.readouterr().out.split()[-1] == "2"  # they differ in what was rejected
     words = ["--model", "model", "--test", "rows.jsonl", "--out", "c", "--against", "a"]
     assert evaluation.main([*words, "--prompt", "chat"]) == 2
     assert "asked in the same style" in capsys.readouterr().err
@@ -379,6 +385,9 @@ def test_the_page_shows_the_folder_and_escapes_it(folder):
     assert not re.search('<script|<img|<link|onerror="|src="|://', page)
     boxes = [html.unescape(box) for box in re.findall('<div class="text">(.*?)</div>', page)]
     assert boxes.count(EVIL) == 2 and EVIL + "?" in boxes  # half a surrogate stops nothing
+    assert ">forgetting: 1 of 2 tokens<" in page
+    write_json(folder / "config.json", {"config": {"forget": False}, "machine": {}})
+    assert "orgetting:" not in report.write_report(folder).read_text(encoding="utf-8")
     for shown in ("21.1 %", "[11.1, 36.3]", "78.9 %", "+57.9", ">7.2\n", "3.50", "A&lt;b&gt;",
                   'class="w" style="--a:1.0"', "<sup>0.25</sup>", "<sup>0.12</sup>"):
         assert shown in page, shown
@@ -454,7 +463,7 @@ def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):
     assert cells["norm", "norm"] == cells["all", "norm"] == [len(mask[NORM]), 8]
     assert cells["up_proj", "10"] == [int(mask[UP.format(10)].dense().sum()), 6 * 21]
     log = SimpleNamespace(write=lambda _, **values: noted.update(values))
-    report.describe_mask(SimpleNamespace(log=log), mask, 50.0)
+    report.describe_mask(SimpleNamespace(log=log), "locate", mask, 50.0)
     assert f"{cells['all', 'all'][0]:,} weights" in capsys.readouterr().out
     assert cells["up_proj", "all"] == [sum(map(len, mask.values())) - len(mask[NORM]), 6 * 121]
     assert noted == {"percent": 50.0, "mask/density": cells["all", "all"][0] / (6 * 121 + 8)}

@@ -51,7 +51,7 @@ def test_killed_again_and_again_a_run_ends_bit_identically(whole, tmp_path, monk
             append_rows(folder / "metrics.jsonl", [row | {"seconds": 1000 + row["seconds"]}])
     assert train.main(command) == 0
     seconds = json.loads((folder / "results.json").read_text())["seconds"]
-    assert seconds["sample"] > 1000 < seconds["dpo"] and 2000 < sum(seconds.values()) < 3000
+    assert seconds["sample"] > 1000 < seconds["warmup"] and 2000 < sum(seconds.values()) < 3000
     said = capfd.readouterr()
     assert "Traceback" not in said.err and "the same command goes on" in said.err
     assert "improve: goes on after step 1 of 2" in said.out

@@ -27,7 +27,7 @@ from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.files import save_tensors
 from allo_mini.run.config import METHODS, parse, schedule
-from allo_mini.run.folder import load_mask
+from allo_mini.run.folder import Run, load_mask
 from allo_mini.run.log import exit_code
 
 LN2 = math.log(2)
@@ -81,8 +81,8 @@ def test_every_stage_leaves_its_artefact(whole):
 
 def test_metrics_of_every_step(whole):
     steps = {(row["stage"], row["step"]): row for row in steps_of(whole)}
-    assert {stage for stage, _ in steps} == {"sft", "dpo", "rewrite", "forget", "improve"}
-    for stage in ("dpo", "improve"):
+    assert {stage for stage, _ in steps} == {"sft", "dpo", "warmup", "rewrite", "forget", "improve"}
+    for stage in ("dpo", "warmup", "improve"):
         assert steps[stage, 1]["loss"] == pytest.approx(LN2, rel=1e-5)
         assert steps[stage, 1]["rewards/margins"] == 0
     assert {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "grad_norm",
@@ -243,6 +243,21 @@ def test_the_leanest_settings_go_through_every_stage(world, tmp_path, capsys, mo
         assert torch.equal(whole(p)[m], after[name][m]) and torch.equal(whole(p)[~m], first[~m])
 
 
+def test_under_8_bits_models_with_all_weights_trained_are_graded_as_they_are(
+        world, tmp_path, monkeypatch):
+    """A table in which DPO alone is rounded would be in favour of the masks."""
+    graded = []
+
+    def evaluate(run, model, rows, label):
+        graded.append(hasattr(model.model.layers[0].mlp.up_proj.weight, "int8"))
+        return [{"input": "?", "correct": True}]
+
+    monkeypatch.setattr(Run, "evaluate", evaluate)
+    for name, methods in ("all", ["dpo", "allo"]), ("few", ["allo"]):
+        run(world, tmp_path / name, *EDIT[3:], "--locate", "snr", "--int8", "--method", *methods)
+    assert graded == [False] * 3 + [True] * 2
+
+
 def test_bf16(world, tmp_path, capsys):
     """First ratios exactly 0, only masked weights change, forgetting's fp32 weights go on."""
     out = run(world, tmp_path / "run", *EDIT, "--dtype", "bf16", "--recompute", "--lr-forget",
@@ -345,21 +360,6 @@ def test_steps_without_any_weight_are_skipped_and_counted(world, tmp_path, capsy
     assert first_losses(said)["forget"] == pytest.approx(LN2, rel=1e-5)
 
 
-def test_the_movement_of_dpo_serves_as_the_warmups(world, tmp_path):
-    """Where both train alike, and not in the place of one that was laid in."""
-    both, movement = ("--method", "dpo", "allo"), "movement.safetensors"
-    outs = [run(world, tmp_path / str(i), *EDIT, "--locate", "movement", *more)
-            for i, more in enumerate([both, (), (*both, "--lr-dpo", "1e-3"),
-                                      ("--method", "dpo", "masked-dpo")])]
-    assert [bool(steps_of(out, "warmup")) for out in outs] == [False, True, True, False]
-    for name in (movement, "mask.safetensors"):
-        assert all(equal(load_file(outs[0] / name), load_file(out / name)) for out in outs[1:])
-    laid = {name: moved.flip(0) for name, moved in load_file(outs[0] / movement).items()}
-    save_tensors(laid, tmp_path / "laid" / movement)
-    run(world, tmp_path / "laid", *EDIT, "--locate", "movement", *both)
-    assert equal(laid, load_file(tmp_path / "laid" / movement))
-
-
 @pytest.mark.parametrize("pairs", [False, True])
 def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monkeypatch, pairs):
     """Nor after a kill in the last lines; an unfinished stage has what it needs encoded."""
@@ -388,6 +388,7 @@ def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monk
 @pytest.mark.parametrize("more", [
     ["--method", "npo", "rft", "simpo", "--sft"], ["--p-forget", "2", "--p", "7"],
     ["--locate", "snr", "--no-forget"], ["--masked", "--method", "dpo", "sft", "--p", "7"], [],
+    ["--p", "100", "--p-forget", "5"], ["--method", "masked-dpo", "dpo", "--locate", "movement"],
     ["--method", "sft", "--p-sft", "9"], ["--method", "sft", "--sft", "--p-sft", "8"]], ids=str)
 def test_the_plan_is_what_is_then_run(world, tmp_path, capsys, more):
     """A line for each training stage: rows, steps, batch, rate, share of the weights."""
@@ -414,7 +415,7 @@ def test_a_dry_run_changes_nothing(world, whole, tmp_path, capsys, monkeypatch):
     assert train.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "8 responses to each of 500 questions" in said
-    assert len(re.findall(r"(?m)^\w+ +sampled +.* +\S+ GB$", said)) == 9
+    assert len(re.findall(r"(?m)^\w+ +sampled +.* +\S+ GB$", said)) == 10
     assert train.main(arguments(world, tmp_path / "x", "--beta", "0", "--dry-run")) == 2
     assert train.main([*demo_command(whole.parent), "--beta", "0.2", "--dry-run"]) == 2
     assert "another beta" in capsys.readouterr().err
@@ -434,13 +435,6 @@ def test_rates_and_batches_by_size(stage):
     cfg = parse(["--model", "m", "--train", "t", f"--lr-{stage}", "3e-4", "--batch", "64"])
     plan = schedule(cfg, stage, 1000, 10)
     assert (plan.lr, plan.batch) == (3e-4, 64)
-
-
-@pytest.mark.parametrize("flags, same", [
-    ("", True), ("--lr-dpo 1e-4", False), ("--lr-warmup 1e-4", False),
-    ("--lr-dpo 1e-5 --lr-warmup 1e-5", True), ("--masked", False)])
-def test_dpo_stands_in_for_a_warm_up_only_where_it_trains_as_one(flags, same):
-    assert parse(f"--model m --train t {flags}".split()).dpo_is_warmup == same
 
 
 def test_a_card_given_as_a_flag_outranks_a_file(tmp_path):

@@ -25,7 +25,7 @@ from allo_mini.run.files import (read_if_there, read_json, read_jsonl, reading, 
                                  write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
-from allo_mini.run.memory import percent_of
+from allo_mini.run.memory import percent_of, training_stages
 
 SHOWN = 12  # negatives, and rows where the models differ
 POINTS = 150  # of a curve
@@ -141,11 +141,11 @@ def write_report(folder):
 # ---- at the end of a run, and on the way -------------------------------------------------------
 # run: a Run; before, after and what `models` holds: Policies, models on disk.
 
-def describe_mask(run, mask, percent):
+def describe_mask(run, name, mask, percent):
     """Print and log how many weights are selected."""
     selected, weights = density(mask)["all", "all"]
     say(f"mask: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)")
-    run.log.write("locate", percent=percent, **{"mask/density": selected / weights})
+    run.log.write(name, percent=percent, **{"mask/density": selected / weights})
 
 
 def pieces(decode, ids):
@@ -192,9 +192,12 @@ def reprint(run):
 
 
 def evaluated(run, name, policy):
-    """A model's answers to the test rows."""
+    """A model's answers to the test rows; in 8 bits only if no stage had all weights exact."""
+    whole = 100 in [percent_of(run.cfg, stage) for stage in training_stages(run.cfg)]
+
     def make(target):
-        write_jsonl(target, run.evaluate(run.load(policy), run.test, f"test {name}"))
+        model = run.load(policy, training=whole)
+        write_jsonl(target, run.evaluate(model, run.test, f"test {name}"))
 
     return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
 
@@ -251,7 +254,7 @@ def card(run, name, stage, text):
     cfg = run.cfg
     local = Path(cfg.model).is_dir()  # of the demo, too
     base = run.base.folder.resolve().name if local else cfg.model.partition("@")[0]
-    data = ", ".join(Path(path).name for path in cfg.pairs or cfg.train) or "the demo's questions"
+    data = ", ".join(Path(path).name for path in cfg.pairs + cfg.train) or "the demo's questions"
     rate = schedule(cfg, stage, run.parameters, 1).lr
     return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rate=rate,
                        seed=cfg.seed, text=text)

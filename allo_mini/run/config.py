@@ -133,15 +133,6 @@ class Config:
         """Whether a method trains the located weights alone."""
         return self.masked or method in ("masked-dpo", "allo")
 
-    @property
-    def dpo_is_warmup(self):
-        """Whether the dpo baseline is the epoch that the warm-up would train again."""
-        first = self.method.index("dpo") if "dpo" in self.method else 99
-        moved = self.locate == "movement" and self.p < 100 and not self.masked
-        alike = (self.lr_dpo == self.lr_warmup  # as the table's are
-                 and self.schedules.get("dpo") == self.schedules.get("warmup"))
-        return moved and alike and any(map(self.masks, self.method[first:]))
-
 
 KNOBS = {f.name: f for f in fields(Config)}
 

@@ -30,7 +30,8 @@ def estimate(run, stage):
     size = run.dtype.itemsize
     share = percent_of(cfg, stage) / 100
     n = run.parameters * share
-    T = max(cfg.micro_tokens, 2 * cfg.max_length)  # a pair is never parted
+    # a pair is never parted, nor is a rewriting prompt
+    T = max(cfg.micro_tokens, (2 + (stage == "rewrite")) * cfg.max_length)
     int8 = cfg.int8 and share < 1  # a byte a weight, and a scale for each block of 256
     weights = sum(shape.numel() * (1 + 1 / 64 if int8 and is_quantized(name, shape) else size)
                   for name, shape in run.shapes.items())
@@ -61,8 +62,8 @@ def training_stages(cfg):
     """The run's training stages, in their order."""
     stages = ["sft"] * cfg.sft
     for method in cfg.method:
-        moved = cfg.p < 100 and cfg.locate == "movement" and not cfg.dpo_is_warmup
-        if moved and cfg.masks(method):
+        located = cfg.masks(method) and min(cfg.p, cfg.p_forget or cfg.p) < 100
+        if located and cfg.locate == "movement":
             stages.append("warmup")
         if method == "allo":
             scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
