@@ -26,7 +26,6 @@ import functools
 import random
 import sys
 from collections import defaultdict
-from statistics import fmean
 
 import torch
 
@@ -189,8 +188,9 @@ def sample_row(task, responses):
 def preferences(run):
     """Samples labelled by their final answer -> random Pairs (y+, y-), and every y- to forget."""
     if run.pairs:
-        return run.pairs, [Negative(pair.prompt, pair.rejected, pair.chosen,
-                                    pair.rewrite or pair.chosen) for pair in run.pairs]
+        return run.pairs, [
+            Negative(pair.prompt, pair.rejected, pair.chosen, pair.rewrite or pair.chosen)
+            for pair in run.pairs if pair.rejected != pair.chosen]
     wrong = run.folder / "negatives.jsonl"
 
     def make(target):
@@ -239,7 +239,7 @@ def top(run, artefact, percent, policy, examples, objective, how):
         importance = importance_of(run, policy, examples, objective, how)
         run.save_mask(select(importance, percent, run.device), target)
 
-    name = artefact.partition(".")[0].replace("mask", "locate")
+    name = artefact.partition(".")[0]
     mask = load_mask(run.stage(name, artefact, make), run.shapes)
     describe_mask(run, name, mask, percent)  # one laid in may be of another size
     return mask
@@ -299,8 +299,6 @@ def score(run, policy, rows):
         scores = token_scores(run.load(rewriter), run.encoder, negatives, examples,
                               run.cfg.micro_tokens, bar.update)
         run.report_dropped("negatives to score", sum(map(bool, scores)))
-        low = fmean(s < run.cfg.threshold for row in scores for s in row)
-        say(f"scores: {100 * low:.1f} % of the tokens are below {run.cfg.threshold:g}")
         write_jsonl(target, [{"input": n.prompt, "output": n.response, "reward": row}
                              for n, row in zip(negatives, scores)])
 

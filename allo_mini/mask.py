@@ -64,9 +64,8 @@ class Selected:
 
     def to(self, device):
         """The same on another device."""
-        if self.columns is None:
-            return self
-        return Selected(self.shape, self.columns.to(device), self.counts.to(device))
+        columns = self.columns if self.columns is None else self.columns.to(device)
+        return Selected(self.shape, columns, self.counts.to(device))
 
     def __len__(self):
         return int(self.ends[-1])

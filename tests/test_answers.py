@@ -96,7 +96,7 @@ def test_pairs_depend_on_the_seed_and_on_no_other_row(encoder):
     assert len(drawn) > 1  # questions do not share one shuffle
 
 
-def test_stop_strings_end_a_response_and_are_cut_off(encoder, monkeypatch):
+def test_stop_strings_end_a_response_and_are_cut_off(encoder, monkeypatch, tmp_path):
     model = tiny_model(eos_token_id=2)
     model.folder = encoder.tokenizer.folder
     settings = SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0, temperature=1.0,
@@ -110,6 +110,10 @@ def test_stop_strings_end_a_response_and_are_cut_off(encoder, monkeypatch):
     settings.stop = ["<s>"]  # a special token, which no decoded response shows
     monkeypatch.setattr(answers, "sample", lambda *_, stopped, **more: [[[1] * stopped([5, 1])]])
     assert respond(model, encoder, ["a"], settings) == [[("", True)]]
+    spelled = Encoder(Tokenizer(write_tokenizer(tmp_path, eos_token="~")), "none", 100)
+    ids = spelled.tokenizer.encode("4~")  # no tokenizer.json says that it is special
+    monkeypatch.setattr(answers, "sample", lambda *_, **more: [[ids]])
+    assert respond(model, spelled, ["a"], settings) == [[("4", True)]]
 
 
 # ---- intervals ----------------------------------------------------------------------------------
@@ -396,7 +400,7 @@ def test_the_page_shows_the_folder_and_escapes_it(folder):
     lines = [line.split() for line in re.findall('points="(.*?)"', page, re.S)]
     for line in [line for line in lines if len(line) > 2]:  # the others are the legend's
         corners = [tuple(map(float, point.split(","))) for point in line]
-        assert len(corners) == 143 <= report.POINTS and corners[-1][0] == 300
+        assert len(corners) == 1000 and corners[-1][0] == 300
         assert all(0 <= x <= 300 and 0 <= y <= 120 for x, y in corners)
     for name in ("results.json", "mask.safetensors", "token_examples.jsonl", "metrics.jsonl"):
         (folder / name).unlink()  # and what is not there is left out
@@ -463,7 +467,7 @@ def test_density_counts_the_mask_in_all_and_by_kind_and_layer(capsys):
     assert cells["norm", "norm"] == cells["all", "norm"] == [len(mask[NORM]), 8]
     assert cells["up_proj", "10"] == [int(mask[UP.format(10)].dense().sum()), 6 * 21]
     log = SimpleNamespace(write=lambda _, **values: noted.update(values))
-    report.describe_mask(SimpleNamespace(log=log), "locate", mask, 50.0)
+    report.describe_mask(SimpleNamespace(log=log), "mask", mask, 50.0)
     assert f"{cells['all', 'all'][0]:,} weights" in capsys.readouterr().out
     assert cells["up_proj", "all"] == [sum(map(len, mask.values())) - len(mask[NORM]), 6 * 121]
     assert noted == {"percent": 50.0, "mask/density": cells["all", "all"][0] / (6 * 121 + 8)}

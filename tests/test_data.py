@@ -147,10 +147,11 @@ def test_prompt_and_response_are_encoded_jointly(make, tmp_path, name):
         prompt, *texts = ("".join(rng.choices(ALPHABET, k=rng.randrange(13)))
                           for _ in range(rng.randrange(2, 5)))
         bos = case % 2 == 0
-        shared, rests = tokenizer.split(prompt, texts, bos)
+        shared, rests, grown = tokenizer.split(prompt, texts, bos)
         alone = tokenizer.encode(prompt, bos)
         for text, rest in zip(texts, rests, strict=True):
             assert shared + rest == tokenizer.encode(prompt + text, bos)
+        assert grown == len(alone) - len(shared)
         assert alone[:len(shared)] == shared
         firsts = {tuple(rest[:1]) for rest in [*rests, alone[len(shared):]]}
         assert len(firsts) > 1 or () in firsts, (prompt, texts)  # no further token is shared by all
@@ -237,7 +238,7 @@ def test_dropped_rows_are_counted(make):
     assert [encoder.example(*row) is not None for row in rows] == [False] * 6 + [True]
     report = encoder.report()
     assert report.startswith("2 dropped (empty response), 1 dropped (identical pair), 1 dropped (")
-    assert "(empty prompt), 1" in report and "max_length), 1" in report and "one mess" in report
+    assert "(empty prompt), 1" in report and "half" not in report and "max_length), 1" in report and "one mess" in report
 
 
 # ---- a run's rows ----------------------------------------------------------------------------
@@ -272,6 +273,8 @@ def test_a_system_prompt_makes_no_other_question(place):
     told = [{"messages": [*SYSTEM, user(f"{i}?"), *SO]} for i in range(9)]
     write(place / "told.jsonl", *told)
     assert len(rows_of("--train told.jsonl --test one.jsonl --method sft")[0]) == 8
+    write(place / "system.jsonl", {"input": [*SYSTEM, user("4?")], "answer": "1"})
+    assert len(rows_of("--train t.jsonl --test system.jsonl --prompt chat")[0]) == 19
     texts = [{"prompt": [{"role": "system", "content": f"Text {i}"}, *asked], "chosen": SO,
               "rejected": NO} for i in range(20) for asked in ([], [user("In short?")])]
     write(place / "texts.jsonl", *texts)

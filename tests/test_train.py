@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
 from allo_mini.data.encoder import Encoder
+from allo_mini.data.rows import Pair
 from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.files import save_tensors
@@ -316,6 +318,12 @@ def test_a_run_of_preferences(world, tmp_path, monkeypatch, capsys):
             assert text in card and str(world) not in card
 
 
+def test_of_a_pair_of_the_same_nothing_is_forgotten():
+    pairs = [Pair("a", "b", "b"), Pair("a", "b", "c")]
+    _, negatives = train.preferences(SimpleNamespace(pairs=pairs))
+    assert [negative.response for negative in negatives] == ["c"]
+
+
 def test_validation_changes_no_step_and_micro_batches_nothing_but_rounding(world, tmp_path):
     val = ("--eval-every", "1", "--val", world / "val.jsonl")
     plain, scored, cut = (steps_of(run(world, tmp_path / str(i), *EDIT, *more)) for i, more in
@@ -327,9 +335,9 @@ def test_validation_changes_no_step_and_micro_batches_nothing_but_rounding(world
 
 
 @pytest.mark.parametrize("names, gone", [
-    (["movement.safetensors"], {"warmup"}), (["mask.safetensors"], {"warmup", "locate"}),
+    (["movement.safetensors"], {"warmup"}), (["mask.safetensors"], {"warmup", "mask"}),
     (["token_weights.jsonl"], {"rewrite", "score"}), (["rewriter"], {"rewrite"}),
-    (["mask.safetensors", "forget.safetensors"], {"warmup", "locate", "forget"})])
+    (["mask.safetensors", "forget.safetensors"], {"warmup", "mask", "forget"})])
 def test_an_artefact_laid_into_the_folder_replaces_its_stage(world, tmp_path, names, gone):
     """And the run ends in the same bits."""
     source, target = run(world, tmp_path / "a", *ALLO), tmp_path / "b"

@@ -90,7 +90,9 @@ class Encoder:
         """
         framed = self.frame(prompt)
         texts = [self.answer(prompt, framed, response) for response in responses]
-        prompt_ids, answers = self.tokenizer.split(framed, texts, self.bos)
+        prompt_ids, answers, grown = self.tokenizer.split(framed, texts, self.bos)
+        if grown:
+            self.notes["with a token that is half prompt, half response"] += 1
         for ids in answers:
             ids.append(self.closing)
             del ids[ids.index(self.closing) + 1:]

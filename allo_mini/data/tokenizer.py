@@ -106,11 +106,12 @@ class Tokenizer:
     def split(self, prompt, texts, bos):
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
-        Returns (ids of the shared prompt, what follows them for each text): nothing is lost.
+        Returns (ids of the shared prompt, what follows them for each text, how many of the prompt's
+        own last ids changed into others there): nothing is lost.
         """
         alone, *joint = [self.encode(prompt + text, bos) for text in ["", *texts]]
         cut = in_common(alone, *joint)
-        return alone[:cut], [ids[cut:] for ids in joint]
+        return alone[:cut], [ids[cut:] for ids in joint], len(alone) - cut
 
     def render(self, messages, add_generation_prompt=False):
         """The chat template over {"role", "content"} messages. Raises UserError, also if none."""

@@ -37,7 +37,8 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     def texts(prompt, responses):
         before = len(decode(prompt))
         for tokens in responses:
-            text = decode(prompt + tokens)[before:]  # alone it may lose its first space
+            said = [token for token in tokens if token not in eos]
+            text = decode(prompt + said)[before:]  # alone it may lose its first space
             for stop in settings.stop:
                 text = text.split(stop)[0]
             text = text if encoder.style == "none" else text.strip()

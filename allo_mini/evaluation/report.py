@@ -28,7 +28,6 @@ from allo_mini.run.log import Log, exit_code, say, table
 from allo_mini.run.memory import percent_of, training_stages
 
 SHOWN = 12  # negatives, and rows where the models differ
-POINTS = 150  # of a curve
 TOKENS = "token_examples.jsonl"
 CARD = """---
 base_model: {base}
@@ -87,13 +86,10 @@ def differing(evals):
 
 
 def curve(logged, stage, metric):
-    """(percent of the stage's steps, value) of a metric; of long stages every so-many-th step, with
-    the last."""
+    """(percent of the stage's steps, value) of a metric at every step."""
     steps = [row for row in logged if row["stage"] == stage and "step" in row]
-    points = [(100 * row["step"] / steps[-1]["step"], row[metric])
-              for row in steps if metric in row]
-    every = len(points) // POINTS + 1
-    return points[(len(points) - 1) % every::every]
+    return [(100 * row["step"] / steps[-1]["step"], row[metric])
+            for row in steps if metric in row]
 
 
 def density(mask):

@@ -37,8 +37,8 @@ CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %; each takes back wha
     "12gb": LEAN | {"int8": True, "p_sft": 5.0}}
 GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
           "memory": "memory"}  # first field -> title in --help
-FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int, "metavar": "N"},
-         float: {"type": float, "metavar": "X"}, str: {}, list[str]: {"nargs": "+"}}
+FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int},
+         float: {"type": float}, str: {}, list[str]: {"nargs": "+"}}
 
 
 def knob(default, text, choices=(), most=1e9):
@@ -99,7 +99,7 @@ class Config:
     lr_dpo: float = knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
     batch: int = knob(0, "rows of an optimizer step (0: 8 to 128, by stage and rows)")
     max_steps: int = knob(0, "steps of a stage at most (0: all)")
-    eval_every: int = knob(0, "steps between scores on --val (0: off)")
+    eval_every: int = knob(0, "steps between scores on --val, of pairs the raw accuracy (0: off)")
     dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
     device: str = knob("auto", "cuda, cuda:1 or cpu")
 
@@ -177,7 +177,7 @@ def add_flag(group, name):
     choices = knob.metadata["choices"]
     shown = " ".join(default) if isinstance(default, list) else default
     text += f" [{shown}]" if shown else ""
-    kind = FLAGS[knob.type] | ({"choices": choices, "metavar": None} if choices else {})
+    kind = FLAGS[knob.type] | ({"choices": choices} if choices else {})
     group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **kind)
 
 

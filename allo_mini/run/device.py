@@ -27,6 +27,8 @@ def pick_device(device, dtype):
         raise UserError(f"--device is {device}, but this machine offers {', '.join(there)}")
     if device == "cpu":
         keep_freed_memory()
+    if ":" in device:  # where torch asks what a GPU can do, it asks the current one
+        torch.cuda.set_device(device)
     if dtype == "auto":
         fast = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if fast else "fp32"

@@ -76,17 +76,23 @@ def read_questions(files, task=None, flag="test"):
 
 
 def asked(row):
-    """What a row asks, with and without a system prompt."""
+    """What a row asks: whole, and without a system prompt."""
     rest = [turn for turn in turns_of(row.prompt) if turn["role"] != "system"]
-    return {plain(row.prompt).strip(), plain(rest).strip()}
+    return plain(row.prompt).strip(), plain(rest).strip()
 
 
 def drop_held(held, *groups):
-    """Take the questions of `held` out of other lists of rows, and say how many."""
-    questions = {plain(row.prompt).strip() for row in held}
+    """Take the questions of `held` out of other lists of rows, and say how many.
+
+    One may have a system prompt and the other none; with two, which may hold texts, both must
+    agree.
+    """
+    whole = {asked(row)[0] for row in held}
+    bare = {asked(row)[1] for row in held}
     for rows in groups:
         before = len(rows)
-        rows[:] = [row for row in rows if questions.isdisjoint(asked(row))]
+        rows[:] = [row for row in rows
+                   if whole.isdisjoint(asked(row)) and asked(row)[0] not in bare]
         if len(rows) < before:
             say(f"{before - len(rows)} training rows dropped: they are test or validation rows")
 
