@@ -67,7 +67,7 @@ def read_rows(file, task):
 
 
 def verdicts(path):
-    """{question, its prompt style, its reference: whether the answer was right} of a file of ours.
+    """{question, prompt style, reference, rejected: whether the answer was right} of our file.
 
     Raises UserError.
     """

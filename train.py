@@ -139,7 +139,7 @@ def trained(run, name, policy, examples, objective, mask, artefact="", whole=Tru
 def fine_tuned(run, name, policy, examples, artefact=""):
     """`policy` after SFT of all its weights, or of the --p-sft % with the largest gradient."""
     objective = sft_objective()
-    mask = top(run, f"mask-{name}.safetensors", run.cfg.p_sft or 100,
+    mask = top(run, f"mask-{name}", run.cfg.p_sft or 100,
                policy, examples, objective, "gradient")
     return trained(run, name, policy, examples, objective, mask, artefact)
 
@@ -222,16 +222,17 @@ def locate(run, policy, pairs):
     """The masks of forgetting and of improving; None where all weights are trained."""
     cfg = run.cfg
     source = policy, pairs, dpo_objective(cfg.beta), cfg.locate
-    improving = forgetting = top(run, "mask.safetensors", cfg.p, *source)
+    improving = forgetting = top(run, "mask", cfg.p, *source)
     if cfg.p_forget and cfg.forget:
-        forgetting = top(run, "mask-forget.safetensors", cfg.p_forget, *source)
+        forgetting = top(run, "mask-forget", cfg.p_forget, *source)
     return forgetting, improving
 
 
-def top(run, artefact, percent, policy, examples, objective, how):
-    """The mask of the top `percent` of all weights by their importance; None: of all."""
+def top(run, name, percent, policy, examples, objective, how):
+    """The mask `name` of the top `percent` of all weights by their importance; None: of all."""
     if percent == 100:
         return None
+    artefact = f"{name}.safetensors"
     if how == "movement" and not run.has(artefact):
         warmup(run, policy, examples)
 
@@ -239,7 +240,6 @@ def top(run, artefact, percent, policy, examples, objective, how):
         importance = importance_of(run, policy, examples, objective, how)
         run.save_mask(select(importance, percent, run.device), target)
 
-    name = artefact.partition(".")[0]
     mask = load_mask(run.stage(name, artefact, make), run.shapes)
     describe_mask(run, name, mask, percent)  # one laid in may be of another size
     return mask
@@ -338,13 +338,13 @@ def allo(run, policy, pairs, negatives):
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)
     if improve_mask:
-        patch(run, policy, improved, "patch.safetensors")
+        patch(run, policy, improved, "patch")
     return improved
 
 
-def patch(run, policy, tuned, artefact):
+def patch(run, policy, tuned, name):
     """What of `policy` changed, a tenth of the model at most at p = 5 %, for patch.py."""
-    run.stage(artefact.partition(".")[0], artefact,
+    run.stage(name, f"{name}.safetensors",
               lambda target: save_patch(policy.folder, tuned.folder, target))
 
 
@@ -363,7 +363,7 @@ def baseline(run, method, policy, pairs, negatives):
         pairs = run.encoded(right_samples(run), "right samples")
     tuned = trained(run, name, policy, pairs, BASELINES[method][1](cfg), mask)
     if mask:
-        patch(run, policy, tuned, f"patch-{name}.safetensors")
+        patch(run, policy, tuned, f"patch-{name}")
     return tuned
 
 

@@ -6,12 +6,9 @@ import torch.nn.functional as F
 
 def sdpa(q, k, v, **sight):
     """Scaled dot-product attention of [..., T, heads, d]; `sight`: who sees whom, for torch."""
-    shared = q.shape[-2] // k.shape[-2]  # so many query heads share a key head
-    if q.is_cuda and q.dtype == torch.float32:  # where no fast kernel takes them so
-        k, v = [x.repeat_interleave(shared, -2) for x in (k, v)]
-        shared = 1
+    groups = q.shape[-2] != k.shape[-2]  # several query heads share a key head
     heads = [x.transpose(-3, -2) for x in (q, k, v)]  # [..., heads, T, d]
-    return F.scaled_dot_product_attention(*heads, enable_gqa=shared > 1, **sight).transpose(-3, -2)
+    return F.scaled_dot_product_attention(*heads, enable_gqa=groups, **sight).transpose(-3, -2)
 
 
 def causal_attention(q, k, v, layer):

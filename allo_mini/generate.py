@@ -44,16 +44,15 @@ def wanted(s):
 class Cache:
     """The running samples; their keys and values, of each layer [2, slots, g, room, d].
 
-    room: tokens a slot holds. There are at most `slots` slots, and no more than fit in 60 % of the
-    free memory; on a card, where nothing else wants it, in 70 %.
+    room: tokens a slot holds. There are at most `slots` slots, and no more than fit in 70 % of the
+    free memory.
     """
 
     def __init__(self, model, samples, slots):
         c = model.config
         weight = model.model.embed_tokens.weight  # never int8
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * weight.itemsize
-        share = 0.7 if weight.is_cuda else 0.6
-        self.tokens = int(share * free_memory(weight.device) / token)  # in all slots together
+        self.tokens = int(0.7 * free_memory(weight.device) / token)  # in all slots together
         self.most = min(slots, len(samples))
         self.longest = max(len(s.prompt) + len(s.u) for s in samples)
         self.running = []  # the sample in each slot

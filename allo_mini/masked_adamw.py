@@ -24,6 +24,7 @@ from torch.optim.adamw import adamw
 from allo_mini.mask import Selected, chunk_of, take
 from allo_mini.quant import BLOCK, decode, encode
 
+
 @dataclass
 class Slot:
     """The place of one parameter in the flat vectors; linear.py knows it as `parameter.slot`."""

@@ -138,7 +138,7 @@ def fused(plain):
 
     One by one, pointwise operations go through memory again and again. What is compiled is what
     autograd does not see, its Functions' forward and backward: so with and without a gradient the
-    same kernel runs, and log-probs are the same to the bit. Kernels are given bare data: for tensors
+    same kernel runs, and log-probs are the same to the bit. Kernels get bare data: for tensors
     that do or do not require a gradient they would be compiled anew, up to a limit of torch's.
     """
     def call(x, *rest):
@@ -149,6 +149,8 @@ def fused(plain):
             KERNELS[plain] = torch.compile(plain, dynamic=True)
         try:
             return KERNELS[plain](x, *rest)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # there is no Triton, or no compiler and headers that it needs
             KERNELS[plain] = plain
             return plain(x, *rest)

@@ -66,8 +66,8 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
     scores: chosen, rejected, ref_chosen, ref_rejected [B], log-probs summed over the tokens that
     count, or with `mean` averaged; lengths: tokens of y+ and y- [B]. With a reference it depends on
     the ratios alone, so its first loss is that of scores which are all 0. The logged rewards are of
-    whole responses: beta log pi_theta/pi_ref; without a `reference` beta times the mean log-prob of
-    a token, and no token is left out.
+    whole responses: beta log pi_theta/pi_ref. Without a `reference` they are beta times the mean
+    log-prob of a token, and `epsilon` does nothing.
     """
     def loss(logps, ref, real, examples):
         logps, ref, real = (x.unflatten(0, (-1, 2)) for x in (logps, ref, real))  # [B,2,T]

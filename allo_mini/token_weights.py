@@ -56,14 +56,14 @@ def token_scores(model, encoder, negatives, examples, tokens, on_batch):
 
 def read_scores(path, negatives, examples):
     """These responses' scores in a file of ours, or the official release's. Raises UserError."""
-    known = defaultdict(list)  # several where pairs differ in what was chosen alone
+    known = defaultdict(list)  # in the run's order, where pairs differ in what was chosen alone
     for where, row in read_jsonl(path):
         with reading(where):
             known[str(row["input"]), str(row["output"])].append(list(map(float, row["reward"])))
     scores = []
     for negative, example in zip(negatives, examples):
-        rows = known[str(negative.prompt), str(negative.response)]
-        row = rows.pop(0) if rows else None
+        rows = known[str(negative.prompt), str(negative.response)] or [None]
+        row = rows.pop(0) if rows[1:] else rows[0]
         fits = row is not None and len(row) in (0, len(example.responses[0]))
         if not fits or not all(0 <= s <= 1.001 for s in row):
             raise UserError(f"{path}: not one probability for each token, with EOS, of every wrong "

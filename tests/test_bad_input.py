@@ -119,7 +119,6 @@ FLAGS = [
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],
-    ("train --train t.jsonl --model r", {"r/.lock": ""}, "r: a run's folder; say which model"),
     (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),
     (T + " --test p.jsonl", {}, "preference"), (P + " --test p.jsonl test.jsonl", {}, "preference"),
@@ -127,8 +126,8 @@ FLAGS = [
     (T + " --out foreign", {"foreign/thesis.tex": "years"}, "thesis.tex"),
     (T + " --out /proc/nothing/run", {}, "/proc/nothing/run"),
     *[(T + " --out foreign", {"foreign/config.json": content}, "foreign") for content in
-      ("{}", "{", "[]", b"\xff", '{"config": 5, "data": 5, "machine": 5}')],
-    (T + " --out old", {"old/config.json": '{"config": {}, "files": {}, "machine": {}}'}, "old"),
+      ("{}", "{", "[]", b"\xff", '{"config": 5, "inputs": 5, "machine": 5}')],
+    (T + " --out old", {"old/config.json": '{"config": {}, "data": {}, "machine": {}}'}, "old"),
     (T + " --config c.json", {}, "c.json"),
     *[(T + " --config c.json", {"c.json": content}, says) for content, says in [
         ("{\n'p': 5}", "c.json"), ("[]", "c.json"), (b'{"model": "\xe9"}', "c.json"),

@@ -238,7 +238,16 @@ def test_dropped_rows_are_counted(make):
     assert [encoder.example(*row) is not None for row in rows] == [False] * 6 + [True]
     report = encoder.report()
     assert report.startswith("2 dropped (empty response), 1 dropped (identical pair), 1 dropped (")
-    assert "(empty prompt), 1" in report and "half" not in report and "max_length), 1" in report and "one mess" in report
+    assert "(empty prompt), 1" in report and "max_length), 1" in report and "one mess" in report
+
+
+def test_tokens_over_the_boundary_are_counted(make):
+    """A model is trained behind another prompt there than it is asked with."""
+    encoder = Encoder(make(), "none", 60)
+    rows = [("x th", ["e cat", "x"]), ("x the", [" cat", "x"]), ("x the ", ["cat", "y"])]
+    changed = [encoder.split(*row)[2] > 0 for row in rows]
+    assert all(encoder.example(*row) for row in rows) and any(changed)
+    assert encoder.report() == f"{sum(changed)} with a token that is half prompt, half response"
 
 
 # ---- a run's rows ----------------------------------------------------------------------------

@@ -84,19 +84,18 @@ class Encoder:
         return text
 
     def split(self, prompt, responses):
-        """(ids of the prompt, ids of each response), encoded together, never trimmed.
+        """(the prompt's ids, each response's, how many of the prompt's changed), encoded together.
 
-        A response ends with its first closing token, which is added where it has none.
+        Nothing is trimmed. A response ends with its first closing token, which is added where it
+        has none.
         """
         framed = self.frame(prompt)
         texts = [self.answer(prompt, framed, response) for response in responses]
-        prompt_ids, answers, grown = self.tokenizer.split(framed, texts, self.bos)
-        if grown:
-            self.notes["with a token that is half prompt, half response"] += 1
+        prompt_ids, answers, changed = self.tokenizer.split(framed, texts, self.bos)
         for ids in answers:
             ids.append(self.closing)
             del ids[ids.index(self.closing) + 1:]
-        return prompt_ids, answers
+        return prompt_ids, answers, changed
 
     def response_ids(self, prompt, response):
         """Ids of a response as they follow the prompt, closing token included."""
@@ -104,7 +103,7 @@ class Encoder:
 
     def prompt_ids(self, prompt):
         """Ids to generate from; where they leave no room, the last half of max_length."""
-        ids, _ = self.split(prompt, [])
+        ids, *_ = self.split(prompt, [])
         return ids if len(ids) < self.max_length else self.trim(ids, self.max_length // 2)
 
     def trim(self, ids, room):
@@ -130,7 +129,7 @@ class Encoder:
                 return self.drop("empty response")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
-        prompt_ids, answers = self.split(prompt, responses)
+        prompt_ids, answers, changed = self.split(prompt, responses)
         if not prompt_ids and prompt == "" and not answers[1:]:  # a text: its first token is given
             prompt_ids, answers = answers[0][:1], [answers[0][1:]]
         if not prompt_ids:
@@ -140,6 +139,8 @@ class Encoder:
         room = self.max_length - max(map(len, answers))
         if room <= len(self.tokenizer.prefix):
             return self.drop("response longer than max_length")
+        if changed:
+            self.notes["with a token that is half prompt, half response"] += 1
         # 4 bytes a token, where a list has up to 36
         prompt_ids, *answers = (array("i", ids) for ids in (self.trim(prompt_ids, room), *answers))
         return Example(prompt_ids, answers)

@@ -107,7 +107,7 @@ class Tokenizer:
         """Encode prompt + text for each text; cut where they stop agreeing with the prompt.
 
         Returns (ids of the shared prompt, what follows them for each text, how many of the prompt's
-        own last ids changed into others there): nothing is lost.
+        last ids are others where a text follows): nothing is lost.
         """
         alone, *joint = [self.encode(prompt + text, bos) for text in ["", *texts]]
         cut = in_common(alone, *joint)

@@ -112,7 +112,8 @@ def evaluate(model, encoder, rows, settings, name):
     examples = [encoder.example(*pair.sides) for pair in rows]
     found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)
     return [{"prompt": encoder.style, "input": pair.prompt, "gold": pair.chosen,
-             "rejected": pair.rejected, "margin": margin, "correct": margin > 0} for pair, margin in zip(compress(rows, examples), found)]
+             "rejected": pair.rejected, "margin": margin, "correct": margin > 0}
+            for pair, margin in zip(compress(rows, examples), found)]
 
 
 def graded(task, text, finished, style):

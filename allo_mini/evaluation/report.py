@@ -140,7 +140,7 @@ def write_report(folder):
 def describe_mask(run, name, mask, percent):
     """Print and log how many weights are selected."""
     selected, weights = density(mask)["all", "all"]
-    say(f"mask: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)")
+    say(f"{name}: {selected:,} weights, {100 * selected / weights:.3f} % (asked: {percent:g} %)")
     run.log.write(name, percent=percent, **{"mask/density": selected / weights})
 
 

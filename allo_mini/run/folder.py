@@ -127,7 +127,7 @@ class Run:
     def validate(self, name, model):
         """The share of the validation rows that are right; of pairs the raw accuracy."""
         score = summary(self.evaluate(model, self.val, "validate"))["accuracy"]
-        say(f"{name}: {score:.4f} accuracy on the validation rows (of pairs: raw accuracy)")
+        say(f"{name}: {score:.4f} of the validation rows right (of pairs: raw accuracy)")
         return score
 
     def report_change(self, name, optimizer, skipped):
@@ -185,7 +185,7 @@ def load_mask(path, shapes=None):
 def fingerprint(path):
     """Of a file's content."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def record_of(run, model):
@@ -195,7 +195,7 @@ def record_of(run, model):
     beside = (model.folder / name for name in ("config.json", *TOKENIZER_FILES))
     files.update(model.files.values(), filter(Path.exists, beside))
     return {"config": {key: value for key, value in vars(cfg).items() if key not in NO_MATTER},
-            "data": {str(path): fingerprint(path) for path in sorted(files)},
+            "inputs": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
                         "threads": torch.get_num_threads()}}
 
@@ -262,5 +262,8 @@ def open_run(cfg):
     stored = read_tensor(model.files, "model.norm.weight").dtype
     if stored != dtype == torch.bfloat16:
         say(f"its file holds {stored}: all weights are rounded to {dtype} (--dtype fp32: none)")
+    held = [row.sides for row in run.test + run.val if isinstance(row, Pair)]
+    if held and not run.has("config.json"):  # else they were looked at
+        run.encoded(held, "test and validation rows")()
     claim_folder(run, record_of(run, model))
     return run

@@ -84,8 +84,8 @@ def asked(row):
 def drop_held(held, *groups):
     """Take the questions of `held` out of other lists of rows, and say how many.
 
-    One may have a system prompt and the other none; with two, which may hold texts, both must
-    agree.
+    A system prompt on one side makes no other question; on both sides it does, where they differ:
+    it may hold the text that the question is about.
     """
     whole = {asked(row)[0] for row in held}
     bare = {asked(row)[1] for row in held}

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from allo_mini import UserError
 from allo_mini.run import files, parallel
 
-SHOWN = ("loss", "rewards/margins", "rewards/accuracies", "token_weight/fraction",
-         "useful/fraction", "grad_norm", "tokens/s")  # of a step's metrics, in its line
+IN_A_LINE = ("loss", "rewards/margins", "rewards/accuracies", "token_weight/fraction",
+             "useful/fraction", "grad_norm", "tokens/s")  # of a step's metrics, in its line
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
 MINUTE = 60  # seconds between two lines of a bar
 
@@ -154,7 +154,7 @@ class Progress:
             metrics["eval/score"] = self.run.validate(self.stage, model)
         self.run.log.write(self.stage, step=step, **metrics)
         if step in (1, total) or step % -(-total // LINES) == 0:
-            columns = [f"{key} {metrics[key]:>9.4g}" for key in SHOWN if key in metrics]
+            columns = [f"{key} {metrics[key]:>9.4g}" for key in IN_A_LINE if key in metrics]
             say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}")
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:

@@ -62,7 +62,7 @@ def training_stages(cfg):
     """The run's training stages, in their order."""
     stages = ["sft"] * cfg.sft
     for method in cfg.method:
-        located = cfg.masks(method) and min(cfg.p, cfg.p_forget or cfg.p) < 100
+        located = cfg.masks(method) and min(cfg.p, cfg.forget and cfg.p_forget or cfg.p) < 100
         if located and cfg.locate == "movement":
             stages.append("warmup")
         if method == "allo":
