@@ -207,6 +207,15 @@ def test_where_nothing_can_be_compiled_functions_stay_as_they_are(monkeypatch):
     assert given == [False]
 
 
+def test_a_gpu_asked_for_by_its_number_is_the_current_one(monkeypatch):
+    chosen = []
+    for name, value in ("is_available", True), ("device_count", 2):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert device.pick_device("cuda:1", "bf16") == ("cuda:1", torch.bfloat16)
+    assert device.pick_device("cpu", "fp32") and chosen == ["cuda:1"]
+
+
 def test_training_on_a_cpu_does_not_load_the_compiler():
     """torch._dynamo is a second and 70 MB of a process: nothing of the model may import it."""
     code = """
