@@ -39,6 +39,8 @@ def find_folder(path_or_id, download=True):
         if os.path.exists(f"{path_or_id}/adapter_config.json"):
             raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge "
                             "it into its base model first (peft's merge_and_unload), and save that")
+        if os.path.exists(f"{path_or_id}/.lock"):
+            raise UserError(f"{path_or_id}: a run's folder; say which model in it, as RUN/improve")
         return Path(path_or_id)
     name, _, revision = path_or_id.partition("@")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):

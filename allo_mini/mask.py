@@ -64,7 +64,7 @@ class Selected:
 
     def to(self, device):
         """The same on another device."""
-        columns = self.columns if self.columns is None else self.columns.to(device)
+        columns = None if self.columns is None else self.columns.to(device)
         return Selected(self.shape, columns, self.counts.to(device))
 
     def __len__(self):

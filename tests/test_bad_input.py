@@ -119,6 +119,7 @@ FLAGS = [
     *[(f"{words} t.jsonl --model lora", {"lora/adapter_config.json": "{}"},
        "lora: adapter_config.json says this is a LoRA adapter; merge it into its base model")
       for words in ("train --train", "eval --test")],
+    ("train --train t.jsonl --model r", {"r/.lock": ""}, "r: a run's folder; say which model"),
     (T + " --test t.jsonl", {}, "t.jsonl"),
     (T + " --test q.jsonl", {"q.jsonl": lines({"input": "a"})}, "q.jsonl"),
     (T + " --test p.jsonl", {}, "preference"), (P + " --test p.jsonl test.jsonl", {}, "preference"),

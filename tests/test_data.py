@@ -147,11 +147,11 @@ def test_prompt_and_response_are_encoded_jointly(make, tmp_path, name):
         prompt, *texts = ("".join(rng.choices(ALPHABET, k=rng.randrange(13)))
                           for _ in range(rng.randrange(2, 5)))
         bos = case % 2 == 0
-        shared, rests, grown = tokenizer.split(prompt, texts, bos)
+        shared, rests, changed = tokenizer.split(prompt, texts, bos)
         alone = tokenizer.encode(prompt, bos)
         for text, rest in zip(texts, rests, strict=True):
             assert shared + rest == tokenizer.encode(prompt + text, bos)
-        assert grown == len(alone) - len(shared)
+        assert changed == len(alone) - len(shared)
         assert alone[:len(shared)] == shared
         firsts = {tuple(rest[:1]) for rest in [*rests, alone[len(shared):]]}
         assert len(firsts) > 1 or () in firsts, (prompt, texts)  # no further token is shared by all

@@ -192,8 +192,8 @@ def evaluated(run, name, policy):
     whole = 100 in [percent_of(run.cfg, stage) for stage in training_stages(run.cfg)]
 
     def make(target):
-        model = run.load(policy, training=whole)
-        write_jsonl(target, run.evaluate(model, run.test, f"test {name}"))
+        write_jsonl(target, run.evaluate(run.load(policy, training=whole), run.test,
+                                         f"test {name}"))
 
     return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
 
