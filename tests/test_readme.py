@@ -357,6 +357,14 @@ def test_the_best_rates_are_found(cell, flags, best, chosen, monkeypatch):
     assert tried == {*best} and study.tuned("start") == []
 
 
+def test_rates_that_were_tried_are_shown_with_their_mean_over_seeds():
+    rows = [row_of("ALLO", seed, bits) | {"part": "tune", "setting": ["--a", a, "--b", b]}
+            for seed, a, b, bits in ((11, "4e-05", "2e-05", "11"), (12, "4e-05", "2e-05", "10"),
+                                     (11, "8e-05", "1e-05", "10"))]
+    assert reproduce.tuning(rows)[-1] == "| ALLO | 8e-05 / 1e-05: 50.0, **4e-05 / 2e-05: 75.0** |"
+    assert reproduce.tuning([row_of("DPO", 1, "1")]) == []
+
+
 def test_finished_cells_are_read_back_and_missing_ones_made(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(lines(row_of("DPO", 1, "10")))
     study = study_of("--rows", str(tmp_path / "rows.jsonl"))

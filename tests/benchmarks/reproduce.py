@@ -46,7 +46,8 @@ CHANGES = {"all weights": "--p 100", "all tokens of y-": "--token-weights unifor
            "snr location": "--locate snr", f"no forgetting, {OWN}": "--no-forget",
            f"gradient location, {OWN}": "--locate gradient", f"all weights, {OWN}": "--p 100"}
 LOCATIONS = {f"{count} pairs": f"--locate-pairs {count}" for count in (64, 128, 256, 512)} | {
-    f"p = {p} %": f"--p {p}" for p in (1, 2, 10, 20)}
+    f"p = {p} %": f"--p {p}" for p in (1, 2, 10, 20)} | {
+    how: f"--locate {how}" for how in ("random", "movement")}
 PARTS = {  # part -> cell -> flags
     "methods": {"start": "--method dpo --max-steps 1", **METHODS, "ALLO": "--method allo",
                 MASKED: "--method dpo --masked",  # as its rows were made, with --lr-dpo
@@ -337,8 +338,8 @@ def overlaps(study: Study) -> str:
 
 
 def tables(study: Study) -> str:
-    """Markdown: a table a part, every cell against DPO (ablations: ALLO; or --against), then the
-    loss curves."""
+    """Markdown: a table a part, every cell against DPO (ablations: ALLO; or --against), the loss
+    curves, the rates that were tried."""
     finished, text = by_cell(study.done), []
     for part, cells in PARTS.items():
         base = study.against or ["DPO", *ABOVE[part]][-1]
@@ -355,7 +356,29 @@ def tables(study: Study) -> str:
         for cell in curves:
             losses = [mean(loss_at(row["curve"], mark) for row in finished[cell]) for mark in MARKS]
             text.append(f"| {cell} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |")
-    return "\n".join(text) + "\n"
+        text.append("")
+    return "\n".join([*text, *tuning(study.done)]) + "\n"
+
+
+def tuning(rows: list[dict]) -> list[str]:
+    """Lines of Markdown: what every setting scored on the validation rows, the best one in bold."""
+    scores = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["part"] == "tune":
+            rates = tuple(map(float, row["setting"][1::2]))
+            scores[row["cell"]][rates].append(100 * row["accuracy"])
+    if not scores:
+        return []
+    text = ["Accuracy in % on the validation rows by learning rate (of ALLO: forgetting's / "
+            "improving's), mean over the seeds they were tuned on:", "", "| | |", "|---|---|"]
+    for cell, found in scores.items():
+        best = max(found, key=lambda rates: mean(found[rates]))
+        shown = []
+        for rates in sorted(found, key=lambda rates: rates[::-1]):
+            said = f"{' / '.join(f'{rate:g}' for rate in rates)}: {mean(found[rates]):.1f}"
+            shown.append(f"**{said}**" if rates == best else said)
+        text.append(f"| {cell} | {', '.join(shown)} |")
+    return text
 
 
 def loss_at(points: list[dict], share: float) -> float:
