@@ -21,8 +21,9 @@ from collections import defaultdict
 from datetime import date
 from itertools import permutations, product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, stdev, variance
 
+import numpy as np
 import torch
 from common import Selected, UserError, exit_code, parse, train, write_json
 from peer import dpo_trainer
@@ -271,26 +272,69 @@ def gains(mine: list[dict], theirs: list[dict], shared: bool) -> list[float]:
     return [mean(values) for values in differences.values()]
 
 
-def z_test(means: list[float]) -> tuple[float, float]:
-    """Mean of the questions' differences, its two-sided p."""
-    error = stdev(means) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-    difference = mean(means) if means else 0.0
-    return difference, math.erfc(abs(difference) / error / math.sqrt(2)) if error else 1.0
+def t_test(difference: float, parts: list[tuple[float, int]]) -> float:
+    """Two-sided p of a difference whose variance is the sum of `parts`: (variance, degrees of
+    freedom). Degrees together: Satterthwaite's. With x = sqrt(degrees) tan(a), Student's density is
+    cos(a)^(degrees - 1)."""
+    total = sum(part for part, _ in parts)
+    if not total:
+        return float(not difference)
+    degrees = total**2 / sum(part**2 / free for part, free in parts)
+
+    def area(begin):
+        angles = np.linspace(begin, math.pi / 2, 100_001)
+        return np.trapezoid(np.cos(angles) ** (degrees - 1), angles)
+
+    return area(math.atan(abs(difference) / math.sqrt(total * degrees))) / area(0.0)
 
 
-def against(means: list[float]) -> str:
+def runs_of(rows: list[dict], others: list[dict], shared: bool) -> list[float]:
+    """Accuracies by seed: of the seeds that others have, too, or of all beside a shared start."""
+    seeds = {row["seed"] for row in others}
+    all_of_them = shared and others[0]["cell"] == "start"
+    found = {row["seed"]: row["accuracy"] for row in rows if all_of_them or row["seed"] in seeds}
+    return [found[seed] for seed in sorted(found)]
+
+
+def compared(sets: list[tuple[list, list]], shared: bool) -> tuple[float, float]:
+    """Two cells, their rows on each set of questions -> difference over all questions, its p.
+
+    Its variance is that between questions and that between the runs of a cell. Where seeds have
+    their own questions (not shared) it is that between the seeds' differences, which holds both.
+    How a cell's runs differ nobody knows of one run: then it is the questions' alone.
+    """
+    found = [gains(*both, shared) for both in sets]
+    count = sum(map(len, found))
+    difference, parts = 0.0, []
+    for (mine, theirs), means in zip(sets, found):
+        share = len(means) / count
+        difference += share * mean(means)
+        ours, others = runs_of(mine, theirs, shared), runs_of(theirs, mine, shared)
+        samples = [means, ours, others]
+        if not shared and len(ours) > 1:
+            samples = [[a - b for a, b in zip(ours, others)]]
+        parts += [(share**2 * variance(values) / len(values), len(values) - 1)
+                  for values in samples if len(values) > 1]
+    return difference, t_test(difference, parts)
+
+
+def against(sets: list[tuple[list, list]], shared: bool) -> str:
     """Two cells of a table: a difference in points, its p."""
-    difference, p = z_test(means)
+    difference, p = compared(sets, shared)
     return f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'}"
+
+
+def accuracy(rows: list[dict]) -> str:
+    """A cell's, in %: its mean over seeds and, of several, their standard deviation."""
+    scores = [100 * row["accuracy"] for row in rows]
+    return f"{mean(scores):.1f}" + (f" +- {stdev(scores):.1f}" if len(scores) > 1 else "")
 
 
 def line(cell: str, rows: list[dict], base: list[dict], shared: bool) -> str:
     """A row of a table; `base`: the rows it is compared with."""
-    scores = [100 * row["accuracy"] for row in rows]
-    spread = stdev(scores) if len(scores) > 1 else 0.0
-    compared = "- | -" if rows is base else against(gains(rows, base, shared))
+    versus = "- | -" if rows is base else against([(rows, base)], shared)
     flags = " ".join(rows[0]["setting"])
-    return f"| {cell} | {flags} | {mean(scores):.1f} +- {spread:.1f} | {compared} | {len(rows)} |"
+    return f"| {cell} | {flags} | {accuracy(rows)} | {versus} | {len(rows)} |"
 
 
 def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
@@ -303,17 +347,22 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def pooled(names: list[str], base: str) -> str:
-    """Markdown: cells that all these sets have, accuracies, against `base` over all questions."""
+    """Markdown: all cells' accuracies on these sets; of those that all sets have the average of the
+    sets and, over all questions, the difference to `base`."""
     files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
     head = ["", *names, "average", f"against {base}", "p"]
     text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in PARTS["methods"]:
-        if all(cell in finished for finished in sets):
-            scores = [100 * mean(row["accuracy"] for row in finished[cell]) for finished in sets]
-            means = sum((gains(finished[cell], finished[base], True) for finished in sets), [])
-            figures = " | ".join(f"{score:.1f}" for score in [*scores, mean(scores)])
-            text.append(f"| {cell} | {figures} | {'- | -' if cell == base else against(means)} |")
+        found = [finished.get(cell, []) for finished in sets]
+        figures = [accuracy(rows) if rows else "" for rows in found]
+        average, versus = "", " | "
+        if all(found):
+            average = f"{100 * mean(mean(row['accuracy'] for row in rows) for rows in found):.1f}"
+            both = [(rows, finished[base]) for rows, finished in zip(found, sets)]
+            versus = "- | -" if cell == base else against(both, True)
+        if any(found):
+            text.append(f"| {cell} | {' | '.join(figures)} | {average} | {versus} |")
     return "\n".join(text) + "\n"
 
 
