@@ -273,27 +273,24 @@ def gains(mine: list[dict], theirs: list[dict], shared: bool) -> list[float]:
 
 
 def t_test(difference: float, parts: list[tuple[float, int]]) -> float:
-    """Two-sided p of a difference whose variance is the sum of `parts`: (variance, degrees of
-    freedom). Degrees together: Satterthwaite's. With x = sqrt(degrees) tan(a), Student's density is
-    cos(a)^(degrees - 1)."""
+    """Two-sided p of a difference whose variance is the sum of `parts`, (variance, degrees of
+    freedom): by Satterthwaite. Of x = sqrt(degrees) tan(a) Student's is cos(a)^(degrees - 1) da."""
     total = sum(part for part, _ in parts)
     if not total:
         return float(not difference)
     degrees = total**2 / sum(part**2 / free for part, free in parts)
-
-    def area(begin):
-        angles = np.linspace(begin, math.pi / 2, 100_001)
-        return np.trapezoid(np.cos(angles) ** (degrees - 1), angles)
-
-    return area(math.atan(abs(difference) / math.sqrt(total * degrees))) / area(0.0)
+    angles = np.linspace(0, math.pi / 2, 10**6, endpoint=False)
+    heights = np.cos(angles) ** (degrees - 1)
+    tail = angles >= math.atan(abs(difference) / math.sqrt(total * degrees))
+    return heights[tail].sum() / heights.sum()
 
 
 def runs_of(rows: list[dict], others: list[dict], shared: bool) -> list[float]:
     """Accuracies by seed: of the seeds that others have, too, or of all beside a shared start."""
     seeds = {row["seed"] for row in others}
     all_of_them = shared and others[0]["cell"] == "start"
-    found = {row["seed"]: row["accuracy"] for row in rows if all_of_them or row["seed"] in seeds}
-    return [found[seed] for seed in sorted(found)]
+    return [row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])
+            if all_of_them or row["seed"] in seeds]
 
 
 def compared(sets: list[tuple[list, list]], shared: bool) -> tuple[float, float]:
@@ -332,7 +329,8 @@ def accuracy(rows: list[dict]) -> str:
 
 def line(cell: str, rows: list[dict], base: list[dict], shared: bool) -> str:
     """A row of a table; `base`: the rows it is compared with."""
-    versus = "- | -" if rows is base else against([(rows, base)], shared)
+    alone = rows is base or not gains(rows, base, shared)
+    versus = "- | -" if alone else against([(rows, base)], shared)
     flags = " ".join(rows[0]["setting"])
     return f"| {cell} | {flags} | {accuracy(rows)} | {versus} | {len(rows)} |"
 
@@ -355,14 +353,14 @@ def pooled(names: list[str], base: str) -> str:
     text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in PARTS["methods"]:
         found = [finished.get(cell, []) for finished in sets]
-        figures = [accuracy(rows) if rows else "" for rows in found]
         average, versus = "", " | "
         if all(found):
             average = f"{100 * mean(mean(row['accuracy'] for row in rows) for rows in found):.1f}"
             both = [(rows, finished[base]) for rows, finished in zip(found, sets)]
             versus = "- | -" if cell == base else against(both, True)
         if any(found):
-            text.append(f"| {cell} | {' | '.join(figures)} | {average} | {versus} |")
+            figures = " | ".join(accuracy(rows) if rows else "" for rows in found)
+            text.append(f"| {cell} | {figures} | {average} | {versus} |")
     return "\n".join(text) + "\n"
 
 
@@ -422,11 +420,10 @@ def tuning(rows: list[dict]) -> list[str]:
             "improving's), mean over the seeds they were tuned on:", "", "| | |", "|---|---|"]
     for cell, found in scores.items():
         best = max(found, key=lambda rates: mean(found[rates]))
-        shown = []
-        for rates in sorted(found, key=lambda rates: rates[::-1]):
-            said = f"{' / '.join(f'{rate:g}' for rate in rates)}: {mean(found[rates]):.1f}"
-            shown.append(f"**{said}**" if rates == best else said)
-        text.append(f"| {cell} | {', '.join(shown)} |")
+        shown = {rates: f"{' / '.join(map('{:g}'.format, rates))}: {mean(found[rates]):.1f}"
+                 for rates in sorted(found, key=lambda rates: rates[::-1])}
+        shown[best] = f"**{shown[best]}**"
+        text.append(f"| {cell} | {', '.join(shown.values())} |")
     return text
 
 
