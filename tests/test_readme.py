@@ -205,10 +205,14 @@ def test_the_results_are_what_the_finished_cells_say():
         for cell, values in section.items():
             row = finished.get(cell.split(", on ")[0])
             if cell and row:
-                said = values[column].partition(" (")[0]
-                assert row[1] in (said, f"{said} +- 0.0"), (name, cell)
+                assert row[1] == values[column].partition(" (")[0], (name, cell)
                 checked += 1
         assert checked >= 7
+    pool = reproduce.pooled(["ecqa-again", "qasc", "openbookqa", "strategyqa"], "DPO")
+    assert {*pool.splitlines()[2:]} <= {*BOTH.splitlines()}
+    for cell, values in section.items():
+        row = cells_of(pool).get(cell.partition(":")[0].split(", on ")[0])
+        assert not row or not cell or row[4] == values[2], cell
 
 
 # ---- examples for forks --------------------------------------------------------------------------
@@ -326,20 +330,21 @@ def row_of(cell, seed, bits):
 
 
 def test_paired_differences_by_hand():
-    """Same questions: none differs from the other, each cell's two runs by 0.5: t = sqrt(2), two
-    degrees of freedom. Questions of their own: 0.5 and 0, t = 1, one degree."""
+    """Questions 0.5 and 0, seeds the same: t = 1/sqrt(2), two degrees of freedom. Questions of
+    their own: seeds 0.5 and 0, t = 1, one degree. Three runs, one start: 1, 1, 0, t = 2."""
     assert reproduce.answers(row_of("DPO", 1, "0" * 70 + "1")) == [0] * 70 + [1]
+
+    def p_of(mine, theirs, shared):
+        return reproduce.compared([reproduce.matched(mine, theirs, shared)], shared)[1]
+
     mine = [row_of("ALLO", 1, "11"), row_of("ALLO", 2, "01")]
-    theirs = [row_of("DPO", 1, "01"), row_of("DPO", 2, "00")]
-    assert reproduce.compared([(mine, theirs)], True) == pytest.approx((0.5, 0.2929), abs=1e-4)
-    theirs[1] = row_of("DPO", 2, "01")
-    assert reproduce.compared([(mine, theirs)], False) == pytest.approx((0.25, 0.5), abs=1e-4)
-    assert reproduce.compared([(mine, mine)], False) == (0.0, 1.0)
-    start = [row_of("start", 1, "00")]
-    assert reproduce.gains(start, mine, True) == [-0.5, -1]  # one start for all seeds
-    three = [row_of("ALLO", seed, "110") for seed in (1, 2, 3)]  # t = 2, two degrees
-    start = [row_of("start", 1, "000")]
-    assert reproduce.compared([(three, start)], True) == pytest.approx((2 / 3, 0.1835), abs=1e-4)
+    theirs = [row_of("DPO", 1, "01"), row_of("DPO", 2, "01")]
+    assert p_of(mine, theirs, True) == pytest.approx(0.5528, abs=1e-4)
+    assert p_of(mine, theirs, False) == pytest.approx(0.5, abs=1e-4)
+    assert p_of(mine, mine, False) == 1
+    three = [row_of("ALLO", seed, "110") for seed in (1, 2, 3)]
+    assert p_of(three, [row_of("start", 1, "000")], True) == pytest.approx(0.1835, abs=1e-4)
+    assert reproduce.against([[], []], True) == "- | -"
     assert reproduce.t_test(1.96, [(1.0, 10**6)]) == pytest.approx(0.05, abs=1e-4)
 
 

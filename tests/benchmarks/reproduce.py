@@ -261,14 +261,18 @@ def answers(row: dict) -> list[int]:
     return [int(bit) for bit in f"{int(row['correct'], 16):b}"[1:]]
 
 
-def gains(mine: list[dict], theirs: list[dict], shared: bool) -> list[float]:
-    """Difference in accuracy at each question, averaged over the seeds that saw it (shared: all
-    saw the same, and have the same start)."""
+def matched(mine: list[dict], theirs: list[dict], shared: bool) -> list[tuple[dict, dict]]:
+    """Rows of the same seed; where all saw the same questions, each with the one start they have."""
+    return [(a, b) for a, b in product(mine, theirs)
+            if a["seed"] == b["seed"] or shared and "start" in (a["cell"], b["cell"])]
+
+
+def gains(pairs: list[tuple[dict, dict]], shared: bool) -> list[float]:
+    """Difference in accuracy at each question, averaged over the seeds that saw it."""
     differences = defaultdict(list)
-    for a, b in product(mine, theirs):
-        if a["seed"] == b["seed"] or shared and "start" in (a["cell"], b["cell"]):
-            for i, (x, y) in enumerate(zip(answers(a), answers(b), strict=True)):
-                differences[i if shared else (a["seed"], i)].append(x - y)
+    for a, b in pairs:
+        for i, (x, y) in enumerate(zip(answers(a), answers(b), strict=True)):
+            differences[i if shared else (a["seed"], i)].append(x - y)
     return [mean(values) for values in differences.values()]
 
 
@@ -285,38 +289,34 @@ def t_test(difference: float, parts: list[tuple[float, int]]) -> float:
     return heights[tail].sum() / heights.sum()
 
 
-def runs_of(rows: list[dict], others: list[dict], shared: bool) -> list[float]:
-    """Accuracies by seed: of the seeds that others have, too, or of all beside a shared start."""
-    seeds = {row["seed"] for row in others}
-    all_of_them = shared and others[0]["cell"] == "start"
-    return [row["accuracy"] for row in sorted(rows, key=lambda row: row["seed"])
-            if all_of_them or row["seed"] in seeds]
+def spread(values: list[float]) -> tuple[float, int]:
+    """Variance of their mean, its degrees of freedom; of one value nobody knows it."""
+    return (variance(values) / len(values), len(values) - 1) if values[1:] else (0.0, 10**9)
 
 
-def compared(sets: list[tuple[list, list]], shared: bool) -> tuple[float, float]:
-    """Two cells, their rows on each set of questions -> difference over all questions, its p.
+def compared(sets: list[list[tuple[dict, dict]]], shared: bool) -> tuple[float, float]:
+    """Two cells, their matched rows on each set of questions -> the difference of the sets' average
+    accuracies, its p.
 
-    Its variance is that between questions and that between the runs of a cell. Where seeds have
-    their own questions (not shared) it is that between the seeds' differences, which holds both.
-    How a cell's runs differ nobody knows of one run: then it is the questions' alone.
+    Its variance is that between questions plus that between seeds, which is a little too much: how
+    a run differs at each question is in both. Where seeds have their own questions (not shared) the
+    seeds' holds the questions', and is no less.
     """
-    found = [gains(*both, shared) for both in sets]
-    count = sum(map(len, found))
     difference, parts = 0.0, []
-    for (mine, theirs), means in zip(sets, found):
-        share = len(means) / count
-        difference += share * mean(means)
-        ours, others = runs_of(mine, theirs, shared), runs_of(theirs, mine, shared)
-        samples = [means, ours, others]
-        if not shared and len(ours) > 1:
-            samples = [[a - b for a, b in zip(ours, others)]]
-        parts += [(share**2 * variance(values) / len(values), len(values) - 1)
-                  for values in samples if len(values) > 1]
+    for pairs in sets:
+        means = gains(pairs, shared)
+        difference += mean(means) / len(sets)
+        both = [spread(means), spread([a["accuracy"] - b["accuracy"] for a, b in pairs])]
+        variances, degrees = zip(*both)
+        parts += both if shared else [(max(variances), min(degrees))]
+    parts = [(part / len(sets) ** 2, free) for part, free in parts]
     return difference, t_test(difference, parts)
 
 
-def against(sets: list[tuple[list, list]], shared: bool) -> str:
-    """Two cells of a table: a difference in points, its p."""
+def against(sets: list[list[tuple[dict, dict]]], shared: bool) -> str:
+    """Two cells of a table: a difference in points, its p; see `compared`."""
+    if not all(sets):
+        return "- | -"
     difference, p = compared(sets, shared)
     return f"{100 * difference:+.1f} | {'< 1e-9' if p < 1e-9 else f'{p:.2g}'}"
 
@@ -329,8 +329,7 @@ def accuracy(rows: list[dict]) -> str:
 
 def line(cell: str, rows: list[dict], base: list[dict], shared: bool) -> str:
     """A row of a table; `base`: the rows it is compared with."""
-    alone = rows is base or not gains(rows, base, shared)
-    versus = "- | -" if alone else against([(rows, base)], shared)
+    versus = against([[] if rows is base else matched(rows, base, shared)], shared)
     flags = " ".join(rows[0]["setting"])
     return f"| {cell} | {flags} | {accuracy(rows)} | {versus} | {len(rows)} |"
 
@@ -345,8 +344,8 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def pooled(names: list[str], base: str) -> str:
-    """Markdown: all cells' accuracies on these sets; of those that all sets have the average of the
-    sets and, over all questions, the difference to `base`."""
+    """Markdown: all cells' accuracies on these sets; of those that all have the average of the sets
+    and its difference to `base`."""
     files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
     head = ["", *names, "average", f"against {base}", "p"]
@@ -356,8 +355,9 @@ def pooled(names: list[str], base: str) -> str:
         average, versus = "", " | "
         if all(found):
             average = f"{100 * mean(mean(row['accuracy'] for row in rows) for rows in found):.1f}"
-            both = [(rows, finished[base]) for rows, finished in zip(found, sets)]
-            versus = "- | -" if cell == base else against(both, True)
+            both = [[] if cell == base else matched(rows, finished[base], True)
+                    for rows, finished in zip(found, sets)]
+            versus = against(both, True)
         if any(found):
             figures = " | ".join(accuracy(rows) if rows else "" for rows in found)
             text.append(f"| {cell} | {figures} | {average} | {versus} |")
