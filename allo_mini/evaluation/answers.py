@@ -31,7 +31,8 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     decode = encoder.tokenizer.decode
 
     def stopped(tokens):
-        said = decode(tokens[-32:], skip_special_tokens=False)
+        # decoded for every token of every sample: only where there is something to look for
+        said = settings.stop and decode(tokens[-32:], skip_special_tokens=False)
         return any(stop in said for stop in settings.stop)
 
     def texts(prompt, responses):
@@ -51,7 +52,7 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
                      settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
                      stopped=stopped, **more)
-    return [list(texts(*both)) for both in zip(ids, sampled)]
+    return list(map(list, map(texts, ids, sampled)))
 
 
 def read_samples(path):
