@@ -102,7 +102,7 @@ def talk(model, settings):
             messages = []
             continue
         messages += turns_of(text)
-        [[(text, ended)]] = respond(model, encoder, [messages], settings, temperature=0.0)
+        [[(text, ended)]] = respond(model, encoder, [messages], settings)
         messages += turns_of(text, "assistant")
         say(text if ended else f"{text} ... (cut: --max-new-tokens, --max-length)")
         say(encoder.report())  # when the talk has outgrown --max-length

@@ -144,16 +144,15 @@ def fine_tuned(run, name, policy, examples, artefact=""):
     return trained(run, name, policy, examples, objective, mask, artefact)
 
 
-def sft(run, policy):
-    """Supervised fine-tuning on the reference solutions."""
-    return fine_tuned(run, "sft", policy, solutions(run))
-
-
 def solutions(run):
     """Examples of questions and their reference solutions; of preferences, of what was chosen."""
     rows = [(task.prompt, [task.output]) for task in run.tasks]
-    chosen = [(pair.prompt, [pair.chosen]) for pair in run.pairs]
-    return run.encoded(rows or chosen, "training rows")
+    return run.encoded(rows or chosen(run), "training rows")
+
+
+def chosen(run):
+    """Questions and what was chosen, of preferences."""
+    return [(pair.prompt, [pair.chosen]) for pair in run.pairs]
 
 
 def sample(run, policy):
@@ -170,7 +169,8 @@ def sample(run, policy):
         for at in range(done, len(asked), GROUP):
             tasks = asked[at:at + GROUP]
             texts = respond(model, run.encoder, [task.prompt for task in tasks], cfg, cfg.n,
-                            rows=[task.id for task in tasks], on_done=lambda *_: bar.update())
+                            cfg.temperature, rows=[task.id for task in tasks],
+                            on_done=lambda *_: bar.update())
             append_rows(growing, map(sample_row, tasks, texts))
             run.log.note_time("sample")
         growing.rename(target)
@@ -360,7 +360,7 @@ def baseline(run, method, policy, pairs, negatives):
     if method == "npo":
         pairs = run.encoded([(n.prompt, [n.response]) for n in negatives], "negatives")
     if method == "rft":
-        pairs = run.encoded(right_samples(run), "right samples")
+        pairs = run.encoded(chosen(run) or right_samples(run), "right samples")
     tuned = trained(run, name, policy, pairs, BASELINES[method][1](cfg), mask)
     if mask:
         patch(run, policy, tuned, f"patch-{name}")
@@ -369,10 +369,6 @@ def baseline(run, method, policy, pairs, negatives):
 
 def right_samples(run):
     """Yield (question, [response]) of every right sample, also where none was wrong."""
-    for pair in run.pairs:
-        yield pair.prompt, [pair.chosen]
-    if run.pairs:
-        return
     samples = read_samples(run.folder / SAMPLES)
     for task in run.questions:
         for text in dict.fromkeys(samples[task.question]):
@@ -384,7 +380,7 @@ def run_all(run):
     """The whole method, the others beside it, then the table."""
     show_plan(run)
     cfg = run.cfg
-    policy = sft(run, run.base) if cfg.sft else run.base
+    policy = fine_tuned(run, "sft", run.base, solutions(run)) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
     pairs = None
     negatives = []

@@ -99,14 +99,13 @@ def test_pairs_depend_on_the_seed_and_on_no_other_row(encoder):
 def test_stop_strings_end_a_response_and_are_cut_off(encoder, monkeypatch, tmp_path):
     model = tiny_model(eos_token_id=2)
     model.folder = encoder.tokenizer.folder
-    settings = SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0, temperature=1.0,
-                               sample_batch=4)
-    [[(whole, ended)], _] = respond(model, encoder, ["a", "b"], settings, temperature=0.0)
+    settings = SimpleNamespace(stop=[], seed=1, max_new_tokens=30, top_p=1.0, sample_batch=4)
+    [[(whole, ended)], _] = respond(model, encoder, ["a", "b"], settings)
     settings.stop = [whole[7:9]]
-    [[(text, ended)], _] = respond(model, encoder, ["a", "b"], settings, temperature=0.0)
+    [[(text, ended)], _] = respond(model, encoder, ["a", "b"], settings)
     assert ended and text == whole.split(whole[7:9])[0]  # no space is lost: --prompt none
-    drawn = respond(model, encoder, ["a"], settings, n=3, rows=[5])
-    assert drawn == respond(model, encoder, ["b", "a"], settings, n=3, rows=[0, 5])[1:]
+    drawn = respond(model, encoder, ["a"], settings, 3, 1.0, rows=[5])
+    assert drawn == respond(model, encoder, ["b", "a"], settings, 3, 1.0, rows=[0, 5])[1:]
     settings.stop = ["<s>"]  # a special token, which no decoded response shows
     monkeypatch.setattr(answers, "sample", lambda *_, stopped, **more: [[[1] * stopped([5, 1])]])
     assert respond(model, encoder, ["a"], settings) == [[("", True)]]
@@ -231,8 +230,7 @@ def run(*words):
 def answering(monkeypatch, answer):
     """Let every question be answered by answer(question); returns the prompts that were asked."""
     asked = []
-    def respond(model, encoder, prompts, settings, n=1, temperature=None, on_done=None):
-        assert temperature == 0.0
+    def respond(model, encoder, prompts, settings, on_done=None):  # greedy, one a prompt
         asked.extend(json.loads(json.dumps(prompts)))
         return [[(answer(prompt), True)] for prompt in prompts]
     monkeypatch.setattr(answers, "respond", respond)

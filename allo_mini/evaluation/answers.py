@@ -21,11 +21,12 @@ COLUMNS = ("reward accuracy", "reward margin", "accuracy", "raw accuracy", "95 %
            "official", "raw margin", "cut", "no answer")  # of the result table
 
 
-def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
-    """n responses a prompt -> [prompt][k] -> (text, whether it ended by itself).
+def respond(model, encoder, prompts, settings, n=1, temperature=0.0, **more):
+    """n responses a prompt, greedy ones by default -> [prompt][k] -> (text, whether it ended by
+    itself).
 
-    settings: a Config, or anything with its sampling fields. temperature: 0 is greedy, None the
-    settings'. more: `rows`, the numbers that seed each prompt, and `on_done` (generate.sample).
+    settings: a Config, or anything with its sampling fields. more: `rows`, the numbers that seed
+    each prompt, and `on_done` (generate.sample).
     """
     eos = eos_ids(model, encoder)
     decode = encoder.tokenizer.decode
@@ -48,7 +49,6 @@ def respond(model, encoder, prompts, settings, n=1, temperature=None, **more):
     ids = list(map(encoder.prompt_ids, prompts))
     if not all(ids):
         raise UserError(f"--prompt {encoder.style} makes an empty prompt of a question")
-    temperature = settings.temperature if temperature is None else temperature
     sampled = sample(model, ids, n, settings.max_new_tokens, temperature, settings.top_p, eos,
                      settings.seed, slots=settings.sample_batch, max_length=encoder.max_length,
                      stopped=stopped, **more)
@@ -108,7 +108,7 @@ def evaluate(model, encoder, rows, settings, name):
     update = progress(None, name, total=len(rows)).update
     if isinstance(rows[0], Task):
         answers = respond(model, encoder, [task.prompt for task in rows], settings,
-                          temperature=0.0, on_done=lambda *_: update())
+                          on_done=lambda *_: update())
         return [graded(task, *response, encoder.style) for task, [response] in zip(rows, answers)]
     examples = [encoder.example(*pair.sides) for pair in rows]
     found = margins(model, list(filter(None, examples)), settings.micro_tokens, update)

@@ -21,8 +21,8 @@ from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
 from allo_mini.run.config import schedule
-from allo_mini.run.files import (read_if_there, read_json, read_jsonl, reading, write_json,
-                                 write_jsonl, write_text)
+from allo_mini.run.files import (read_if_there, read_json, read_jsonl, reading, rows_if_there,
+                                 write_json, write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
 from allo_mini.run.memory import percent_of, training_stages
@@ -113,21 +113,18 @@ def write_report(folder):
 
     Raises UserError for a file that is broken or missing.
     """
-    def rows(name):
-        path = folder / name
-        return [row for _, row in read_jsonl(path)] if path.exists() else []
-
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"),
                         autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with reading(folder):
         about = read_if_there(folder / "results.json")
-        results = about.get("results", {})
-        evals = {name: rows(f"eval-{name}.jsonl") for name in results}
+        evals = {name: rows_if_there(folder / f"eval-{name}.jsonl")
+                 for name in about.get("results", {})}
         masks = sorted(folder.glob("mask*.safetensors"))
         page = template.render(
-            read_json(folder / "config.json"), name=folder.resolve().name, results=results,
+            read_json(folder / "config.json"), name=folder.resolve().name,
             compared=compare(evals), differing=differing(evals), curve=curve,
-            logged=Log.read(folder), examples=rows(TOKENS), about=about, verdict=verdict(evals),
+            logged=Log.read(folder), examples=rows_if_there(folder / TOKENS), about=about,
+            verdict=verdict(evals),
             masks={path.name: density(load_mask(path)) for path in masks})
     target = folder / "report.html"
     write_text(target, page)

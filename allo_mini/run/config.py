@@ -146,7 +146,7 @@ def schedule(cfg, stage, parameters, rows):
     shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget; see forks.md
     plan = SCHEDULES[shared]._replace(**cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
-    lr = getattr(cfg, f"lr_{shared}", 0) or float(f"{plan.lr * scale:.2g}")
+    lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
     return plan._replace(lr=lr, batch=cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1))
 
 
@@ -166,7 +166,7 @@ class Parser(argparse.ArgumentParser):
 
 def flag_of(name):
     """A setting's flag."""
-    return "--" + name.replace("_", "-")
+    return f"--{name.replace('_', '-')}"
 
 
 def add_flag(group, name):

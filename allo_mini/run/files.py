@@ -69,6 +69,12 @@ def read_if_there(path):
     return read_json(path) if path.is_file() else {}
 
 
+def rows_if_there(path):
+    """The rows of a JSON Lines file of ours; [] where there is no such file, or nothing in it."""
+    full = path.is_file() and path.stat().st_size
+    return [row for _, row in read_jsonl(path)] if full else []
+
+
 def open_tensors(path):
     """A safetensors file, open for reading. Raises UserError when it is missing or broken."""
     with reading(path):

@@ -26,8 +26,8 @@ from allo_mini.model import ModelConfig
 from allo_mini.run import parallel
 from allo_mini.run.config import METHODS, Config
 from allo_mini.run.device import peak_gb, pick_device
-from allo_mini.run.files import (keep_whole, load_tensors, lock, read_json, reading, save_tensors,
-                                 write_json)
+from allo_mini.run.files import (keep_whole, load_tensors, lock, read_if_there, reading,
+                                 save_tensors, write_json)
 from allo_mini.run.inputs import encoder_for, read_rows, unused_template
 from allo_mini.run.log import Log, progress, say
 
@@ -113,8 +113,8 @@ class Run:
                 torch.cuda.reset_peak_memory_stats(self.device)
             self.log.begin(name)
             make(target)
-            seconds, peak = self.log.note_time(name), peak_gb(self.device)
-            self.log.write(name, **{"mem/peak_gb": peak})
+            peak = peak_gb(self.device)
+            seconds = self.log.note_time(name, **{"mem/peak_gb": peak})
             say(f"{name}: {seconds:.1f} s, peak memory {peak:.2f} GB\n")
         parallel.wait()
         (self.folder / f".{name}.state.safetensors").unlink(missing_ok=True)
@@ -191,9 +191,9 @@ def fingerprint(path):
 def record_of(run, model):
     """What makes a run, for its config.json: settings, files that it reads, the machine."""
     cfg = run.cfg
-    files = set(map(Path, [*cfg.train, *cfg.pairs, *cfg.val, *cfg.test]))
-    beside = (model.folder / name for name in ("config.json", *TOKENIZER_FILES))
-    files.update(model.files.values(), filter(Path.exists, beside))
+    data = map(Path, cfg.train + cfg.pairs + cfg.val + cfg.test)
+    beside = [model.folder / name for name in ("config.json", *TOKENIZER_FILES)]
+    files = {*data, *model.files.values(), *filter(Path.exists, beside)}
     return {"config": {key: value for key, value in vars(cfg).items() if key not in NO_MATTER},
             "inputs": {str(path): fingerprint(path) for path in sorted(files)},
             "machine": {"device": run.device.split(":")[0], "dtype": str(run.dtype),
@@ -203,12 +203,12 @@ def record_of(run, model):
 def check_folder(folder, record):
     """Raise UserError when --out holds anything but this run, or artefacts laid in for it."""
     path = folder / "config.json"
-    if not path.exists():
+    known = read_if_there(path)
+    if not known:
         for file in folder.glob("[!.]*"):
             if file.name not in ARTEFACTS:
                 raise UserError(f"{folder}: holds {file.name}, not a run; choose another --out")
         return
-    known = read_json(path)
     with reading(f"{path}: of an earlier version, or nothing of ours; choose another --out"):
         for key, values in record.items():
             for name in known[key] | values:

@@ -74,10 +74,10 @@ class Log:
         """A stage goes on from what the sittings before this one have taken."""
         self.began = time.monotonic() - self.seconds.get(stage, 0)
 
-    def note_time(self, stage):
+    def note_time(self, stage, **more):
         """Note, and return, how many seconds a stage has taken until now, in all sittings."""
         seconds = self.seconds[stage] = round(time.monotonic() - self.began, 2)
-        self.write(stage, seconds=seconds)
+        self.write(stage, seconds=seconds, **more)
         return seconds
 
     def write(self, stage, **values):
@@ -91,7 +91,7 @@ class Log:
         path = folder / "metrics.jsonl"
         lines = {}
         with files.reading(path):
-            for _, row in files.read_jsonl(path) if path.exists() and path.stat().st_size else ():
+            for row in files.rows_if_there(path):
                 key = row["stage"], row.get("step")
                 lines.setdefault(key, {}).update(row)
                 row.get("seconds", 0) + 0.0  # a number, or it is refused: they are added up

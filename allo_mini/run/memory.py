@@ -15,12 +15,13 @@ from allo_mini.run.log import say, table
 def percent_of(cfg, stage):
     """How many percent of the weights a stage trains."""
     own = cfg.p_sft or 100
-    forget = cfg.p_forget or cfg.p
-    method = cfg.p if cfg.masked else own  # sft as one of the methods
-    known = {"sft": own if cfg.sft else method, "more-sft": method, "rewrite": own, "warmup": 100,
-             "forget": forget, "improve": cfg.p}
-    first = stage.split("-")[0]  # a fork's forget-2 is as forget
-    return known.get(stage) or known.get(first, cfg.p if cfg.masks(stage) else 100)
+    known = {"warmup": 100, "rewrite": own, "forget": cfg.p_forget or cfg.p, "improve": cfg.p}
+    if cfg.sft:  # else it is one of the methods
+        known["sft"] = own
+    method = own if "sft" in stage else 100
+    if cfg.masks(stage):
+        method = cfg.p
+    return known.get(stage.split("-")[0], method)  # a fork's forget-2 is as forget
 
 
 def estimate(run, stage):

@@ -37,10 +37,10 @@ def sum_up(grad, sums, device):
         part.copy_(there)
     every = [None] * WORLD
     total = Counter()
-    dist.all_gather_object(every, {key: float(value) for key, value in sums.items()})
+    dist.all_gather_object(every, {key: value.cpu() for key, value in sums.items()})
     for one in every:
         total.update(one)
-    return {key: torch.tensor(value) for key, value in total.items()}
+    return total
 
 
 def wait():
