@@ -7,7 +7,6 @@ file's, those of a card that is a flag, flags.
 import argparse
 import difflib
 from collections import namedtuple
-from dataclasses import dataclass, field, fields
 
 from allo_mini import UserError
 from allo_mini.objectives import BASELINES
@@ -37,92 +36,91 @@ CARDS = {  # --memory: what lets a 7B model fit, at p = 5 %; each takes back wha
     "12gb": LEAN | {"int8": True, "p_sft": 5.0}}
 GROUPS = {"model": "input and output", "method": "method", "n": "sampling", "lr_sft": "training",
           "memory": "memory"}  # first field -> title in --help
-FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, int: {"type": int},
-         float: {"type": float}, str: {}, list[str]: {"nargs": "+"}}
+FLAGS = {bool: {"action": argparse.BooleanOptionalAction}, list: {"nargs": "+"}}
+
+# A setting has its default's type. A number is above 0 (or 0, where that is the default), at most
+# `most`.
+Knob = namedtuple("Knob", "default text choices most", defaults=[(), 1e9])
 
 
-def knob(default, text, choices=(), most=1e9):
-    """A field of Config. A number is above 0 (or 0, where that is the default), at most `most`."""
-    about = {"text": text, "choices": choices, "most": most}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=default.copy, metadata=about)
-    return field(default=default, metadata=about)
-
-
-@dataclass
 class Config:
     """A run's settings; saved as config.json in the run folder."""
-    model: str = knob("", "the policy: a folder, or a hub id owner/name[@revision]")
-    pairs: list[str] = knob([], "preferences {prompt, chosen, rejected}, one a line of JSON Lines")
-    train: list[str] = knob([], "{input, output} questions that the model answers, or rows for sft")
-    test: list[str] = knob([], "rows of the result table (of pairs: a tenth, held out)")
-    val: list[str] = knob([], "rows that --eval-every scores")
-    limit: int = knob(0, "training rows at most (0: all)")
-    prompt: str = knob("auto", "auto: alpaca for questions, none for strings, chat for messages",
-                       ("auto", "alpaca", "chat", "none"))
-    max_length: int = knob(0, "tokens, prompt + response (0: 1200 at most)")
-    out: str = knob("", "the run's folder; it goes on if begun (runs/FILE-SEED)")
-    seed: int = knob(2023, "decides data order, samples and splits")
-    eval: bool = knob(True, "grade the models on --test at the end")
-    dry_run: bool = knob(False, "print stages, steps, rates and memory, and stop")
+    model = Knob("", "the policy: a folder, or a hub id owner/name[@revision]")
+    pairs = Knob([], "preferences {prompt, chosen, rejected}, one a line of JSON Lines")
+    train = Knob([], "{input, output} questions that the model answers, or rows for sft")
+    test = Knob([], "rows of the result table (of pairs: a tenth, held out)")
+    val = Knob([], "rows that --eval-every scores")
+    limit = Knob(0, "training rows at most (0: all)")
+    prompt = Knob("auto", "auto: alpaca for questions, none for strings, chat for messages",
+                  ("auto", "alpaca", "chat", "none"))
+    max_length = Knob(0, "tokens, prompt + response (0: 1200 at most)")
+    out = Knob("", "the run's folder; it goes on if begun (runs/FILE-SEED)")
+    seed = Knob(2023, "decides data order, samples and splits")
+    eval = Knob(True, "grade the models on --test at the end")
+    dry_run = Knob(False, "print stages, steps, rates and memory, and stop")
 
-    method: list[str] = knob(["dpo", "allo"], "trained from one start; sft alone does not sample; "
-                             "masked-dpo is dpo of the located weights", METHODS)
-    sft: bool = knob(False, "fine-tune first, on the solutions, or on what pairs have chosen")
-    masked: bool = knob(False, "the other methods train allo's weights only, too")
-    locate: str = knob("movement", "rank weights by how far a DPO epoch moves them, by their "
-                       "gradient's signal-to-noise ratio, its size, or at random",
-                       ("movement", "snr", "gradient", "random"))
-    locate_pairs: int = knob(512, "pairs that snr and gradient look at")
-    p: float = knob(5.0, "percent of all weights that are trained", most=100)
-    p_forget: float = knob(0.0, "percent in forgetting (0: --p)", most=100)
-    forget: bool = knob(True, "allo's first phase; --no-forget improves alone")
-    token_weights: str = knob("threshold", "forget tokens that the rewriting model scores below "
-                              "0.5; soft: by 1 - score; released: by the score; edit: those that "
-                              "a rewrite replaces; uniform: all",
-                              ("threshold", "soft", "released", "edit", "uniform"))
-    epsilon: float = knob(0.1, "share of a rejected response that counts in improving", most=1)
-    beta: float = knob(0.1, "how strongly the reference holds the model")
+    method = Knob(["dpo", "allo"], "trained from one start; sft alone does not sample; "
+                  "masked-dpo is dpo of the located weights", METHODS)
+    sft = Knob(False, "fine-tune first, on the solutions, or on what pairs have chosen")
+    masked = Knob(False, "the other methods train allo's weights only, too")
+    locate = Knob("movement", "rank weights by how far a DPO epoch moves them, by their "
+                  "gradient's signal-to-noise ratio, its size, or at random",
+                  ("movement", "snr", "gradient", "random"))
+    locate_pairs = Knob(512, "pairs that snr and gradient look at")
+    p = Knob(5.0, "percent of all weights that are trained", most=100)
+    p_forget = Knob(0.0, "percent in forgetting (0: --p)", most=100)
+    forget = Knob(True, "allo's first phase; --no-forget improves alone")
+    token_weights = Knob("threshold", "forget tokens that the rewriting model scores below "
+                         "0.5; soft: by 1 - score; released: by the score; edit: those that "
+                         "a rewrite replaces; uniform: all",
+                         ("threshold", "soft", "released", "edit", "uniform"))
+    epsilon = Knob(0.1, "share of a rejected response that counts in improving", most=1)
+    beta = Knob(0.1, "how strongly the reference holds the model")
 
-    n: int = knob(10, "responses sampled for a question")
-    temperature: float = knob(0.7, "divides the logits")
-    top_p: float = knob(0.95, "probability mass sampled from", most=1)
-    max_new_tokens: int = knob(1024, "tokens of a response at most")
-    stop: list[str] = knob([], "strings that end a response (for base models)")
-    sample_batch: int = knob(320, "samples running at once, at most")
+    n = Knob(10, "responses sampled for a question")
+    temperature = Knob(0.7, "divides the logits")
+    top_p = Knob(0.95, "probability mass sampled from", most=1)
+    max_new_tokens = Knob(1024, "tokens of a response at most")
+    stop = Knob([], "strings that end a response (for base models)")
+    sample_batch = Knob(320, "samples running at once, at most")
 
-    lr_sft: float = knob(0.0, "peak learning rate of sft and rft (0: by the model's size)")
-    lr_warmup: float = knob(0.0, "the same, of the DPO epoch that locates weights")
-    lr_rewrite: float = knob(0.0, "of the rewriting model")
-    lr_forget: float = knob(0.0, "of allo's forgetting")
-    lr_improve: float = knob(0.0, "of allo's improving, and of masked-dpo")
-    lr_dpo: float = knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
-    batch: int = knob(0, "rows of an optimizer step (0: 8 to 128, by stage and rows)")
-    max_steps: int = knob(0, "steps of a stage at most (0: all)")
-    eval_every: int = knob(0, "steps between scores on --val, of pairs the raw accuracy (0: off)")
-    dtype: str = knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
-    device: str = knob("auto", "cuda, cuda:1 or cpu")
+    lr_sft = Knob(0.0, "peak learning rate of sft and rft (0: by the model's size)")
+    lr_warmup = Knob(0.0, "the same, of the DPO epoch that locates weights")
+    lr_rewrite = Knob(0.0, "of the rewriting model")
+    lr_forget = Knob(0.0, "of allo's forgetting")
+    lr_improve = Knob(0.0, "of allo's improving, and of masked-dpo")
+    lr_dpo = Knob(0.0, "of dpo, rdpo, ipo, bco, simpo and npo")
+    batch = Knob(0, "rows of an optimizer step (0: 8 to 128, by stage and rows)")
+    max_steps = Knob(0, "steps of a stage at most (0: all)")
+    eval_every = Knob(0, "steps between scores on --val, of pairs the raw accuracy (0: off)")
+    dtype = Knob("auto", "of the weights: bf16 on a GPU, else fp32", ("auto", "bf16", "fp32"))
+    device = Knob("auto", "cuda, cuda:1 or cpu")
 
-    memory: str = knob("", "settings by which a 7B model fits it: also --locate snr, --p-sft",
-                       tuple(CARDS))
-    int8: bool = knob(False, "8 bits for matrices' weights that are not trained")
-    state_bits: int = knob(32, "bits of each optimizer moment", (8, 32))
-    offload: bool = knob(False, "optimizer and its gradient in host memory")
-    recompute: bool = knob(False, "make activations again in backward, not keep them")
-    micro_tokens: int = knob(4096, "tokens in a forward pass")
-    p_sft: float = knob(0.0, "percent that sft and the rewriting model train (0: all)", most=100)
+    memory = Knob("", "settings by which a 7B model fits it: also --locate snr, --p-sft",
+                  tuple(CARDS))
+    int8 = Knob(False, "8 bits for matrices' weights that are not trained")
+    state_bits = Knob(32, "bits of each optimizer moment", (8, 32))
+    offload = Knob(False, "optimizer and its gradient in host memory")
+    recompute = Knob(False, "make activations again in backward, not keep them")
+    micro_tokens = Knob(4096, "tokens in a forward pass")
+    p_sft = Knob(0.0, "percent that sft and the rewriting model train (0: all)", most=100)
 
-    test_limit: int = knob(0, "test rows at most (0: all)")
-    threshold: float = knob(0.5, "score under which a token is unaligned", most=1)
-    rdpo_alpha: float = knob(0.01, "reward that a token of length costs in rdpo")
-    simpo_beta: float = knob(2.0, "scale of simpo's mean log-probs")
-    simpo_gamma: float = knob(1.0, "margin that simpo asks for")
-    sample_questions: int = knob(0, "questions that are sampled (0: all)")
-    pairs_per_question: int = knob(5, "(right, wrong) pairs drawn at most")
-    schedules: dict = knob({}, "stage -> {lr (of a 7B model), batch (at most), epochs, warmup}")
-    clip: float = knob(1.0, "norm of the selected weights' gradient at most")
-    weight_decay: float = knob(0.0, "of the selected weights")
-    save_minutes: float = knob(10.0, "between checkpoints inside a stage")
+    test_limit = Knob(0, "test rows at most (0: all)")
+    threshold = Knob(0.5, "score under which a token is unaligned", most=1)
+    rdpo_alpha = Knob(0.01, "reward that a token of length costs in rdpo")
+    simpo_beta = Knob(2.0, "scale of simpo's mean log-probs")
+    simpo_gamma = Knob(1.0, "margin that simpo asks for")
+    sample_questions = Knob(0, "questions that are sampled (0: all)")
+    pairs_per_question = Knob(5, "(right, wrong) pairs drawn at most")
+    schedules = Knob({}, "stage -> {lr (of a 7B model), batch (at most), epochs, warmup}")
+    clip = Knob(1.0, "norm of the selected weights' gradient at most")
+    weight_decay = Knob(0.0, "of the selected weights")
+    save_minutes = Knob(10.0, "between checkpoints inside a stage")
+
+    def __init__(self, **values):
+        """values: those that are not the defaults."""
+        defaults = {name: knob.default for name, knob in KNOBS.items()}
+        vars(self).update(defaults | values)
 
     @property
     def sft_alone(self):
@@ -134,7 +132,8 @@ class Config:
         return self.masked or method in ("masked-dpo", "allo")
 
 
-KNOBS = {f.name: f for f in fields(Config)}
+# setting -> its Knob, in the order of --help
+KNOBS = {name: knob for name, knob in vars(Config).items() if isinstance(knob, Knob)}
 
 
 def schedule(cfg, stage, parameters, rows):
@@ -171,14 +170,13 @@ def flag_of(name):
 
 def add_flag(group, name):
     """Make a setting's flag, which is absent from the result unless given."""
-    knob = KNOBS[name]
-    default = getattr(Config(), name)
-    text = knob.metadata["text"].replace("%", "%%")
-    choices = knob.metadata["choices"]
+    default, text, choices, _ = KNOBS[name]
     shown = " ".join(default) if isinstance(default, list) else default
-    text += f" [{shown}]" if shown else ""
-    kind = FLAGS[knob.type] | ({"choices": choices} if choices else {})
-    group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **kind)
+    text = text.replace("%", "%%") + (f" [{shown}]" if shown else "")
+    about = FLAGS.get(type(default), {"type": type(default)})
+    if choices:
+        about = about | {"choices": choices}
+    group.add_argument(flag_of(name), help=text, default=argparse.SUPPRESS, **about)
 
 
 def make_parser():
@@ -203,19 +201,17 @@ def make_parser():
 
 def expected(name, value):
     """What a setting wants, in words, when `value` is not that; else ''."""
-    knob = KNOBS[name]
-    kind = knob.type
-    choices = knob.metadata["choices"]
-    most = knob.metadata["most"]
+    default, _, choices, most = KNOBS[name]
+    kind = type(default)
     wanted = f"one of {', '.join(map(str, choices))}" if choices else kind.__name__
-    if kind == list[str]:
+    if kind is list:
         right = isinstance(value, list) and set(map(type, value)) <= {str} and all(value)
         right = right and (not choices or value and set(value) <= set(choices))
     elif choices:
-        right = value in choices or value == knob.default
+        right = value in choices or value == default
     elif kind in (int, float):
-        right = type(value) in (int, kind) and (0 < value <= most or value == knob.default)
-        wanted += f" {'above' if knob.default else 'at least'} 0, at most {most:g}"
+        right = type(value) in (int, kind) and (0 < value <= most or value == default)
+        wanted += f" {'above' if default else 'at least'} 0, at most {most:g}"
     else:
         right = isinstance(value, kind)
     return "" if right else wanted

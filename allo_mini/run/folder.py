@@ -7,7 +7,7 @@ replaces a stage: put it into the folder under its name (ARTEFACTS) before the r
 import functools
 import hashlib
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 
@@ -253,7 +253,8 @@ def open_run(cfg):
     data = Path((cfg.pairs or cfg.train or ["demo"])[0]).stem
     folder = Path(cfg.out or f"runs/{data}-{cfg.seed}")
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    known = replace(cfg, prompt=encoder.style, max_length=encoder.max_length)  # eval.py asks so
+    style = {"prompt": encoder.style, "max_length": encoder.max_length}
+    known = Config(**vars(cfg) | style)  # eval.py asks so
     run = Run(known, folder, Policy(model.folder), parallel.join(device), dtype, model.config,
               shapes, encoder, *rows)
     say(f"model: {cfg.model or 'the demo model'}, {run.parameters:,} weights, "
