@@ -213,7 +213,7 @@ def warmup(run, policy, pairs):
     """An epoch of DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     def make(target):
         _, optimizer = optimize(run, "warmup", policy, pairs(), dpo_objective(run.cfg.beta))
-        run.save(optimizer.movement(), target)
+        run.save(optimizer.shaped(optimizer.moved()), target)
 
     run.stage("warmup", MOVEMENT, make, ranks=True)
 

@@ -121,9 +121,8 @@ def load_model(path_or_id, dtype=torch.float32, device="cpu", int8=False, mask=N
 def eos_ids(model, encoder):
     """Ids that end a response: config.json's, generation_config.json's, the tokenizer's, and what
     ends one in the encoder's prompt style."""
-    generation = read_if_there(model.folder / "generation_config.json")
     ids = [encoder.tokenizer.eos_id, encoder.closing]
-    for config in (model.config.raw, generation):
+    for config in (model.config.raw, read_if_there(model.folder / "generation_config.json")):
         value = config.get("eos_token_id")
         ids += value if isinstance(value, list) else [value]
     with reading(f"{model.folder}: eos_token_id"):

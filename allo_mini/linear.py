@@ -54,7 +54,7 @@ def dense_rows(weight, dtype):
 
 
 class Keep(torch.autograd.Function):
-    """x [N,I] as it is, kept for dW; `handle`: an int8 W's in autograd's graph.
+    """x [N,I] as it is, kept for dW; `handle` asks for a gradient where neither x nor W does.
 
     Backward runs Product first, which puts dy [N,O] into the list `later`; then Keep, which has
     both: dW = dy^T x. They are two, since making activations again for backward ends at the last
@@ -62,8 +62,8 @@ class Keep(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, handle, later):
-        ctx.slot, ctx.later = weight.slot, later
+    def forward(ctx, x, handle, slot, later):
+        ctx.slot, ctx.later = slot, later
         ctx.save_for_backward(x)
         return x.view_as(x)
 
@@ -104,6 +104,6 @@ def linear(x, weight, bias=None):
     later = None
     if slot:
         later = []
-        flat = Keep.apply(flat, weight, slot.handle, later)
+        flat = Keep.apply(flat, torch.zeros(1, requires_grad=True), slot, later)
     y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

@@ -44,8 +44,8 @@ def pack(examples, device="cpu"):
         if not prompt:
             raise ValueError("every prompt needs at least one token")
         size = len(prompt)
-        last = len(ids) + size - 1
         ids += prompt
+        last = len(ids) - 1
         positions += range(size)
         for response in responses:
             predictors += [last, *range(len(ids), len(ids) + len(response) - 1)]

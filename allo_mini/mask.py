@@ -10,7 +10,6 @@ patches.
 """
 
 from fractions import Fraction
-from functools import cached_property
 
 import torch
 
@@ -55,12 +54,11 @@ class Selected:
         kind = torch.int16 if rows.shape[1] < 1 << 15 else torch.int32
         return cls(mask.shape, rows.nonzero()[:, 1].to(kind), rows.sum(1).int())
 
-    def dense(self, values=None):
-        """On the CPU, these values at the selected entries, 0 elsewhere; None: the bool tensor."""
-        values = torch.ones(len(self)).bool() if values is None else values
-        tensor = torch.zeros(self.shape, dtype=values.dtype)
-        self.to("cpu").scatter(tensor, values)
-        return tensor
+    def dense(self):
+        """The bool tensor, on the CPU."""
+        mask = torch.zeros(self.shape).bool()
+        self.to("cpu").scatter(mask, torch.ones(len(self)))
+        return mask
 
     def to(self, device):
         """The same on another device."""
@@ -71,20 +69,10 @@ class Selected:
         return int(self.ends[-1])
 
     def chunks(self):
-        """(row slice, slice of the selected entries, their flat positions in these rows), ...
+        """Yield (row slice, slice of the selected entries, their flat positions in these rows).
 
-        Positions are None where all are selected. A CPU, where memory is plentiful, keeps them in 8
-        bytes each; a GPU makes them anew.
+        Positions are None where all are selected.
         """
-        return self.kept if self.counts.device.type == "cpu" else self.decode()
-
-    @cached_property
-    def kept(self):
-        """The chunks as a list."""
-        return list(self.decode())
-
-    def decode(self):
-        """Yield the chunks."""
         step = max(1, chunk_of(self.counts.device) // self.width)
         begin = 0
         for first in range(0, len(self.counts), step):
@@ -173,7 +161,7 @@ def kth_largest(tensors, k, device):
             if shift == 0:
                 bits = bits[bits >> 16 == threshold] & 0xFFFF
             histogram += (bits >> shift).bincount(minlength=1 << 16).cpu()
-        larger = histogram.flip(0).cumsum(0).flip(0) - histogram  # [d]: how many digits are above d
+        larger = histogram.sum() - histogram.cumsum(0)  # [d]: how many digits are above d
         digit = int((larger >= k).sum())
         k -= int(larger[digit])
         threshold = threshold << 16 | digit

@@ -9,8 +9,8 @@ to the flat one.
     master   [ a1    a2                  b1 ]          fp32; so are grad, exp_avg and exp_avg_sq
 
 The fp32 master is not optional: a bf16 weight cannot take a step of 5e-7. Bytes for each *selected*
-weight: 2 for its position (on a CPU 10), 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4
-of host memory for where it started; `offload` keeps master, gradient and moments in host memory.
+weight: 2 for its position, 4 master, 4 gradient, 8 moments (2 with state_bits=8), 4 of host memory
+for where it started; `offload` keeps master, gradient and moments in host memory.
 """
 
 import math
@@ -33,7 +33,6 @@ class Slot:
     selected: Selected
     where: slice  # in the flat vectors
     grad: Tensor  # the flat gradient's slice
-    handle: Tensor | None  # stands in for an int8 parameter in autograd's graph
 
     def add(self, dense_of):
         """Add a gradient's selected entries; dense_of(rows) makes some rows of all its entries."""
@@ -58,8 +57,7 @@ class FlatGradient:
 
     def __init__(self, named_parameters, mask=None, offload=False):
         parameters = [(name, p, selected_of(name, p, mask)) for name, p in named_parameters]
-        self.offload = offload
-        self.device = parameters[0][1].device
+        self.device = "cpu" if offload else parameters[0][1].device  # of the flat vectors
         self.grad = self.zeros(sum(len(selected) for _, _, selected in parameters))
         self.slots = []
         end = 0
@@ -72,21 +70,19 @@ class FlatGradient:
             p.requires_grad_(len(selected) > 0 and p.is_floating_point())
             p.grad = None
             if len(selected):
-                slot = p.slot = Slot(name, p, selected, where, self.grad[where], None)
+                slot = p.slot = Slot(name, p, selected, where, self.grad[where])
                 undo.callback(delattr, p, "slot")
                 self.slots.append(slot)
                 if p.requires_grad:
                     undo.callback(p.register_post_accumulate_grad_hook(slot.gather).remove)
-                else:
-                    slot.handle = torch.zeros(1, requires_grad=True, device=self.device)
 
     def shaped(self, values):
         """{name: its part of a flat vector, in the parameter's shape}; needs mask = None."""
         return {slot.name: values[slot.where].view(slot.p.shape) for slot in self.slots}
 
     def zeros(self, size):
-        """fp32 zeros on the device, or in host memory."""
-        return torch.zeros(size, device="cpu" if self.offload else self.device)
+        """fp32 zeros where the flat vectors stand."""
+        return torch.zeros(size, device=self.device)
 
 
 def selected_of(name, p, mask):
@@ -180,10 +176,10 @@ class MaskedAdamW(FlatGradient):
         """The master's values into the parameters, rounded to their dtype."""
         for slot in self.slots:
             values = self.master[slot.where]
-            if slot.handle is None:
-                slot.selected.scatter(slot.p.detach(), values)
-            else:
+            if hasattr(slot.p, "int8"):
                 slot.p.int8.values.copy_(values, non_blocking=True)
+            else:
+                slot.selected.scatter(slot.p.detach(), values)
 
     def selected_weights(self):
         """{name: what is selected of it}, {name: its fp32 values there}."""
@@ -193,10 +189,6 @@ class MaskedAdamW(FlatGradient):
     def moved(self):
         """|theta - theta_start| of every selected weight in fp32, flat, on the CPU."""
         return self.master.to("cpu", copy=True).sub_(self.start).abs_()
-
-    def movement(self):
-        """The same as tensors of the parameters' shapes; needs mask = None."""
-        return self.shaped(self.moved())
 
     def state_dict(self):
         """Everything needed to go on: the flat vectors themselves and the step count."""

@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from allo_mini import UserError
@@ -93,15 +94,13 @@ def parse_config(raw, where="config.json"):
     values = {}
     for f in fields(ModelConfig):
         value = given.get(f.name)
-        if f.type not in KINDS or (value is None and f.default is not MISSING):
+        optional = f.default is not MISSING and f.name not in ROPE[rope_type]
+        if f.type not in KINDS or (value is None and optional):
             continue
         most = 1000 if f.name == "num_hidden_layers" else 1e10  # layers are built one by one
         if type(value) not in (f.type, int) or not (f.type is bool or 0 < value <= most):
             raise UserError(f"{where}: {f.name} is {value!r}, expected {KINDS[f.type]}")
         values[f.name] = value
-    for key in ROPE[rope_type]:
-        if key not in values:
-            raise UserError(f"{where}: {key} is missing from the rope settings")
     family = FAMILIES[name]
     heads = values["num_attention_heads"]
     values.setdefault("num_key_value_heads", heads)
@@ -141,19 +140,19 @@ def fused(plain):
     same kernel runs, and log-probs are the same to the bit. Kernels get bare data: for tensors
     that do or do not require a gradient they would be compiled anew, up to a limit of torch's.
     """
-    def call(x, *rest):
-        if not x.is_cuda:
-            return plain(x, *rest)
-        x, *rest = [getattr(value, "data", value) for value in (x, *rest)]
+    def call(*values):
+        if not values[0].is_cuda:
+            return plain(*values)
+        values = [getattr(value, "data", value) for value in values]
         if plain not in KERNELS:
             KERNELS[plain] = torch.compile(plain, dynamic=True)
         try:
-            return KERNELS[plain](x, *rest)
+            return KERNELS[plain](*values)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # there is no Triton, or no compiler and headers that it needs
             KERNELS[plain] = plain
-            return plain(x, *rest)
+            return plain(*values)
     return call
 
 
@@ -163,7 +162,7 @@ def rotated(x, cos, sin):
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-class Rotate(torch.autograd.Function):
+class Rotate(Function):
     """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
 
     @staticmethod
@@ -182,7 +181,7 @@ def swiglu_backward(dy, gate, up):
     return torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLU(Function):
     """silu(gate) * up (Shazeer 2020, arXiv 2002.05202), keeping its two inputs alone for backward.
 
     Autograd's own graph keeps silu(gate) too: a tenth of a step's memory without `recompute`.
@@ -220,7 +219,7 @@ def rms_norm_backward(dy, x, weight, eps):
     return dx.to(x.dtype), dw.flatten(0, -2).sum(0).to(x.dtype)
 
 
-class KeepInput(torch.autograd.Function):
+class KeepInput(Function):
     """RMSNorm that keeps x alone for backward: autograd's own graph keeps x / rms(x) as well."""
 
     @staticmethod
@@ -263,11 +262,11 @@ class Attention(nn.Module):
         self.k_norm = norm(d, c.rms_norm_eps)
 
     def forward(self, x, rope, attend):
-        q = self.q_norm(self.q_proj(x).unflatten(-1, self.heads))  # [..., h, d]
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))  # [..., g, d]
-        v = self.v_proj(x).unflatten(-1, self.heads)
-        out = attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v, self.layer)
-        return self.o_proj(out.flatten(-2))  # [..., H]
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, self.heads) for project in projections)
+        q = Rotate.apply(self.q_norm(q), *rope)  # [..., h, d]
+        k = Rotate.apply(self.k_norm(k), *rope)  # [..., g, d]
+        return self.o_proj(attend(q, k, v, self.layer).flatten(-2))  # [..., H]
 
 
 class MLP(nn.Module):

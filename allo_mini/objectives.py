@@ -70,14 +70,15 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
     log-prob of a token, and `epsilon` does nothing.
     """
     def loss(logps, ref, real, examples):
-        logps, ref, real = (x.unflatten(0, (-1, 2)) for x in (logps, ref, real))  # [B,2,T]
-        useful = losses.useful_token_mask(logps[:, 1], ref[:, 1], real[:, 1], epsilon)  # [B,T]
-        counted = torch.stack((real[:, 0], useful), 1)
-        lengths = real.sum(-1).T  # of y+ and y- [2,B]
-        divisor = counted.sum(-1).T if mean else 1
-        now, before = ((x * counted).sum(-1).T / divisor for x in (logps, ref))
-        whole = logps.sum(-1).T
-        ratios = (logps - ref).sum(-1).T if reference else whole / lengths
+        sides = [x.unflatten(0, (-1, 2)).transpose(0, 1) for x in (logps, ref, real)]
+        logps, ref, real = sides  # of y+ and y-: [2,B,T]
+        useful = losses.useful_token_mask(logps[1], ref[1], real[1], epsilon)  # [B,T]
+        counted = torch.stack((real[0], useful))
+        lengths = real.sum(-1)  # [2,B]
+        divisor = counted.sum(-1) if mean else 1
+        now, before = ((x * counted).sum(-1) / divisor for x in (logps, ref))
+        whole = logps.sum(-1)
+        ratios = (logps - ref).sum(-1) if reference else whole / lengths
         up, down = beta * ratios
         metrics = {"rewards/chosen": up, "rewards/rejected": down,
                    "rewards/margins": up - down, "rewards/accuracies": up > down,
@@ -102,10 +103,9 @@ def dpo_objective(beta, epsilon=1.0):
 
 def rdpo_objective(cfg):
     """R-DPO: DPO whose reward loses rdpo_alpha with every token."""
-    def loss_of(scores, lengths):
-        return losses.rdpo_loss(*scores, *lengths, cfg.beta, cfg.rdpo_alpha)
-
-    return pair_objective(loss_of, cfg.beta)
+    return pair_objective(
+        lambda scores, lengths: losses.rdpo_loss(*scores, *lengths, cfg.beta, cfg.rdpo_alpha),
+        cfg.beta)
 
 
 def ipo_objective(cfg):
@@ -116,10 +116,9 @@ def ipo_objective(cfg):
 
 def simpo_objective(cfg):
     """SimPO: mean log-probs, no reference."""
-    def loss_of(scores, lengths):
-        return losses.simpo_loss(*scores[:2], cfg.simpo_beta, cfg.simpo_gamma)
-
-    return pair_objective(loss_of, cfg.simpo_beta, mean=True, reference=False)
+    return pair_objective(
+        lambda scores, lengths: losses.simpo_loss(*scores[:2], cfg.simpo_beta, cfg.simpo_gamma),
+        cfg.simpo_beta, mean=True, reference=False)
 
 
 def bco_objective(cfg):

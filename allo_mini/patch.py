@@ -62,7 +62,8 @@ def begin_at(optimizer, path):
     patch = path, *load_tensors(path)
     for slot in optimizer.slots:
         selected = slot.selected.to("cpu")
-        dense = selected.dense(optimizer.master[slot.where])
+        dense = torch.zeros(selected.shape)
+        selected.scatter(dense, optimizer.master[slot.where])
         values = selected.gather(put_changes(dense, slot.name, dense.dtype, [patch]))
         optimizer.master[slot.where] = optimizer.start[slot.where] = values
 

@@ -41,9 +41,8 @@ def dynamic_map(signed):
     top = 6 if signed else 7
     values = []
     for decade in range(top + 1):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64)
-        middles = (edges[1:] + edges[:-1]) / 2
-        values += (middles * 10.0 ** (decade - top)).tolist()
+        count = 2**decade  # of equal steps from 0.1 to 1; a code is the middle of one
+        values += [10.0 ** (decade - top) * (0.1 + 0.9 * (i + 0.5) / count) for i in range(count)]
     if signed:
         values += [-value for value in values]
     else:

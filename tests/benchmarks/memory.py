@@ -56,7 +56,7 @@ def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -
         import pretend_cuda
         pretend_cuda.install()
         pretended = pretend_cuda.Pretend(hollow=True)
-        FlatGradient.zeros = lambda self, n: (hollow if self.offload else zeros)(n)
+        FlatGradient.zeros = lambda self, n: (hollow if self.device == "cpu" else zeros)(n)
         locate.scratch = lambda folder, count: hollow(count)
         train.locate_groups = lambda run: 8
     else:
