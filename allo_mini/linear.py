@@ -54,7 +54,7 @@ def dense_rows(weight, dtype):
 
 
 class Keep(torch.autograd.Function):
-    """x [N,I] as it is, kept for dW; `handle` asks for a gradient where neither x nor W does.
+    """x [N,I] as it is, kept for dW; `handle` asks for a gradient, where x does not.
 
     Backward runs Product first, which puts dy [N,O] into the list `later`; then Keep, which has
     both: dW = dy^T x. They are two, since making activations again for backward ends at the last
@@ -104,6 +104,7 @@ def linear(x, weight, bias=None):
     later = None
     if slot:
         later = []
-        flat = Keep.apply(flat, torch.zeros(1, requires_grad=True), slot, later)
+        handle = torch.zeros(1, requires_grad=True)
+        flat = Keep.apply(flat, handle, slot, later)
     y = Product.apply(flat, weight, later).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias

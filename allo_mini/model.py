@@ -78,7 +78,8 @@ class ModelConfig:
 
 
 def parse_config(raw, where="config.json"):
-    """Hugging Face config dict -> ModelConfig; what is missing or null has its field's default.
+    """Hugging Face config dict -> ModelConfig; what is missing or null has its field's default (but
+    for the numbers of a rope_type, ROPE).
 
     Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, `rope_parameters`.
     Raises UserError naming the key when something is missing, of the wrong type or not supported.

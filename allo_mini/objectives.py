@@ -70,8 +70,8 @@ def pair_objective(loss_of, beta, epsilon=1.0, mean=False, reference=True):
     log-prob of a token, and `epsilon` does nothing.
     """
     def loss(logps, ref, real, examples):
-        sides = [x.unflatten(0, (-1, 2)).transpose(0, 1) for x in (logps, ref, real)]
-        logps, ref, real = sides  # of y+ and y-: [2,B,T]
+        # of y+ and y-: [2,B,T]
+        logps, ref, real = (x.unflatten(0, (-1, 2)).transpose(0, 1) for x in (logps, ref, real))
         useful = losses.useful_token_mask(logps[1], ref[1], real[1], epsilon)  # [B,T]
         counted = torch.stack((real[0], useful))
         lengths = real.sum(-1)  # [2,B]

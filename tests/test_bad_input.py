@@ -18,6 +18,7 @@ import train
 from allo_mini import UserError
 from allo_mini.checkpoint import find_folder
 from allo_mini.mask import Selected, to_tensors
+from allo_mini.run.config import Config
 
 T, P = "train --model model --train t.jsonl", "train --model model --pairs p.jsonl"
 E, Q, J = (f"eval --model model --test {name}.jsonl" for name in ("t", "q", "arena_hard"))
@@ -327,3 +328,10 @@ def test_no_path_token_or_code_of_a_model_is_passed_on(world, tmp_path, monkeypa
         if path.is_file():
             for secret in (b"/home/other", b"hf_verysecret", b"evil.Model"):
                 assert secret not in path.read_bytes(), (path, secret)
+
+
+def test_settings_that_are_none_and_lists_of_ones_own():
+    with pytest.raises(TypeError, match="bta"):
+        Config(bta=0.5)
+    Config().stop.append("x")
+    assert Config().stop == []

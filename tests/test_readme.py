@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from statistics import mean
 from unittest.mock import Mock, patch
 
 import pytest
@@ -334,16 +333,17 @@ def test_paired_differences_by_hand():
     their own: seeds 0.5 and 0, t = 1, one degree. Three runs, one start: 1, 1, 0, t = 2."""
     assert reproduce.answers(row_of("DPO", 1, "0" * 70 + "1")) == [0] * 70 + [1]
 
-    def p_of(mine, theirs, shared):
-        return reproduce.compared([reproduce.matched(mine, theirs, shared)], shared)[1]
+    def compared(mine, theirs, shared):
+        return reproduce.compared([reproduce.matched(mine, theirs, shared)], shared)
 
     mine = [row_of("ALLO", 1, "11"), row_of("ALLO", 2, "01")]
     theirs = [row_of("DPO", 1, "01"), row_of("DPO", 2, "01")]
-    assert p_of(mine, theirs, True) == pytest.approx(0.5528, abs=1e-4)
-    assert p_of(mine, theirs, False) == pytest.approx(0.5, abs=1e-4)
-    assert p_of(mine, mine, False) == 1
+    assert compared(mine, theirs, True) == pytest.approx((0.25, 0.5528), abs=1e-4)
+    assert compared(mine, theirs, False) == pytest.approx((0.25, 0.5), abs=1e-4)
+    assert compared(mine, mine, False) == (0, 1)
     three = [row_of("ALLO", seed, "110") for seed in (1, 2, 3)]
-    assert p_of(three, [row_of("start", 1, "000")], True) == pytest.approx(0.1835, abs=1e-4)
+    start = [row_of("start", seed, "000") for seed in (1, 2)]  # of one model: one counts
+    assert compared(start, three, True) == pytest.approx((-2 / 3, 0.1835), abs=1e-4)
     assert reproduce.against([[], []], True) == "- | -"
     assert reproduce.t_test(1.96, [(1.0, 10**6)]) == pytest.approx(0.05, abs=1e-4)
 

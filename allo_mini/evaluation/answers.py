@@ -25,15 +25,15 @@ def respond(model, encoder, prompts, settings, n=1, temperature=0.0, **more):
     """n responses a prompt, greedy ones by default -> [prompt][k] -> (text, whether it ended by
     itself).
 
-    settings: a Config, or anything with its sampling fields. more: `rows`, the numbers that seed
-    each prompt, and `on_done` (generate.sample).
+    settings: a Config, or anything with its sampling fields, of which n and temperature are not
+    read. more: `rows`, the numbers that seed each prompt, and `on_done` (generate.sample).
     """
     eos = eos_ids(model, encoder)
     decode = encoder.tokenizer.decode
 
     def stopped(tokens):
         # decoded for every token of every sample: only where there is something to look for
-        said = settings.stop and decode(tokens[-32:], skip_special_tokens=False)
+        said = decode(tokens[-32:], skip_special_tokens=False) if settings.stop else ""
         return any(stop in said for stop in settings.stop)
 
     def texts(prompt, responses):

@@ -7,6 +7,7 @@ file's, those of a card that is a flag, flags.
 import argparse
 import difflib
 from collections import namedtuple
+from copy import copy
 
 from allo_mini import UserError
 from allo_mini.objectives import BASELINES
@@ -119,7 +120,9 @@ class Config:
 
     def __init__(self, **values):
         """values: those that are not the defaults."""
-        defaults = {name: knob.default for name, knob in KNOBS.items()}
+        if values.keys() - KNOBS:
+            raise TypeError(f"no settings: {values.keys() - KNOBS}")
+        defaults = {name: copy(knob.default) for name, knob in KNOBS.items()}
         vars(self).update(defaults | values)
 
     @property
@@ -145,7 +148,7 @@ def schedule(cfg, stage, parameters, rows):
     shared = SHARED.get(stage, stage.split("-")[0])  # a fork's forget-2 is as forget; see forks.md
     plan = SCHEDULES[shared]._replace(**cfg.schedules.get(shared, {}))
     scale = min(100.0, max(1.0, (7e9 / parameters) ** 0.5))
-    lr = getattr(cfg, f"lr_{shared}") or float(f"{plan.lr * scale:.2g}")
+    lr = getattr(cfg, f"lr_{shared}", 0) or float(f"{plan.lr * scale:.2g}")
     return plan._replace(lr=lr, batch=cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1))
 
 

@@ -262,7 +262,9 @@ def answers(row: dict) -> list[int]:
 
 
 def matched(mine: list[dict], theirs: list[dict], shared: bool) -> list[tuple[dict, dict]]:
-    """Rows of the same seed; where all saw the same questions, each with the one start they have."""
+    """Rows of the same seed; where all saw the same questions, each beside one start."""
+    mine, theirs = (rows[:1] if shared and rows and rows[0]["cell"] == "start" else rows
+                    for rows in (mine, theirs))
     return [(a, b) for a, b in product(mine, theirs)
             if a["seed"] == b["seed"] or shared and "start" in (a["cell"], b["cell"])]
 
@@ -355,7 +357,7 @@ def pooled(names: list[str], base: str) -> str:
         average, versus = "", " | "
         if all(found):
             average = f"{100 * mean(mean(row['accuracy'] for row in rows) for rows in found):.1f}"
-            both = [[] if cell == base else matched(rows, finished[base], True)
+            both = [[] if cell == base else matched(rows, finished.get(base, []), True)
                     for rows, finished in zip(found, sets)]
             versus = against(both, True)
         if any(found):
