@@ -493,6 +493,7 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
     ("config.json", "{}", "cannot be read"), ("metrics.jsonl", '{"stage": "a"}\n{', "jsonl:2"),
     ("metrics.jsonl", '{"stage": "a", "seconds": "1"}\n', "metrics.jsonl: cannot be read"),
     ("results.json", "[1]", "results.json: expected a JSON object"),
+    ("results.json", '{"results": {"A": {}}}', "eval-A.jsonl: cannot be read"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
     ("mask.safetensors", "no", "mask.safetensors: cannot be read")])
 def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, message):

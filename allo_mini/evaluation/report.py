@@ -21,7 +21,7 @@ from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
 from allo_mini.run.config import schedule
-from allo_mini.run.files import (read_if_there, read_json, read_jsonl, reading, rows_if_there,
+from allo_mini.run.files import (read_if_there, read_json, reading, rows_if_there, rows_of,
                                  write_json, write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
@@ -117,8 +117,7 @@ def write_report(folder):
                         autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with reading(folder):
         about = read_if_there(folder / "results.json")
-        evals = {name: rows_if_there(folder / f"eval-{name}.jsonl")
-                 for name in about.get("results", {})}
+        evals = {name: rows_of(folder / f"eval-{name}.jsonl") for name in about.get("results", {})}
         masks = sorted(folder.glob("mask*.safetensors"))
         page = template.render(
             read_json(folder / "config.json"), name=folder.resolve().name,
@@ -192,7 +191,7 @@ def evaluated(run, name, policy):
         write_jsonl(target, run.evaluate(run.load(policy, training=whole), run.test,
                                          f"test {name}"))
 
-    return [row for _, row in read_jsonl(run.stage(f"test {name}", f"eval-{name}.jsonl", make))]
+    return rows_of(run.stage(f"test {name}", f"eval-{name}.jsonl", make))
 
 
 def add_rewards(answers, beta):

@@ -69,10 +69,14 @@ def read_if_there(path):
     return read_json(path) if path.is_file() else {}
 
 
+def rows_of(path):
+    """The rows of a JSON Lines file, without their places. Raises UserError."""
+    return [row for _, row in read_jsonl(path)]
+
+
 def rows_if_there(path):
-    """The rows of a JSON Lines file of ours; [] where there is no such file, or nothing in it."""
-    full = path.is_file() and path.stat().st_size
-    return [row for _, row in read_jsonl(path)] if full else []
+    """The rows of a file of ours that grows; [] where there is none, or nothing in it yet."""
+    return rows_of(path) if path.is_file() and path.stat().st_size else []
 
 
 def open_tensors(path):
