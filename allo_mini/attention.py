@@ -6,9 +6,12 @@ import torch.nn.functional as F
 
 def sdpa(q, k, v, **sight):
     """Scaled dot-product attention of [..., T, heads, d]; `sight`: who sees whom, for torch."""
-    groups = q.shape[-2] != k.shape[-2]  # several query heads share a key head
+    groups = q.shape[-2] // k.shape[-2]  # query heads that share a key head
+    if q.is_cuda and q.dtype == torch.float32:  # no kernel takes groups, [T, T] would be made
+        k, v = k.repeat_interleave(groups, -2), v.repeat_interleave(groups, -2)
+        groups = 1
     heads = [x.transpose(-3, -2) for x in (q, k, v)]  # [..., heads, T, d]
-    return F.scaled_dot_product_attention(*heads, enable_gqa=groups, **sight).transpose(-3, -2)
+    return F.scaled_dot_product_attention(*heads, enable_gqa=groups > 1, **sight).transpose(-3, -2)
 
 
 def causal_attention(q, k, v, layer):

@@ -50,21 +50,21 @@ def gradient_importance(model, examples, objective, folder, snr, groups, tokens,
     rest = scratch(folder, size)
     for group in grouped(parameters, lambda pair: pair[1].numel(), -(-size // groups)):
         flat = FlatGradient(group, offload=offload)
-        total, rest = rest.tensor_split([len(flat.grad)])
+        place, rest = rest.tensor_split([len(flat.grad)])
+        total = torch.zeros_like(flat.grad)  # written once: the file may be on a slow disk
         squares = torch.zeros_like(total) if snr else None
         for batch in progress(batches, "locate", "step"):
-            flat.grad.zero_()
             for micro in micro_batches(batch, tokens):
                 objective.loss(*responses_of(model, micro), micro)[0].backward()
-            g = flat.grad.cpu()  # g_t [n]
-            total += g
+            total += flat.grad  # g_t [n]
             if snr:
-                squares.addcmul_(g, g)
+                squares.addcmul_(flat.grad, flat.grad)
+            flat.grad.zero_()
         if snr:
             total /= squares.sqrt_().clamp_(min=1e-19)  # 0 where no gradient has come
         flat.close()
-        importance |= flat.shaped(total)
-        del flat, g, squares  # before the next group's is made
+        importance |= flat.shaped(place.copy_(total))
+        del flat, total, squares  # before the next group's is made
     return importance
 
 

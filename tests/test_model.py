@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from allo_mini import UserError, logprobs
 from allo_mini import generate as generate_module
 from allo_mini import mask as mask_module
+from allo_mini.attention import causal_attention
 from allo_mini.data.encoder import Example
 from allo_mini.generate import generate, pick, sample
 from allo_mini.logprobs import (head_logps, margins, micro_batches, pack, responses_of, score,
@@ -193,6 +194,18 @@ def test_what_a_gpu_compiles_traces_whole_and_counts_the_same(monkeypatch):
         assert torch.equal(logps, expected)
         assert_close(plain, gradients(model), atol=1e-4, rtol=1e-4)
     assert len(made) == len(KERNELS) == 4 and not {*made} & {*KERNELS.values()}
+
+
+def test_fp32_of_grouped_heads_takes_a_kernel_that_a_gpu_has(monkeypatch):
+    """torch's fused ones take groups in 16 bits alone; the others make [T, T] for every head."""
+    kinds, plain = [], F.scaled_dot_product_attention
+    q, k = torch.randn(1, 5, 4, 8), torch.randn(1, 5, 2, 8)
+    expected = causal_attention(q, k, k, 0)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *heads, enable_gqa, **sight: (
+        kinds.append((heads[1].shape[1], enable_gqa)) or plain(*heads, **sight)))
+    torch.testing.assert_close(causal_attention(q, k, k, 0), expected)
+    assert kinds == [(4, False)]
 
 
 def test_where_nothing_can_be_compiled_functions_stay_as_they_are(monkeypatch):

@@ -173,9 +173,13 @@ def test_every_method(world, tmp_path, capsys):
 
 
 def test_masked_dpo_alone_trains_once(world, tmp_path, capsys):
-    """On weights that snr finds: no warm-up, no rewriting model, no forgetting."""
-    out = run(world, tmp_path / "run", *ALLO, "--method", "masked-dpo")
-    assert re.findall(r"(?m)^(\S+): \d+ rows, ", capsys.readouterr().out) == ["masked-dpo"]
+    """On weights that snr finds: no warm-up, no rewriting model, no forgetting, none of their
+    rates, nor DPO's."""
+    rates = "--lr-warmup", "1", "--lr-forget", "1", "--lr-dpo", "1", "--lr-improve", "1e-3"
+    out = run(world, tmp_path / "run", *ALLO, "--method", "masked-dpo", *rates)
+    said = capsys.readouterr().out
+    assert re.findall(r"(?m)^(\S+): \d+ rows, .*lr (\S+),", said) == [("masked-dpo", "0.001")]
+    assert re.findall(r"--lr-(\S+) does nothing here", said) == ["warmup", "forget", "dpo"]
     start, end = weights_of(world / "model"), weights_of(out / "masked-dpo")
     assert only_inside(dense_mask(out), start, end) and not equal(start, end)
     assert (out / "patch-masked-dpo.safetensors").exists()

@@ -20,12 +20,12 @@ from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_ro
 from allo_mini.logprobs import score
 from allo_mini.losses import useful_token_mask
 from allo_mini.run import parallel
-from allo_mini.run.config import schedule
+from allo_mini.run.config import schedule, training_stages
 from allo_mini.run.files import (read_if_there, read_json, reading, rows_if_there, rows_of,
                                  write_json, write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
 from allo_mini.run.log import Log, exit_code, say, table
-from allo_mini.run.memory import percent_of, training_stages
+from allo_mini.run.memory import percent_of
 
 SHOWN = 12  # negatives, and rows where the models differ
 TOKENS = "token_examples.jsonl"

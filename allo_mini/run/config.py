@@ -12,6 +12,7 @@ from copy import copy
 from allo_mini import UserError
 from allo_mini.objectives import BASELINES
 from allo_mini.run.files import read_json, reading
+from allo_mini.run.log import say
 
 METHODS = (*BASELINES, "allo")
 
@@ -152,6 +153,21 @@ def schedule(cfg, stage, parameters, rows):
     return plan._replace(lr=lr, batch=cfg.batch or min(plan.batch, max(8, rows // 50), rows or 1))
 
 
+def training_stages(cfg):
+    """The run's training stages, in their order."""
+    stages = ["sft"] * cfg.sft
+    for method in cfg.method:
+        located = cfg.masks(method) and min(cfg.p, cfg.forget and cfg.p_forget or cfg.p) < 100
+        if located and cfg.locate == "movement":
+            stages.append("warmup")
+        if method == "allo":
+            scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
+            stages += ["rewrite"] * scored + ["forget"] * cfg.forget + ["improve"]
+        else:
+            stages.append("more-sft" if method == "sft" and cfg.sft else method)
+    return list(dict.fromkeys(stages))
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -189,7 +205,7 @@ def make_parser():
         usage="train.py [--model FOLDER (--pairs FILE | --train FILE)] [flags]",
         description="ALLO: align a language model by training few weights on few tokens.\n\n"
                     "  python train.py                            the demo, a minute or two\n"
-                    "  python train.py --model M --pairs prefs.jsonl --memory 24gb\n"
+                    "  python train.py --model M --pairs prefs.jsonl --memory 24gb --method allo\n"
                     "  python train.py --model M --train gsm8k_train.jsonl --sft")
     parser.add_argument("--config", metavar="FILE", help="settings as JSON, also those without "
                         "flags (allo_mini/run/config.py)")
@@ -269,4 +285,8 @@ def parse(argv):
         raise UserError("--train beside --pairs is for fine-tuning alone: add --sft, or drop it")
     if bool(cfg.eval_every) != bool(cfg.val) and own:
         raise UserError("--eval-every N and --val FILE belong together; give both or none")
+    rates = {SHARED.get(stage, stage) for stage in training_stages(cfg)}
+    for name in given:
+        if name.startswith("lr_") and name.removeprefix("lr_") not in rates:
+            say(f"{flag_of(name)} does nothing here: no stage of this run trains at it")
     return cfg

@@ -133,7 +133,7 @@ class Run:
     def report_change(self, name, optimizer, skipped):
         """Say how far the weights moved, and how many of them still differ in the model's dtype."""
         change = float(optimizer.moved().max())
-        before, after = (x.to(self.dtype).cpu() for x in (optimizer.start, optimizer.master))
+        before, after = (x.cpu().to(self.dtype) for x in (optimizer.start, optimizer.master))
         share = float((before != after).sum() / len(before))
         warning = "" if share else "   <-- WARNING: no weight moved; raise the learning rate"
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "

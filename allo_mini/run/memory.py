@@ -7,7 +7,7 @@ each.
 from allo_mini.linear import is_quantized
 from allo_mini.logprobs import HEAD_BYTES
 from allo_mini.mask import CHUNK
-from allo_mini.run.config import schedule
+from allo_mini.run.config import schedule, training_stages
 from allo_mini.run.device import free_memory
 from allo_mini.run.log import say, table
 
@@ -48,30 +48,12 @@ def estimate(run, stage):
 
 
 def locate_groups(run):
-    """In how many passes the gradient of all weights is made, so that its sums fit.
-
-    With snr 12 bytes a weight in half of the host's memory; on the card, unless it is offloaded, 4
-    in half of its own.
-    """
-    room = min(run.parameters, free_memory("cpu") // 12)
+    """In how many passes the gradient of all weights is made, so that it and its sums fit: with snr
+    12 bytes a weight in half of the host's memory, or of the card's if they stand there."""
+    room = free_memory("cpu")
     if run.device.startswith("cuda") and not run.cfg.offload:
-        room = min(room, free_memory(run.device) // 8)
-    return -(-run.parameters // room)
-
-
-def training_stages(cfg):
-    """The run's training stages, in their order."""
-    stages = ["sft"] * cfg.sft
-    for method in cfg.method:
-        located = cfg.masks(method) and min(cfg.p, cfg.forget and cfg.p_forget or cfg.p) < 100
-        if located and cfg.locate == "movement":
-            stages.append("warmup")
-        if method == "allo":
-            scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
-            stages += ["rewrite"] * scored + ["forget"] * cfg.forget + ["improve"]
-        else:
-            stages.append("more-sft" if method == "sft" and cfg.sft else method)
-    return list(dict.fromkeys(stages))
+        room = free_memory(run.device) // 2
+    return -(-12 * run.parameters // room)
 
 
 def show_plan(run):
