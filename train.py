@@ -22,7 +22,6 @@ Departures from the official code, and why:
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
-import functools
 import random
 import sys
 from collections import defaultdict
@@ -30,10 +29,10 @@ from collections import defaultdict
 import torch
 
 from allo_mini import UserError
-from allo_mini.data.rows import Negative, Pair
+from allo_mini.data.rows import Negative
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
-from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens, reprint
+from allo_mini.evaluation.report import describe_mask, finish, record_tokens
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
@@ -42,8 +41,7 @@ from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, sft_ob
 from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
-from allo_mini.run.files import (append_rows, keep_whole, load_tensors, read_jsonl, reading,
-                                 write_jsonl)
+from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
 from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
@@ -121,15 +119,14 @@ def steps_of(examples, batch, epochs, seed):
 
 # ---- the stages: each makes one artefact, and is skipped when that is there --------------------
 # run: a Run; policy: the Policy, a model on disk, that a stage begins with and many return;
-# examples, pairs: functions that return the encoded rows, called where they are needed;
-# negatives: Negatives, wrong responses with what they are to be.
+# examples, pairs: encoded rows; negatives: wrong responses with what they are to be.
 
 def trained(run, name, policy, examples, objective, mask, artefact="", whole=True):
     """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
     artefact = artefact or (name if whole else f"{name}.safetensors")
 
     def make(target):
-        model, optimizer = optimize(run, name, policy, examples(), objective, mask)
+        model, optimizer = optimize(run, name, policy, examples, objective, mask)
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
@@ -191,28 +188,21 @@ def preferences(run):
         return run.pairs, [
             Negative(pair.prompt, pair.rejected, pair.chosen, pair.rewrite or pair.chosen)
             for pair in run.pairs if pair.rejected != pair.chosen]
-    wrong = run.folder / "negatives.jsonl"
-
-    def make(target):
-        samples = read_samples(run.folder / SAMPLES)
-        pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
-                                 run.encoder)
-        if not pairs:
-            raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
-                            "sample more (--n), or try another --prompt or --stop, in a new --out")
-        write_jsonl(wrong, [n._asdict() for n in negatives])
-        write_jsonl(target, map(vars, pairs))
-
-    path = run.stage("label", "pairs.jsonl", make)
-    with reading(f"{path} or {wrong}"):
-        pairs = [Pair(**row) for _, row in read_jsonl(path)]
-        return pairs, [Negative(**row) for _, row in read_jsonl(wrong)]
+    samples = read_samples(run.folder / SAMPLES)
+    pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
+                             run.encoder)
+    if not pairs:
+        raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
+                        "sample more (--n), or try another --prompt or --stop, in a new --out")
+    if parallel.RANK == 0:
+        write_jsonl(run.folder / "pairs.jsonl", map(vars, pairs))  # to look at
+    return pairs, negatives
 
 
 def warmup(run, policy, pairs):
     """An epoch of DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     def make(target):
-        _, optimizer = optimize(run, "warmup", policy, pairs(), dpo_objective(run.cfg.beta))
+        _, optimizer = optimize(run, "warmup", policy, pairs, dpo_objective(run.cfg.beta))
         run.save(optimizer.shaped(optimizer.moved()), target)
 
     run.stage("warmup", MOVEMENT, make, ranks=True)
@@ -255,7 +245,7 @@ def importance_of(run, policy, examples, objective, how):
         if {name: values.shape for name, values in moved.items()} != run.shapes:
             raise UserError(f"{run.folder / MOVEMENT}: of another model")
         return moved
-    return gradient_importance(run.load(policy), examples()[:cfg.locate_pairs], objective,
+    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective,
                                run.folder, how == "snr", locate_groups(run), cfg.micro_tokens,
                                cfg.offload)
 
@@ -307,18 +297,14 @@ def score(run, policy, rows):
 
 def rewrite(run, policy, negatives):
     """The rewriting model, trained to correct wrong responses with few edits."""
-    def examples():
-        rows = rewrite_examples(run.encoder, negatives)
-        run.report_dropped("rewrites", len(rows))
-        return rows
-
-    return fine_tuned(run, "rewrite", policy, functools.cache(examples), "rewriter")
+    examples = rewrite_examples(run.encoder, negatives)
+    run.report_dropped("rewrites", len(examples))
+    return fine_tuned(run, "rewrite", policy, examples, "rewriter")
 
 
 def forget(run, policy, weighted, mask, name="forget"):
     """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
-    return trained(run, name, policy, lambda: weighted, npo_objective(run.cfg.beta), mask,
-                   whole=False)
+    return trained(run, name, policy, weighted, npo_objective(run.cfg.beta), mask, whole=False)
 
 
 def improve(run, policy, pairs, mask, name="improve", whole=True):
@@ -332,8 +318,7 @@ def improve(run, policy, pairs, mask, name="improve", whole=True):
 def allo(run, policy, pairs, negatives):
     """Which weights, which tokens; then the two phases."""
     forget_mask, improve_mask = locate(run, policy, pairs)
-    needing = ["forget.safetensors"] * run.cfg.forget + ["improve", TOKENS]
-    weighted = [] if run.has(*needing) else token_weights(run, policy, negatives)
+    weighted = token_weights(run, policy, negatives)
     forgotten = forget(run, policy, weighted, forget_mask) if run.cfg.forget else policy
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)
@@ -378,8 +363,10 @@ def right_samples(run):
 
 def run_all(run):
     """The whole method, the others beside it, then the table."""
-    show_plan(run)
     cfg = run.cfg
+    show_plan(run)
+    if cfg.dry_run:
+        return
     policy = fine_tuned(run, "sft", run.base, solutions(run)) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
     pairs = None
@@ -400,14 +387,8 @@ def run_all(run):
 
 def main(argv=None):
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
-    def work():
-        run = open_run(parse(argv))
-        if run.cfg.dry_run:
-            show_plan(run)
-        elif not reprint(run):
-            run_all(run)
-
-    return exit_code(work, stopped="stopped; the same command goes on from the last checkpoint")
+    return exit_code(lambda: run_all(open_run(parse(argv))),
+                     stopped="stopped; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Attention over [prompt, chosen, rejected] without padding. Notation: model.py."""
 
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 
@@ -23,9 +25,9 @@ class TreeAttention:
     """Attention over a flat stream of trees, each one prompt P followed by its responses:
 
         stream   P P P P  C C C  R R           P P  C C C C  R R R   ...      (no padding anywhere)
-        keys     P P P P  C C C  P P P P  R R  P P  C C C C  P P  R R R
-        C sees   [P | C]  causally: one ordinary causal call
-        R sees   [P | R]  causally, never C: queries R, keys and values [P | R]
+        P sees   P        causally: one ordinary causal call
+        C sees   [P | C]  causally: queries C, keys and values [P | C]
+        R sees   [P | R]  causally, never C
 
     So the prompt is computed once per pair, and the result equals that of two separate sequences.
     `trees` is a list of (prompt length, (response length, ...)).
@@ -33,13 +35,7 @@ class TreeAttention:
 
     def __init__(self, trees):
         self.trees = trees
-        self.pieces = []  # lengths of [P], [C], [R]
-        self.queries = []  # of [P | C], [R]
-        self.keys = []  # of [P | C], [P | R]
-        for prompt, responses in trees:
-            self.pieces += [prompt, *responses]
-            self.queries += [prompt + responses[0], *responses[1:]]
-            self.keys += [prompt + length for length in responses]
+        self.sizes = [size for prompt, responses in trees for size in (prompt, *responses)]
         self.sights = {}  # (queries, keys) -> who sees whom
 
     def __call__(self, q, k, v, layer):
@@ -47,18 +43,15 @@ class TreeAttention:
         kind = q.dtype
         if kind == torch.bfloat16 and not q.is_cuda:  # backward would take 2-3 times as long
             q, k, v = q.float(), k.float(), v.float()
-        out = map(self.attend, q.split(self.queries), self.as_keys(k), self.as_keys(v))
-        return torch.cat(list(out)).to(kind)
-
-    def as_keys(self, x):
-        """What each query may see. Split, not indexed: its backward makes no streams of zeros."""
-        pieces = iter(x.split(self.pieces))
-        keys = []
+        # split, not indexed: its backward makes no streams of zeros
+        pieces = zip(*(x.split(self.sizes) for x in (q, k, v)))
+        out = []
         for _, responses in self.trees:
-            prompt = next(pieces)
-            for _ in responses:
-                keys += [prompt, next(pieces)]
-        return torch.cat(keys).split(self.keys)
+            prompt_q, prompt_k, prompt_v = next(pieces)
+            out.append(self.attend(prompt_q, prompt_k, prompt_v))
+            for q, k, v in islice(pieces, len(responses)):
+                out.append(self.attend(q, torch.cat((prompt_k, k)), torch.cat((prompt_v, v))))
+        return torch.cat(out).to(kind)
 
     def attend(self, q, k, v):
         """Each query sees what stands before it, the last one all keys: q [n,h,d] -> [n,h,d]."""

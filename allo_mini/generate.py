@@ -118,7 +118,7 @@ class Cache:
             examples.popitem()
         batch = pack(examples.values(), model.head_weight.device)
         sizes = [size for size, _ in batch.trees]
-        alone = TreeAttention([(size, (0,)) for size in sizes])
+        alone = TreeAttention([(size, ()) for size in sizes])
         slot = len(self.running)
 
         def attend(q, k, v, layer):

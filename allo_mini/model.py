@@ -157,24 +157,10 @@ def fused(plain):
     return call
 
 
-@fused
 def rotated(x, cos, sin):
+    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
-
-
-class Rotate(Function):
-    """Turn the pair (x_i, x_{i + d/2}) of every head by its angle. x [..., heads, d]."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return rotated(dy, cos, -sin), None, None  # back again
 
 
 @fused
@@ -265,8 +251,8 @@ class Attention(nn.Module):
     def forward(self, x, rope, attend):
         projections = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (project(x).unflatten(-1, self.heads) for project in projections)
-        q = Rotate.apply(self.q_norm(q), *rope)  # [..., h, d]
-        k = Rotate.apply(self.k_norm(k), *rope)  # [..., g, d]
+        q = rotated(self.q_norm(q), *rope)  # [..., h, d]
+        k = rotated(self.k_norm(k), *rope)  # [..., g, d]
         return self.o_proj(attend(q, k, v, self.layer).flatten(-2))  # [..., H]
 
 

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import re
-import runpy
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from helpers import EOS, error_of, random_ids, separate_logps, tiny_model, write
 from runs import TEMPLATE, rows_of
 
 import eval as evaluation
+from allo_mini import UserError
 from allo_mini.checkpoint import save_model
 from allo_mini.data.encoder import Encoder, Example
 from allo_mini.data.rows import Negative, Task
@@ -29,8 +28,8 @@ from allo_mini.logprobs import score
 from allo_mini.mask import Selected, to_tensors
 from allo_mini.patch import save_patch
 from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl as write
-from allo_mini.token_weights import (edit_weights, nearest, read_scores, rewrite_examples,
-                                     rewrite_prompt, token_scores, weights_from_scores)
+from allo_mini.token_weights import (edit_weights, read_scores, rewrite_examples, rewrite_prompt,
+                                     token_scores, weights_from_scores)
 
 RIGHT = ["aaaa. The answer is 5", "bbbb. The answer is 5", "cccc. The answer is 5"]
 WRONG = ["bbbx. The answer is 6", "cxcc. The answer is 7", "no idea", "aaaa. The answer is 55"]
@@ -172,7 +171,6 @@ def test_weights_by_edit_alignment_and_from_scores():
     assert edit_weights([1, 2, 3, EOS], [1, 3, EOS]) == [0, 1, 0, 0]  # deleted
     assert edit_weights([1, 3, EOS], [1, 2, 3, EOS]) == [0, 0, 0]  # inserted: no token is wrong
     assert edit_weights([5, 6], []) == edit_weights([5, 6], [7, 8, 9]) == [1, 1]
-    assert nearest([1, 2, 3, 4], [[9], [1, 4], [1, 2, 3, 4, 5], [1, 2, 4]]) == 2
     scores = [0.0, 0.49, 0.5, 0.75, 1.0]
     assert weights_from_scores(scores, "threshold", 0.5) == [1, 1, 0, 0, 0]  # 0.5 is aligned
 
@@ -496,10 +494,8 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
     ("results.json", '{"results": {"A": {}}}', "eval-A.jsonl: cannot be read"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
     ("mask.safetensors", "no", "mask.safetensors: cannot be read")])
-def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, message):
+def test_a_broken_folder_is_one_line(folder, file, text, message):
     (folder / file).write_text(text)
-    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_path(report.__file__, run_name="__main__")
-    assert message in error_of(capsys)
+    with pytest.raises(UserError, match=message):
+        report.write_report(folder)
     assert not (folder / "report.html").exists()

@@ -67,8 +67,8 @@ def test_every_stage_leaves_its_artefact(whole):
     for name in ("sft", "rewriter", "improve", "dpo"):
         load_model(whole / name)
         assert {"tokenizer.json", "generation_config.json"} <= {*os.listdir(whole / name)}
-    assert {"samples.jsonl", "pairs.jsonl", "negatives.jsonl", "movement.safetensors",
-            "mask.safetensors", "token_weights.jsonl", "forget.safetensors", "report.html",
+    assert {"samples.jsonl", "pairs.jsonl", "movement.safetensors", "mask.safetensors",
+            "token_weights.jsonl", "forget.safetensors", "report.html",
             "patch.safetensors", "token_examples.jsonl"} <= {*os.listdir(whole)}
     results = json.loads((whole / "results.json").read_text())["results"]
     assert results.keys() == {"SFT", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
@@ -77,8 +77,8 @@ def test_every_stage_leaves_its_artefact(whole):
         n = len(row["tokens"])
         assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
         assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
-    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
-    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
+    scored = {row["output"] for row in rows_of(whole / "token_weights.jsonl")}
+    assert scored >= {row["rejected"] for row in rows_of(whole / "pairs.jsonl")} != set()
 
 
 def test_metrics_of_every_step(whole):
@@ -121,9 +121,9 @@ def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
     table = json.loads((whole / "results.json").read_text())["table"]
-    for text in "finished", table, "grade ", "talk ", "share ":
+    for text in table, "grade ", "talk ", "share ":
         assert text in said
-    assert "skipped" not in said
+    assert not re.search(r"(?m)^\S+: \d+ rows, ", said)  # nothing is trained again
     assert said.count("begun with 1 threads, now 2") == 1
     assert difference(before, results_of(whole)) == []
 
@@ -372,27 +372,16 @@ def test_steps_without_any_weight_are_skipped_and_counted(world, tmp_path, capsy
     assert first_losses(said)["forget"] == pytest.approx(LN2, rel=1e-5)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monkeypatch, pairs):
-    """Nor after a kill in the last lines; an unfinished stage has what it needs encoded."""
-    out, calls = tmp_path / "run", []
+def test_after_a_kill_in_the_last_lines_nothing_is_made_again(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
     command = arguments(world, out, "--method", "rft", "allo", "--locate", "random")
-    if pairs:
-        command[2:6] = ["--no-forget", "--pairs", f"{world}/pairs.jsonl"]  # for --train, --test
-    else:
-        with_samples(world, out)
+    with_samples(world, out)
     assert train.main(command) == 0
-    with monkeypatch.context() as patched:
-        for place, name in ((Encoder, "example"), (train, "label"), (train, "is_correct")):
-            patched.setattr(place, name, calls.append)
-        for name in ("results.json", "report.html"):
-            (out / name).unlink()
-            assert train.main(command) == 0 and (out / name).exists() and calls == []
-    rows, encode = 22 if pairs else 40, Encoder.example
-    monkeypatch.setattr(Encoder, "example", lambda *row: calls.append(row[2]) or encode(*row))
-    shutil.rmtree(out / "improve")
-    (out / "results.json").unlink()
-    assert train.main(command) == 0 and sorted(map(len, calls)) == [1] * rows + [2] * rows
+    for place, name in (train, "optimize"), (train, "token_scores"), (train, "sample_row"):
+        monkeypatch.setattr(place, name, None)
+    for name in ("results.json", "report.html"):
+        (out / name).unlink()
+        assert train.main(command) == 0 and (out / name).exists()
 
 
 # ---- the plan ----------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
 """What a run says at its end: its table, and report.html with everything there is to look at.
 
-    python -m allo_mini.evaluation.report RUN_FOLDER      writes RUN_FOLDER/report.html anew
-
-The page is made of a run folder's files alone; a section whose files are missing is left out. The
-first functions here prepare what the template, report.html beside this file, lays out. Everything
-is escaped; the page holds no script and loads nothing.
+A finished run's command, given again, says it all again and writes the page anew. It is made of the
+run folder's files alone; a section whose files are missing is left out. The first functions here
+prepare what the template, report.html beside this file, lays out. Everything is escaped; the page
+holds no script and loads nothing.
 """
 
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from jinja2 import Template
+from tokenizers.decoders import DecodeStream
 
 from allo_mini.evaluation.answers import COLUMNS, bootstrap, summary, summary_row
 from allo_mini.logprobs import score
@@ -24,8 +24,7 @@ from allo_mini.run.config import schedule, training_stages
 from allo_mini.run.files import (read_if_there, read_json, reading, rows_if_there, rows_of,
                                  write_json, write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
-from allo_mini.run.log import Log, exit_code, say, table
-from allo_mini.run.memory import percent_of
+from allo_mini.run.log import Log, say, table
 
 SHOWN = 12  # negatives, and rows where the models differ
 TOKENS = "token_examples.jsonl"
@@ -140,13 +139,10 @@ def describe_mask(run, name, mask, percent):
     run.log.write(name, percent=percent, **{"mask/density": selected / weights})
 
 
-def pieces(decode, ids):
+def pieces(tokenizer, ids):
     """The text that each token adds; a character of several tokens comes whole, with the last."""
-    texts = []
-    for count in range(1, len(ids) + 1):
-        text = decode(ids[:count], skip_special_tokens=False).rstrip("\ufffd")
-        texts.append(text.removeprefix("".join(texts)))
-    return texts
+    stream = DecodeStream(skip_special_tokens=False)
+    return [stream.step(tokenizer.inner, id) or "" for id in ids]
 
 
 def record_tokens(run, before, after, examples):
@@ -166,7 +162,7 @@ def record_tokens(run, before, after, examples):
             real = ref[None].isfinite()  # as all are
             useful = useful_token_mask(now[None], ref[None], real, cfg.epsilon)[0]
             rows.append({"prompt": tokenizer.decode(example.prompt),
-                         "tokens": pieces(tokenizer.decode, example.responses[0]),
+                         "tokens": pieces(tokenizer, example.responses[0]),
                          "weights": example.weights, "scores": example.scores,
                          "log_ratios": (now - ref).tolist(), "kept": useful.tolist()})
         write_jsonl(target, rows)
@@ -174,18 +170,9 @@ def record_tokens(run, before, after, examples):
     run.stage("tokens", TOKENS, make)
 
 
-def reprint(run):
-    """Whether the run is finished; if so, what it said last is said again."""
-    finished = run.has("results.json", "report.html")  # the page is written last
-    if finished:
-        said = read_json(run.folder / "results.json").get("said")
-        say(f"{run.folder}: this run is finished\n\n{said}")
-    return finished
-
-
 def evaluated(run, name, policy):
     """A model's answers to the test rows; in 8 bits only if no stage had all weights exact."""
-    whole = 100 in [percent_of(run.cfg, stage) for stage in training_stages(run.cfg)]
+    whole = 100 in training_stages(run.cfg).values()
 
     def make(target):
         write_jsonl(target, run.evaluate(run.load(policy, training=whole), run.test,
@@ -231,7 +218,7 @@ def finish(run, models):
               f"share  {Path(sys.executable).parent}/hf upload YOU/NAME {folder}"]
     said = "\n".join(lines)
     write_json(run.folder / "results.json", {
-        "models": folders, "results": results, "table": text, "said": said,
+        "models": folders, "results": results, "table": text,
         "seconds": run.log.seconds, "command": " ".join(sys.argv), "date": str(date.today()),
         "torch": torch.__version__})
     write_report(run.folder)
@@ -248,9 +235,6 @@ def card(run, name, stage, text):
     base = run.base.folder.resolve().name if local else cfg.model.partition("@")[0]
     data = ", ".join(Path(path).name for path in cfg.pairs + cfg.train) or "the demo's questions"
     rate = schedule(cfg, stage, run.parameters, 1).lr
-    return CARD.format(base=base, name=name, data=data, p=percent_of(cfg, stage), rate=rate,
-                       seed=cfg.seed, text=text)
-
-
-if __name__ == "__main__":
-    sys.exit(exit_code(lambda: print(write_report(Path(*sys.argv[1:])))))
+    percent = training_stages(cfg).get(stage, cfg.p)  # of a fork's stage --p
+    return CARD.format(base=base, name=name, data=data, p=percent, rate=rate, seed=cfg.seed,
+                       text=text)

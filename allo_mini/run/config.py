@@ -154,18 +154,23 @@ def schedule(cfg, stage, parameters, rows):
 
 
 def training_stages(cfg):
-    """The run's training stages, in their order."""
-    stages = ["sft"] * cfg.sft
+    """The run's training stages in their order, and the percent of the weights that each trains."""
+    own = cfg.p_sft or 100
+    forget = {"forget": cfg.p_forget or cfg.p} if cfg.forget else {}
+    stages = {"sft": own} if cfg.sft else {}
     for method in cfg.method:
-        located = cfg.masks(method) and min(cfg.p, cfg.forget and cfg.p_forget or cfg.p) < 100
-        if located and cfg.locate == "movement":
-            stages.append("warmup")
+        masked = cfg.masks(method)
+        if masked and cfg.locate == "movement" and min([cfg.p, *forget.values()]) < 100:
+            stages["warmup"] = 100
         if method == "allo":
-            scored = cfg.forget and cfg.token_weights not in ("edit", "uniform")
-            stages += ["rewrite"] * scored + ["forget"] * cfg.forget + ["improve"]
+            if forget and cfg.token_weights not in ("edit", "uniform"):
+                stages["rewrite"] = own
+            stages |= forget | {"improve": cfg.p}
+        elif method == "sft":
+            stages["more-sft" if cfg.sft else "sft"] = cfg.p if masked else own
         else:
-            stages.append("more-sft" if method == "sft" and cfg.sft else method)
-    return list(dict.fromkeys(stages))
+            stages[method] = cfg.p if masked else 100
+    return stages
 
 
 # ---- the command line --------------------------------------------------------------------------

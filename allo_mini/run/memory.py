@@ -12,24 +12,13 @@ from allo_mini.run.device import free_memory
 from allo_mini.run.log import say, table
 
 
-def percent_of(cfg, stage):
-    """How many percent of the weights a stage trains."""
-    own = cfg.p_sft or 100
-    known = {"warmup": 100, "rewrite": own, "forget": cfg.p_forget or cfg.p, "improve": cfg.p}
-    if cfg.sft:  # else it is one of the methods
-        known["sft"] = own
-    method = own if "sft" in stage else 100
-    if cfg.masks(stage):
-        method = cfg.p
-    return known.get(stage.split("-")[0], method)  # a fork's forget-2 is as forget
-
-
-def estimate(run, stage):
-    """{term: bytes on the device} of a training stage: T tokens at a time, n trained weights."""
+def estimate(run, stage, percent):
+    """{term: bytes on the device} of a stage that trains so many percent of the weights: T tokens
+    at a time, n trained weights."""
     cfg = run.cfg
     c = run.config
     size = run.dtype.itemsize
-    share = percent_of(cfg, stage) / 100
+    share = percent / 100
     n = run.parameters * share
     # a pair is never parted, nor is a rewriting prompt
     T = max(cfg.micro_tokens, (2 + (stage == "rewrite")) * cfg.max_length)
@@ -63,13 +52,12 @@ def show_plan(run):
     if not run.pairs and not cfg.sft_alone:
         asked = len(run.questions[:cfg.sample_questions or None])
         say(f"samples {cfg.n} responses to each of {asked} questions first")
-    for stage in training_stages(cfg):
+    for stage, percent in training_stages(cfg).items():
         rows = len(run.tasks if "sft" in stage and run.tasks else run.pairs)  # 0: to be sampled
         plan = schedule(cfg, stage, run.parameters, rows or 10**9)
         steps = -(-round(rows * plan.epochs) // plan.batch)
         steps = min(steps, cfg.max_steps or steps)
-        percent = percent_of(cfg, stage)
-        size = sum(estimate(run, stage).values()) / 1e9
+        size = sum(estimate(run, stage, percent).values()) / 1e9
         optimizer = run.parameters * percent / 100 * (12 + cfg.state_bits / 4) / 1e9
         lines.append([stage, f"{rows or 'sampled'}", f"{steps or '?'}",
                       f"{plan.batch if steps else '?'}", f"{plan.lr:g}", f"{percent:g} %",

@@ -68,14 +68,21 @@ def one_stage(name: str, layers: int, stage: str, settings: dict, device: str) -
         run = random_run("cut", settings | {"max_steps": 1}, "cuda", "bf16", Path(place))
         run.report_change = lambda name, optimizer, skipped: optimizer.close()
         work(run, stage, slots_of(whole, RESPONSE + 8))
-        estimate = sum(memory.estimate(whole, stage).values())
+        estimate = sum(memory.estimate(whole, stage, percent_of(whole.cfg, stage)).values())
         return {"estimate": estimate, "layers": layers, "slots": slots_of(whole, 450),
                 **peaks("cuda")}
 
 
+def percent_of(cfg, stage: str) -> float:
+    """How many percent of the weights a stage trains."""
+    return cfg.p_sft or 100 if stage == "sft" else cfg.p
+
+
 def slots_of(run, room: int) -> int:
     """How many samples of so many tokens generate.py's Cache runs at once under the cap."""
-    c, free = run.config, CAPS[run.cfg.memory] * 2**30 - memory.estimate(run, "improve")["weights"]
+    c = run.config
+    weights = memory.estimate(run, "improve", run.cfg.p)["weights"]
+    free = CAPS[run.cfg.memory] * 2**30 - weights
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     return min(run.cfg.sample_batch, int(0.7 * free / token / room))
 
@@ -89,12 +96,12 @@ def work(run, stage: str, slots: int) -> None:
         return
     examples = [Example(*pair) for pair in random_pairs(1, PROMPT + RESPONSE, vocab, PROMPT)]
     if stage == "locate":
-        train.importance_of(run, run.base, lambda: examples, objective, run.cfg.locate)
+        train.importance_of(run, run.base, examples, objective, run.cfg.locate)
         return
     if stage != "improve":  # two responses, each after half a prompt
         pairs = random_pairs(2, PROMPT // 2 + RESPONSE, vocab, PROMPT // 2)
         examples = [Example(prompt, [y], [1.0] * RESPONSE) for prompt, [y, _] in pairs]
-    train_steps(run, stage, examples, objective, memory.percent_of(run.cfg, stage))
+    train_steps(run, stage, examples, objective, percent_of(run.cfg, stage))
 
 
 def all_layers(name: str, stage: str, settings: dict, device: str, few: list[int]) -> dict | None:
