@@ -26,7 +26,7 @@ class Objective:
 
     units(example): what the sum is divided by: rows, tokens, or weights that are not 0.
     first_loss(examples): the loss while theta = theta_ref, which is checked; None: no reference is
-    needed. after(metrics): called after each step; where a stage goes on, again for the steps before.
+    needed. after(metrics): called after each step, and where a stage goes on for those before.
     """
     loss: Callable
     units: Callable = lambda example: 1
