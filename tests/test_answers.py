@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EOS, error_of, random_ids, separate_logps, tiny_model, write_tokenizer
+from helpers import EOS, random_ids, separate_logps, tiny_model, write_tokenizer
 from runs import TEMPLATE, rows_of
 
 import eval as evaluation

@@ -23,11 +23,9 @@ import eval as evaluation
 import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
-from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair
 from allo_mini.patch import apply
 from allo_mini.run import log
-from allo_mini.run.files import save_tensors
 from allo_mini.run.config import METHODS, parse, schedule
 from allo_mini.run.folder import Run, load_mask
 from allo_mini.run.log import exit_code
@@ -117,9 +115,13 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
 def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
     """And its next commands; with another number of threads, which is said once."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    before = results_of(whole)
+    before, card = results_of(whole), whole / "improve/README.md"
+    text = card.read_text()
+    card.write_text("license: mine")
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
+    assert card.read_text() == "license: mine"
+    card.write_text(text)
     table = json.loads((whole / "results.json").read_text())["table"]
     for text in table, "grade ", "talk ", "share ":
         assert text in said

@@ -209,20 +209,20 @@ def finish(run, models):
     lines = [text, ""]
     for name, folder in folders.items():
         lines.append(f"{name:>10}  {folder}")
-        if Path(folder).parent == run.folder:
-            write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
+        about = Path(folder, "README.md")
+        if about.parents[1] == run.folder and not about.exists():  # somebody may have edited it
+            write_text(about, card(run, name, Path(folder).name, text))
     lines.append(f"    report  {run.folder / 'report.html'}\n")
     if run.test:
         lines.append(f"grade  {sys.executable} eval.py --model {folder} --test {test}")
     lines += [f"talk   {sys.executable} eval.py --model {folder} --chat",
               f"share  {Path(sys.executable).parent}/hf upload YOU/NAME {folder}"]
-    said = "\n".join(lines)
-    write_json(run.folder / "results.json", {
-        "models": folders, "results": results, "table": text,
-        "seconds": run.log.seconds, "command": " ".join(sys.argv), "date": str(date.today()),
-        "torch": torch.__version__})
+    path = run.folder / "results.json"
+    when = {"command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__}
+    write_json(path, when | read_if_there(path) | {  # when it was first finished
+        "models": folders, "results": results, "table": text, "seconds": run.log.seconds})
     write_report(run.folder)
-    say(said)
+    say("\n".join(lines))
 
 
 def card(run, name, stage, text):
