@@ -279,8 +279,12 @@ def gains(pairs: list[tuple[dict, dict]], shared: bool) -> list[float]:
 
 
 def t_test(difference: float, parts: list[tuple[float, int]]) -> float:
-    """Two-sided p of a difference whose variance is the sum of `parts`, (variance, degrees of
-    freedom): by Satterthwaite. Of x = sqrt(degrees) tan(a) Student's is cos(a)^(degrees - 1) da."""
+    """Two-sided p of a difference, by Student's t.
+
+    Its variance is the sum of `parts`, (variance, degrees of freedom) each; the sum's degrees are
+    Satterthwaite's. The density is added up over the angle a of t = sqrt(degrees) tan(a), where it
+    is cos(a)^(degrees - 1) and the tails end at a right angle.
+    """
     total = sum(part for part, _ in parts)
     if not total:
         return float(not difference)
