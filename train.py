@@ -29,10 +29,10 @@ from collections import defaultdict
 import torch
 
 from allo_mini import UserError
-from allo_mini.data.rows import Negative
+from allo_mini.data.rows import Negative, Pair
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
-from allo_mini.evaluation.report import describe_mask, finish, record_tokens
+from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
@@ -41,7 +41,8 @@ from allo_mini.objectives import BASELINES, dpo_objective, npo_objective, sft_ob
 from allo_mini.patch import begin_at, save_patch
 from allo_mini.run import parallel
 from allo_mini.run.config import parse, schedule
-from allo_mini.run.files import append_rows, keep_whole, load_tensors, write_jsonl
+from allo_mini.run.files import (append_rows, keep_whole, load_tensors, read_jsonl, reading,
+                                 write_jsonl)
 from allo_mini.run.folder import Policy, load_mask, open_run
 from allo_mini.run.log import Progress, exit_code, progress, say
 from allo_mini.run.memory import locate_groups, show_plan
@@ -188,15 +189,22 @@ def preferences(run):
         return run.pairs, [
             Negative(pair.prompt, pair.rejected, pair.chosen, pair.rewrite or pair.chosen)
             for pair in run.pairs if pair.rejected != pair.chosen]
-    samples = read_samples(run.folder / SAMPLES)
-    pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
-                             run.encoder)
-    if not pairs:
-        raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
-                        "sample more (--n), or try another --prompt or --stop, in a new --out")
-    if parallel.RANK == 0:
-        write_jsonl(run.folder / "pairs.jsonl", map(vars, pairs))  # to look at
-    return pairs, negatives
+    wrong = run.folder / "negatives.jsonl"
+
+    def make(target):
+        samples = read_samples(run.folder / SAMPLES)
+        pairs, negatives = label(run.questions, samples, run.cfg.pairs_per_question, run.cfg.seed,
+                                 run.encoder)
+        if not pairs:
+            raise UserError("no question has a right and a wrong sample: fine-tune first (--sft), "
+                            "sample more (--n), or try another --prompt or --stop, in a new --out")
+        write_jsonl(wrong, [n._asdict() for n in negatives])
+        write_jsonl(target, map(vars, pairs))
+
+    path = run.stage("label", "pairs.jsonl", make)
+    with reading(f"{path} or {wrong}"):
+        pairs = [Pair(**row) for _, row in read_jsonl(path)]
+        return pairs, [Negative(**row) for _, row in read_jsonl(wrong)]
 
 
 def warmup(run, policy, pairs):
@@ -318,7 +326,8 @@ def improve(run, policy, pairs, mask, name="improve", whole=True):
 def allo(run, policy, pairs, negatives):
     """Which weights, which tokens; then the two phases."""
     forget_mask, improve_mask = locate(run, policy, pairs)
-    weighted = token_weights(run, policy, negatives)
+    needing = ["forget.safetensors"] * run.cfg.forget + ["improve", TOKENS]
+    weighted = [] if run.has(*needing) else token_weights(run, policy, negatives)
     forgotten = forget(run, policy, weighted, forget_mask) if run.cfg.forget else policy
     improved = improve(run, forgotten, pairs, improve_mask)
     record_tokens(run, forgotten, improved, weighted)

@@ -6,7 +6,7 @@ train.py divides it by the units of the whole step.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -26,11 +26,13 @@ class Objective:
 
     units(example): what the sum is divided by: rows, tokens, or weights that are not 0.
     first_loss(examples): the loss while theta = theta_ref, which is checked; None: no reference is
-    needed. after(metrics): called after each step, and where a stage goes on for those before.
+    needed. state: what the loss remembers of earlier steps, saved in checkpoints as JSON;
+    after(metrics) changes it.
     """
     loss: Callable
     units: Callable = lambda example: 1
     first_loss: Callable | None = None
+    state: dict = field(default_factory=dict)
     after: Callable = lambda metrics: None
 
 
@@ -121,15 +123,17 @@ def simpo_objective(cfg):
 
 def bco_objective(cfg):
     """BCO. delta is the mean reward of all steps before this one: micro-batches do not matter."""
-    means = []
+    state = {"delta": 0.0, "steps": 0}
 
     def loss_of(scores, lengths):
-        return losses.bco_loss(*scores, cfg.beta, fmean(means or [0.0]))
+        return losses.bco_loss(*scores, cfg.beta, state["delta"])
 
     def after(metrics):
-        means.append((metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2)
+        mean = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+        state["steps"] += 1
+        state["delta"] += (mean - state["delta"]) / state["steps"]
 
-    return replace(pair_objective(loss_of, cfg.beta), after=after)
+    return replace(pair_objective(loss_of, cfg.beta), state=state, after=after)
 
 
 def sequence_npo_objective(cfg):

@@ -84,15 +84,33 @@ def weights_from_scores(scores, mode, threshold):
     return [1 - s for s in scores] if mode == "soft" else scores
 
 
-def alignment(response, rewrite):
-    """difflib's of two lists of ids: the longest common run first, which is nearly always, not
-    always, the one of fewest edits."""
-    return SequenceMatcher(None, response, rewrite, autojunk=False)
-
-
 def edit_weights(response, rewrite):
-    """1 for the tokens of `response` outside that alignment (FIGA, arXiv 2311.04072)."""
+    """1 for the tokens of `response` outside its alignment with `rewrite` (FIGA, arXiv 2311.04072).
+
+    difflib's alignment, the longest common run first: nearly always a minimal one, not always.
+    """
     weights = [1.0] * len(response)
-    for start, _, size in alignment(response, rewrite).get_matching_blocks():
+    matcher = SequenceMatcher(None, response, rewrite, autojunk=False)
+    for start, _, size in matcher.get_matching_blocks():
         weights[start:start + size] = [0.0] * size
     return weights
+
+
+def nearest(response, candidates):
+    """Index of the candidate that the fewest insertions and deletions of tokens turn into it.
+
+    The longest common subsequence, row by row of its table; a row is one integer, whose zero bits
+    stand where the subsequence grows (Hyyrö 2004).
+    """
+    places = defaultdict(int)  # token -> bits of where the response has it
+    for i, token in enumerate(response):
+        places[token] |= 1 << i
+    full = (1 << len(response)) - 1
+    edits = []
+    for candidate in candidates:
+        row = full
+        for token in candidate:
+            matches = row & places[token]
+            row = (row + matches | row - matches) & full
+        edits.append(len(candidate) + 2 * row.bit_count())  # and len(response) less, for all
+    return edits.index(min(edits))

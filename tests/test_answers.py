@@ -28,8 +28,8 @@ from allo_mini.logprobs import score
 from allo_mini.mask import Selected, to_tensors
 from allo_mini.patch import save_patch
 from allo_mini.run.files import read_jsonl, save_tensors, write_json, write_jsonl as write
-from allo_mini.token_weights import (edit_weights, read_scores, rewrite_examples, rewrite_prompt,
-                                     token_scores, weights_from_scores)
+from allo_mini.token_weights import (edit_weights, nearest, read_scores, rewrite_examples,
+                                     rewrite_prompt, token_scores, weights_from_scores)
 
 RIGHT = ["aaaa. The answer is 5", "bbbb. The answer is 5", "cccc. The answer is 5"]
 WRONG = ["bbbx. The answer is 6", "cxcc. The answer is 7", "no idea", "aaaa. The answer is 55"]
@@ -171,6 +171,7 @@ def test_weights_by_edit_alignment_and_from_scores():
     assert edit_weights([1, 2, 3, EOS], [1, 3, EOS]) == [0, 1, 0, 0]  # deleted
     assert edit_weights([1, 3, EOS], [1, 2, 3, EOS]) == [0, 0, 0]  # inserted: no token is wrong
     assert edit_weights([5, 6], []) == edit_weights([5, 6], [7, 8, 9]) == [1, 1]
+    assert nearest([1, 2, 3, 4], [[9], [1, 4], [1, 2, 3, 4, 5], [1, 2, 4]]) == 2
     scores = [0.0, 0.49, 0.5, 0.75, 1.0]
     assert weights_from_scores(scores, "threshold", 0.5) == [1, 1, 0, 0, 0]  # 0.5 is aligned
 

@@ -88,8 +88,8 @@ def cut(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change", [
-    None, lambda state, notes: notes.clear(), lambda state, notes: notes.update(step="[]"),
-    lambda state, notes: notes.update(total="4"),
+    None, lambda state, notes: notes.clear(), lambda state, notes: notes.update(progress="[]"),
+    lambda state, notes: notes.update(progress='{"step": 2, "total": 4, "state": {}}'),
     lambda state, notes: state.pop("exp_avg"),
     lambda state, notes: state.update(exp_avg=state["exp_avg"][:3]),
     lambda state, notes: state.update(start=state["start"] + 1)])

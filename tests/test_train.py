@@ -27,6 +27,7 @@ from allo_mini.data.rows import Pair
 from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.config import METHODS, parse, schedule
+from allo_mini.run.files import remove
 from allo_mini.run.folder import Run, load_mask
 from allo_mini.run.log import exit_code
 
@@ -65,8 +66,8 @@ def test_every_stage_leaves_its_artefact(whole):
     for name in ("sft", "rewriter", "improve", "dpo"):
         load_model(whole / name)
         assert {"tokenizer.json", "generation_config.json"} <= {*os.listdir(whole / name)}
-    assert {"samples.jsonl", "pairs.jsonl", "movement.safetensors", "mask.safetensors",
-            "token_weights.jsonl", "forget.safetensors", "report.html",
+    assert {"samples.jsonl", "pairs.jsonl", "negatives.jsonl", "movement.safetensors",
+            "mask.safetensors", "token_weights.jsonl", "forget.safetensors", "report.html",
             "patch.safetensors", "token_examples.jsonl"} <= {*os.listdir(whole)}
     results = json.loads((whole / "results.json").read_text())["results"]
     assert results.keys() == {"SFT", "DPO", "ALLO"} and results["ALLO"]["n"] == 4
@@ -115,12 +116,15 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
 def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
     """And its next commands; with another number of threads, which is said once."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    before, card = results_of(whole), whole / "improve/README.md"
+    path, card = whole / "results.json", whole / "improve/README.md"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"date": "2020-01-01"}))
+    before = results_of(whole)
     text = card.read_text()
     card.write_text("license: mine")
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
     assert card.read_text() == "license: mine"
+    assert json.loads(path.read_text())["date"] == "2020-01-01"
     card.write_text(text)
     table = json.loads((whole / "results.json").read_text())["table"]
     for text in table, "grade ", "talk ", "share ":
@@ -379,8 +383,10 @@ def test_after_a_kill_in_the_last_lines_nothing_is_made_again(world, tmp_path, m
     command = arguments(world, out, "--method", "rft", "allo", "--locate", "random")
     with_samples(world, out)
     assert train.main(command) == 0
-    for place, name in (train, "optimize"), (train, "token_scores"), (train, "sample_row"):
-        monkeypatch.setattr(place, name, None)
+    for name in ("optimize", "token_scores", "sample_row", "label"):
+        monkeypatch.setattr(train, name, None)
+    for name in ("token_weights.jsonl", "rewriter"):  # what nothing needs any more may go
+        remove(out / name)
     for name in ("results.json", "report.html"):
         (out / name).unlink()
         assert train.main(command) == 0 and (out / name).exists()

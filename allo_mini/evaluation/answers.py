@@ -15,7 +15,7 @@ from allo_mini.generate import sample
 from allo_mini.logprobs import margins
 from allo_mini.run.files import read_jsonl, reading
 from allo_mini.run.log import progress, say
-from allo_mini.token_weights import alignment
+from allo_mini.token_weights import nearest
 
 COLUMNS = ("reward accuracy", "reward margin", "accuracy", "raw accuracy", "95 % interval", "rows",
            "official", "raw margin", "cut", "no answer")  # of the result table
@@ -86,7 +86,7 @@ def label(tasks, samples, per_question, seed, encoder):
         for text in wrong:
             rewrite = task.rewrite or task.output
             if right and not task.rewrite:
-                rewrite = max(right, key=lambda good: alignment(ids[text], ids[good]).ratio())
+                rewrite = right[nearest(ids[text], map(ids.get, right))]
             if rewrite:
                 negatives.append(Negative(task.prompt, text, task.output or rewrite, rewrite))
         both = list(product(right, wrong))

@@ -219,7 +219,10 @@ def finish(run, models):
               f"share  {Path(sys.executable).parent}/hf upload YOU/NAME {folder}"]
     path = run.folder / "results.json"
     when = {"command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__}
-    write_json(path, when | read_if_there(path) | {  # when it was first finished
+    known = read_if_there(path)
+    if known.get("table") != text:  # else it was finished then
+        known = {}
+    write_json(path, when | known | {
         "models": folders, "results": results, "table": text, "seconds": run.log.seconds})
     write_report(run.folder)
     say("\n".join(lines))

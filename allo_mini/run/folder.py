@@ -30,8 +30,9 @@ from allo_mini.run.files import (keep_whole, load_tensors, lock, read_if_there, 
 from allo_mini.run.inputs import encoder_for, read_rows, unused_template
 from allo_mini.run.log import Log, progress, say
 
-ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "movement.safetensors", "mask.safetensors",
-    "mask-forget.safetensors", "token_weights.jsonl", "forget.safetensors", "rewriter", "improve")
+ARTEFACTS = (*METHODS, "more-sft", "samples.jsonl", "pairs.jsonl", "negatives.jsonl",
+    "movement.safetensors", "mask.safetensors", "mask-forget.safetensors", "token_weights.jsonl",
+    "forget.safetensors", "rewriter", "improve")
 NO_MATTER = ("dry_run", "out", "save_minutes")  # settings that change no result
 
 

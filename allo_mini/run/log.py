@@ -1,5 +1,6 @@
 """What a run says and remembers of its steps: lines, metrics.jsonl, checkpoints, errors."""
 
+import json
 import math
 import os
 import sys
@@ -101,8 +102,8 @@ class Progress:
     """Where a training stage of `total` steps stands: its lines, and checkpoints inside it.
 
     A stage that was killed goes on from the last checkpoint, bit for bit (on a CPU): the
-    optimizer's vectors and the step; what the objective remembers is in metrics.jsonl. No random
-    generator is saved: the order of the data follows from --seed and the step.
+    optimizer's vectors, the step and the objective's state. No random generator is saved: the order
+    of the data follows from --seed and the step.
     """
 
     def __init__(self, run, stage, total, optimizer, objective):
@@ -117,14 +118,13 @@ class Progress:
         if self.path.exists():
             tensors, metadata = files.load_tensors(self.path)
             with files.reading(self.path):
-                self.step = int(metadata["step"])
-                if int(metadata["total"]) != total or not tensors["start"].equal(optimizer.start):
+                known = json.loads(metadata["progress"])
+                if known["total"] != total or not tensors["start"].equal(optimizer.start):
                     raise UserError(f"{self.path}: of other weights or rows; delete it to begin "
                                     "again")
+                self.step = known["step"]
+                objective.state.update(known["state"])
                 optimizer.load_state_dict(tensors)
-            for row in Log.read(run.folder):
-                if row["stage"] == stage and row.get("step", total) <= self.step:  # notes have none
-                    objective.after(row)
             say(f"{stage}: goes on after step {self.step} of {total}")
         self.began = self.saved_at = time.monotonic()
 
@@ -158,8 +158,9 @@ class Progress:
             say(f"{self.stage:>8} {step:>{len(str(total))}}/{total}  {'  '.join(columns)}")
         due = now - self.saved_at >= 60 * self.run.cfg.save_minutes and step < total
         if due and parallel.RANK == 0:
+            known = {"step": step, "total": total, "state": self.objective.state}
             files.save_tensors(self.optimizer.state_dict(), self.path,
-                               {"step": str(step), "total": str(total)})
+                               {"progress": json.dumps(known)})
             self.run.log.note_time(self.stage)
             self.saved_at = now
         self.began = time.monotonic()
