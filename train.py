@@ -22,6 +22,7 @@ Departures from the official code, and why:
  j. Sampled responses that hit the length limit are left out: nobody saw how they end.
 """
 
+import functools
 import random
 import sys
 from collections import defaultdict
@@ -32,7 +33,7 @@ from allo_mini import UserError
 from allo_mini.data.rows import Negative, Pair
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
-from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens
+from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens, reprint
 from allo_mini.locate import gradient_importance, random_importance
 from allo_mini.logprobs import micro_batches, responses_of, size_of, with_reference
 from allo_mini.mask import select_neurons, to_tensors
@@ -120,14 +121,15 @@ def steps_of(examples, batch, epochs, seed):
 
 # ---- the stages: each makes one artefact, and is skipped when that is there --------------------
 # run: a Run; policy: the Policy, a model on disk, that a stage begins with and many return;
-# examples, pairs: encoded rows; negatives: wrong responses with what they are to be.
+# examples, pairs: functions that return the encoded rows, called where they are needed;
+# negatives: Negatives, wrong responses with what they are to be.
 
 def trained(run, name, policy, examples, objective, mask, artefact="", whole=True):
     """What training `policy` ends in. whole: a model folder; else its fp32 weights in `mask`."""
     artefact = artefact or (name if whole else f"{name}.safetensors")
 
     def make(target):
-        model, optimizer = optimize(run, name, policy, examples, objective, mask)
+        model, optimizer = optimize(run, name, policy, examples(), objective, mask)
         run.save(model if whole else to_tensors(*optimizer.selected_weights()), target)
 
     path = run.stage(name, artefact, make, ranks=True)
@@ -210,7 +212,7 @@ def preferences(run):
 def warmup(run, policy, pairs):
     """An epoch of DPO; keeps |theta' - theta| of every weight in fp32, before any rounding."""
     def make(target):
-        _, optimizer = optimize(run, "warmup", policy, pairs, dpo_objective(run.cfg.beta))
+        _, optimizer = optimize(run, "warmup", policy, pairs(), dpo_objective(run.cfg.beta))
         run.save(optimizer.shaped(optimizer.moved()), target)
 
     run.stage("warmup", MOVEMENT, make, ranks=True)
@@ -253,7 +255,7 @@ def importance_of(run, policy, examples, objective, how):
         if {name: values.shape for name, values in moved.items()} != run.shapes:
             raise UserError(f"{run.folder / MOVEMENT}: of another model")
         return moved
-    return gradient_importance(run.load(policy), examples[:cfg.locate_pairs], objective,
+    return gradient_importance(run.load(policy), examples()[:cfg.locate_pairs], objective,
                                run.folder, how == "snr", locate_groups(run), cfg.micro_tokens,
                                cfg.offload)
 
@@ -305,14 +307,18 @@ def score(run, policy, rows):
 
 def rewrite(run, policy, negatives):
     """The rewriting model, trained to correct wrong responses with few edits."""
-    examples = rewrite_examples(run.encoder, negatives)
-    run.report_dropped("rewrites", len(examples))
-    return fine_tuned(run, "rewrite", policy, examples, "rewriter")
+    def examples():
+        rows = rewrite_examples(run.encoder, negatives)
+        run.report_dropped("rewrites", len(rows))
+        return rows
+
+    return fine_tuned(run, "rewrite", policy, functools.cache(examples), "rewriter")
 
 
 def forget(run, policy, weighted, mask, name="forget"):
     """Phase 1: token-weighted NPO on what is unaligned, masked weights only; they stay fp32."""
-    return trained(run, name, policy, weighted, npo_objective(run.cfg.beta), mask, whole=False)
+    return trained(run, name, policy, lambda: weighted, npo_objective(run.cfg.beta), mask,
+                   whole=False)
 
 
 def improve(run, policy, pairs, mask, name="improve", whole=True):
@@ -372,10 +378,8 @@ def right_samples(run):
 
 def run_all(run):
     """The whole method, the others beside it, then the table."""
-    cfg = run.cfg
     show_plan(run)
-    if cfg.dry_run:
-        return
+    cfg = run.cfg
     policy = fine_tuned(run, "sft", run.base, solutions(run)) if cfg.sft else run.base
     models = {"SFT" if cfg.sft else "start": policy}
     pairs = None
@@ -396,8 +400,14 @@ def run_all(run):
 
 def main(argv=None):
     """Parse, run, and turn every mistake of the user's into one line and exit code 2."""
-    return exit_code(lambda: run_all(open_run(parse(argv))),
-                     stopped="stopped; the same command goes on from the last checkpoint")
+    def work():
+        run = open_run(parse(argv))
+        if run.cfg.dry_run:
+            show_plan(run)
+        elif not reprint(run):
+            run_all(run)
+
+    return exit_code(work, stopped="stopped; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -6,17 +6,18 @@ import json
 import math
 import random
 import re
+import runpy
+import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import EOS, random_ids, separate_logps, tiny_model, write_tokenizer
+from helpers import EOS, error_of, random_ids, separate_logps, tiny_model, write_tokenizer
 from runs import TEMPLATE, rows_of
 
 import eval as evaluation
-from allo_mini import UserError
 from allo_mini.checkpoint import save_model
 from allo_mini.data.encoder import Encoder, Example
 from allo_mini.data.rows import Negative, Task
@@ -495,8 +496,10 @@ def test_watched_tokens_are_those_of_the_two_models(tmp_path):
     ("results.json", '{"results": {"A": {}}}', "eval-A.jsonl: cannot be read"),
     ("token_examples.jsonl", '{"prompt": "a", "tokens": ["b"]}\n', "cannot be read"),
     ("mask.safetensors", "no", "mask.safetensors: cannot be read")])
-def test_a_broken_folder_is_one_line(folder, file, text, message):
+def test_a_broken_folder_is_one_line(folder, monkeypatch, capsys, file, text, message):
     (folder / file).write_text(text)
-    with pytest.raises(UserError, match=message):
-        report.write_report(folder)
+    monkeypatch.setattr(sys, "argv", ["report", str(folder)])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(report.__file__, run_name="__main__")
+    assert message in error_of(capsys)
     assert not (folder / "report.html").exists()

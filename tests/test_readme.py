@@ -61,7 +61,7 @@ def test_every_command_is_one_that_the_program_takes(command):
     elif script == "eval.py":
         evaluation.make_parser().parse_args(argv)
     elif script == "-m":
-        assert argv[0] in ("pytest", "allo_mini.patch")
+        assert argv[0] in ("pytest", "allo_mini.patch", "allo_mini.evaluation.report")
     else:
         if "--more" in argv:  # what follows is for train.py
             at = argv.index("--more")
@@ -207,6 +207,9 @@ def test_the_results_are_what_the_finished_cells_say():
                 assert row[1] == values[column].partition(" (")[0], (name, cell)
                 checked += 1
         assert checked >= 7
+    snr = section["masked DPO by snr: `masked-dpo`"][0]  # the demo's rows have another name for it
+    demo_cells = cells_of((ROOT / "tests/benchmarks/results/demo.md").read_text())
+    assert demo_cells["masked DPO, 512 pairs"][1] == snr.partition(" (")[0]
     pool = reproduce.pooled(["ecqa-again", "qasc", "openbookqa", "strategyqa"], "DPO")
     assert {*pool.splitlines()[2:]} <= {*BOTH.splitlines()}
     averages = {re.split(" by |:", cell)[0]: values[2]

@@ -23,11 +23,11 @@ import eval as evaluation
 import train
 from allo_mini import UserError
 from allo_mini.checkpoint import load_model
+from allo_mini.data.encoder import Encoder
 from allo_mini.data.rows import Pair
 from allo_mini.patch import apply
 from allo_mini.run import log
 from allo_mini.run.config import METHODS, parse, schedule
-from allo_mini.run.files import remove
 from allo_mini.run.folder import Run, load_mask
 from allo_mini.run.log import exit_code
 
@@ -76,8 +76,8 @@ def test_every_stage_leaves_its_artefact(whole):
         n = len(row["tokens"])
         assert row["weights"] == [float(score < 0.5) for score in row["scores"]]
         assert n == len(row["weights"]) == len(row["kept"]) and sum(row["kept"]) >= max(1, n // 10)
-    scored = {row["output"] for row in rows_of(whole / "token_weights.jsonl")}
-    assert scored >= {row["rejected"] for row in rows_of(whole / "pairs.jsonl")} != set()
+    scored = [row["output"] for row in rows_of(whole / "token_weights.jsonl")]
+    assert scored == [row["response"] for row in rows_of(whole / "negatives.jsonl")]
 
 
 def test_metrics_of_every_step(whole):
@@ -116,20 +116,13 @@ def test_masks_are_exact_and_no_other_weight_moves(whole):
 def test_a_finished_run_prints_its_table_again(whole, monkeypatch, capsys):
     """And its next commands; with another number of threads, which is said once."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    path, card = whole / "results.json", whole / "improve/README.md"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"date": "2020-01-01"}))
     before = results_of(whole)
-    text = card.read_text()
-    card.write_text("license: mine")
     assert train.main(demo_command(whole.parent)) == 0
     said = capsys.readouterr().out
-    assert card.read_text() == "license: mine"
-    assert json.loads(path.read_text())["date"] == "2020-01-01"
-    card.write_text(text)
     table = json.loads((whole / "results.json").read_text())["table"]
-    for text in table, "grade ", "talk ", "share ":
+    for text in "finished", table, "grade ", "talk ", "share ":
         assert text in said
-    assert not re.search(r"(?m)^\S+: \d+ rows, ", said)  # nothing is trained again
+    assert "skipped" not in said
     assert said.count("begun with 1 threads, now 2") == 1
     assert difference(before, results_of(whole)) == []
 
@@ -378,18 +371,27 @@ def test_steps_without_any_weight_are_skipped_and_counted(world, tmp_path, capsy
     assert first_losses(said)["forget"] == pytest.approx(LN2, rel=1e-5)
 
 
-def test_after_a_kill_in_the_last_lines_nothing_is_made_again(world, tmp_path, monkeypatch):
-    out = tmp_path / "run"
+@pytest.mark.parametrize("pairs", [False, True])
+def test_what_is_finished_is_not_encoded_or_labelled_again(world, tmp_path, monkeypatch, pairs):
+    """Nor after a kill in the last lines; an unfinished stage has what it needs encoded."""
+    out, calls = tmp_path / "run", []
     command = arguments(world, out, "--method", "rft", "allo", "--locate", "random")
-    with_samples(world, out)
+    if pairs:
+        command[2:6] = ["--no-forget", "--pairs", f"{world}/pairs.jsonl"]  # for --train, --test
+    else:
+        with_samples(world, out)
     assert train.main(command) == 0
-    for name in ("optimize", "token_scores", "sample_row", "label"):
-        monkeypatch.setattr(train, name, None)
-    for name in ("token_weights.jsonl", "rewriter"):  # what nothing needs any more may go
-        remove(out / name)
-    for name in ("results.json", "report.html"):
-        (out / name).unlink()
-        assert train.main(command) == 0 and (out / name).exists()
+    with monkeypatch.context() as patched:
+        for place, name in ((Encoder, "example"), (train, "label"), (train, "is_correct")):
+            patched.setattr(place, name, calls.append)
+        for name in ("results.json", "report.html"):
+            (out / name).unlink()
+            assert train.main(command) == 0 and (out / name).exists() and calls == []
+    rows, encode = 22 if pairs else 40, Encoder.example
+    monkeypatch.setattr(Encoder, "example", lambda *row: calls.append(row[2]) or encode(*row))
+    shutil.rmtree(out / "improve")
+    (out / "results.json").unlink()
+    assert train.main(command) == 0 and sorted(map(len, calls)) == [1] * rows + [2] * rows
 
 
 # ---- the plan ----------------------------------------------------------------------------------
@@ -423,6 +425,7 @@ def test_a_dry_run_changes_nothing(world, whole, tmp_path, capsys, monkeypatch):
     assert train.main([*demo_command(whole.parent), "--dry-run"]) == 0
     assert train.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert said.count("responses to each of") == 1  # the first run has its samples
     assert "8 responses to each of 500 questions" in said
     assert len(re.findall(r"(?m)^\w+ +sampled +.* +\S+ GB$", said)) == 10
     assert train.main(arguments(world, tmp_path / "x", "--beta", "0", "--dry-run")) == 2

@@ -1,9 +1,10 @@
 """What a run says at its end: its table, and report.html with everything there is to look at.
 
-A finished run's command, given again, says it all again and writes the page anew. It is made of the
-run folder's files alone; a section whose files are missing is left out. The first functions here
-prepare what the template, report.html beside this file, lays out. Everything is escaped; the page
-holds no script and loads nothing.
+    python -m allo_mini.evaluation.report RUN_FOLDER      writes RUN_FOLDER/report.html anew
+
+The page is made of a run folder's files alone; a section whose files are missing is left out. The
+first functions here prepare what the template, report.html beside this file, lays out. Everything
+is escaped; the page holds no script and loads nothing.
 """
 
 import sys
@@ -24,7 +25,7 @@ from allo_mini.run.config import schedule, training_stages
 from allo_mini.run.files import (read_if_there, read_json, reading, rows_if_there, rows_of,
                                  write_json, write_jsonl, write_text)
 from allo_mini.run.folder import load_mask
-from allo_mini.run.log import Log, say, table
+from allo_mini.run.log import Log, exit_code, say, table
 
 SHOWN = 12  # negatives, and rows where the models differ
 TOKENS = "token_examples.jsonl"
@@ -170,6 +171,15 @@ def record_tokens(run, before, after, examples):
     run.stage("tokens", TOKENS, make)
 
 
+def reprint(run):
+    """Whether the run is finished; if so, what it said last is said again."""
+    finished = run.has("results.json", "report.html")  # the page is written last
+    if finished:
+        said = read_json(run.folder / "results.json").get("said")
+        say(f"{run.folder}: this run is finished\n\n{said}")
+    return finished
+
+
 def evaluated(run, name, policy):
     """A model's answers to the test rows; in 8 bits only if no stage had all weights exact."""
     whole = 100 in training_stages(run.cfg).values()
@@ -209,23 +219,20 @@ def finish(run, models):
     lines = [text, ""]
     for name, folder in folders.items():
         lines.append(f"{name:>10}  {folder}")
-        about = Path(folder, "README.md")
-        if about.parents[1] == run.folder and not about.exists():  # somebody may have edited it
-            write_text(about, card(run, name, Path(folder).name, text))
+        if Path(folder).parent == run.folder:
+            write_text(f"{folder}/README.md", card(run, name, Path(folder).name, text))
     lines.append(f"    report  {run.folder / 'report.html'}\n")
     if run.test:
         lines.append(f"grade  {sys.executable} eval.py --model {folder} --test {test}")
     lines += [f"talk   {sys.executable} eval.py --model {folder} --chat",
               f"share  {Path(sys.executable).parent}/hf upload YOU/NAME {folder}"]
-    path = run.folder / "results.json"
-    when = {"command": " ".join(sys.argv), "date": str(date.today()), "torch": torch.__version__}
-    known = read_if_there(path)
-    if known.get("table") != text:  # else it was finished then
-        known = {}
-    write_json(path, when | known | {
-        "models": folders, "results": results, "table": text, "seconds": run.log.seconds})
+    said = "\n".join(lines)
+    write_json(run.folder / "results.json", {
+        "models": folders, "results": results, "table": text, "said": said,
+        "seconds": run.log.seconds, "command": " ".join(sys.argv), "date": str(date.today()),
+        "torch": torch.__version__})
     write_report(run.folder)
-    say("\n".join(lines))
+    say(said)
 
 
 def card(run, name, stage, text):
@@ -241,3 +248,7 @@ def card(run, name, stage, text):
     percent = training_stages(cfg).get(stage, cfg.p)  # of a fork's stage --p
     return CARD.format(base=base, name=name, data=data, p=percent, rate=rate, seed=cfg.seed,
                        text=text)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: print(write_report(Path(*sys.argv[1:])))))

@@ -291,7 +291,7 @@ def parse(argv):
     if bool(cfg.eval_every) != bool(cfg.val) and own:
         raise UserError("--eval-every N and --val FILE belong together; give both or none")
     rates = {SHARED.get(stage, stage) for stage in training_stages(cfg)}
-    for name in given:
+    for name in given:  # of flags alone: a file may serve many runs
         if name.startswith("lr_") and name.removeprefix("lr_") not in rates:
             say(f"{flag_of(name)} does nothing here: no stage of this run trains at it")
     return cfg

@@ -4,6 +4,7 @@ A stage whose artefact is there is skipped. So a killed run goes on, and a file 
 replaces a stage: put it into the folder under its name (ARTEFACTS) before the run begins.
 """
 
+import functools
 import hashlib
 from collections import namedtuple
 from dataclasses import dataclass
@@ -140,11 +141,16 @@ class Run:
             f"{warning}")
 
     def encoded(self, rows, name):
-        """(prompt, responses) rows -> examples, without those that are dropped (and counted)."""
-        bar = progress(rows, f"read {name}", "row")
-        examples = list(filter(None, starmap(self.encoder.example, bar)))
-        self.report_dropped(name, len(examples))
-        return examples
+        """A function: (prompt, responses) rows -> examples, without those that are dropped (and
+        counted). It encodes when it is first called: a finished stage does not."""
+        @functools.cache
+        def encode():
+            bar = progress(rows, f"read {name}", "row")
+            examples = list(filter(None, starmap(self.encoder.example, bar)))
+            self.report_dropped(name, len(examples))
+            return examples
+
+        return encode
 
     def report_dropped(self, name, usable):
         """Say what the encoder dropped or trimmed just now. Raises UserError if that was all."""
@@ -259,6 +265,6 @@ def open_run(cfg):
         say(f"its file holds {stored}: all weights are rounded to {dtype} (--dtype fp32: none)")
     held = [row.sides for row in run.test + run.val if isinstance(row, Pair)]
     if held and not run.has("config.json"):  # else they were looked at
-        run.encoded(held, "test and validation rows")
+        run.encoded(held, "test and validation rows")()
     claim_folder(run, record_of(run, model))
     return run

@@ -49,7 +49,7 @@ def show_plan(run):
     """Print what the run is going to do: a line for each training stage."""
     cfg = run.cfg
     lines = []
-    if not run.pairs and not cfg.sft_alone:
+    if not run.pairs and not cfg.sft_alone and not run.has("samples.jsonl"):
         asked = len(run.questions[:cfg.sample_questions or None])
         say(f"samples {cfg.n} responses to each of {asked} questions first")
     for stage, percent in training_stages(cfg).items():

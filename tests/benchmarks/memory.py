@@ -96,7 +96,7 @@ def work(run, stage: str, slots: int) -> None:
         return
     examples = [Example(*pair) for pair in random_pairs(1, PROMPT + RESPONSE, vocab, PROMPT)]
     if stage == "locate":
-        train.importance_of(run, run.base, examples, objective, run.cfg.locate)
+        train.importance_of(run, run.base, lambda: examples, objective, run.cfg.locate)
         return
     if stage != "improve":  # two responses, each after half a prompt
         pairs = random_pairs(2, PROMPT // 2 + RESPONSE, vocab, PROMPT // 2)
