@@ -250,6 +250,13 @@ def test_tokens_over_the_boundary_are_counted(make):
     assert encoder.report() == f"{sum(changed)} with a token that is half prompt, half response"
 
 
+def test_responses_that_begin_with_their_prompt_are_counted(make):
+    """Some files hold whole texts beside the prompt: a model would read it twice."""
+    encoder = Encoder(make(), "none", 60)
+    assert encoder.example("the cat", ["the cat x", "x"]) and encoder.example("x", ["y", "z"])
+    assert encoder.report() == "1 with a response that repeats the prompt"
+
+
 # ---- a run's rows ----------------------------------------------------------------------------
 
 @pytest.fixture

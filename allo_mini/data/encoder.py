@@ -129,6 +129,9 @@ class Encoder:
                 return self.drop("empty response")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
+        asked = plain(prompt)
+        if asked and any(plain(response).startswith(asked) for response in responses):
+            self.notes["with a response that repeats the prompt"] += 1
         prompt_ids, answers, changed = self.split(prompt, responses)
         if not prompt_ids and prompt == "" and not answers[1:]:  # a text: its first token is given
             prompt_ids, answers = answers[0][:1], [answers[0][1:]]
