@@ -64,6 +64,7 @@ ABOVE = {"empirical": ["DPO"], "ablations": ["DPO", "ALLO"], "location": ["DPO",
 DEMO_RATES = {"+SFT": 1.6e-4, "RFT": 1.6e-4, "NPO": 2e-5, "ALLO": 2e-5}
 CURVES = ("step", "loss", "rewards/margins", "rewards/accuracies")
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of a stage's steps
+RESULTS = Path(__file__).parent / "results"
 
 
 def middle(cell: str, study) -> float:
@@ -93,7 +94,7 @@ class Study:
 
     def __init__(self, args):
         self.__dict__.update(vars(args))
-        self.file = args.rows or Path(__file__).parent / "results" / f"{args.name}.jsonl"
+        self.file = args.rows or RESULTS / f"{args.name}.jsonl"
         self.done = [row for _, row in read_jsonl(self.file)] if self.file.exists() else []
         self.ratios = args.ratios or [0.1 if args.model else 4.0]  # the demo has a habit to forget
         self.settings = from_file(args.config) if args.config else {}
@@ -349,12 +350,19 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
     return finished
 
 
+def one_start(finished: dict[str, list[dict]]) -> bool:
+    """Whether all seeds answered the same questions: then the start gave the same answers."""
+    return len({row["correct"] for row in finished.get("start", [])}) == 1
+
+
 def pooled(names: list[str], base: str) -> str:
-    """Markdown: all cells' accuracies on these sets; of those that all have the average of the sets
-    and its difference to `base`."""
-    files = [Path(__file__).parent / "results" / f"{name}.jsonl" for name in names]
+    """Markdown: all cells' accuracies on these sets (a name of ours, or a file of rows); of those
+    that all have the average of the sets and its difference to `base`. Raises UserError."""
+    files = [Path(name) if name.endswith(".jsonl") else RESULTS / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
-    head = ["", *names, "average", f"against {base}", "p"]
+    if not all(map(one_start, sets)):
+        raise UserError("--pool is for sets whose seeds share the questions and one start")
+    head = ["", *(file.stem for file in files), "average", f"against {base}", "p"]
     text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for cell in PARTS["methods"]:
         found = [finished.get(cell, []) for finished in sets]
@@ -394,12 +402,13 @@ def tables(study: Study) -> str:
     """Markdown: a table a part, every cell against DPO (ablations: ALLO; or --against), the loss
     curves, the rates that were tried."""
     finished, text = by_cell(study.done), []
+    shared = bool(study.model) or one_start(finished)
     for part, cells in PARTS.items():
         base = study.against or ["DPO", *ABOVE[part]][-1]
         if finished.keys() & cells:
             text += [f"### {study.name}: {part}", "", "| | setting | accuracy in %, mean +- std "
                      f"over seeds | against {base} | p | seeds |", "|---" * 6 + "|"]
-            text += [line(cell, finished[cell], finished.get(base, []), bool(study.model))
+            text += [line(cell, finished[cell], finished.get(base, []), shared)
                      for cell in (*ABOVE[part], *cells) if cell in finished]
             text.append("")
     curves = ("DPO", *PARTS["empirical"])
