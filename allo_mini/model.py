@@ -14,6 +14,7 @@ function `attend(q, k, v, layer)`, handed to `forward`; there are three of them:
 """
 
 import math
+import warnings
 from dataclasses import MISSING, dataclass, fields
 
 import torch
@@ -151,7 +152,8 @@ def fused(plain):
             return KERNELS[plain](*values)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # there is no Triton, or no compiler and headers that it needs
+        except Exception as e:  # there is no Triton, or no compiler and headers that it needs
+            warnings.warn(f"slower, for torch.compile fails: {type(e).__name__}", stacklevel=2)
             KERNELS[plain] = plain
             return plain(*values)
     return call

@@ -464,6 +464,7 @@ def test_a_card_given_as_a_flag_outranks_a_file(tmp_path):
     (UserError("rows.jsonl:3: bad\nrow"), 2, "error: rows.jsonl:3: bad row"),
     (PermissionError(13, "Permission denied", "x"), 2, "error: [Errno 13] Permission denied: 'x'"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "error: out of memory: lower --"),
+    (RuntimeError("[..] can't allocate memory: you tried"), 2, "error: out of memory: lower --"),
     (KeyboardInterrupt(), 130, "\nstopped; go on")])
 def test_what_ends_a_command_is_one_line_and_a_code(error, code, says, capsys):
     def work():

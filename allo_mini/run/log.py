@@ -6,7 +6,6 @@ import os
 import sys
 import time
 
-import torch
 from tqdm import tqdm
 
 from allo_mini import UserError
@@ -15,6 +14,7 @@ from allo_mini.run import files, parallel
 IN_A_LINE = ("loss", "rewards/margins", "rewards/accuracies", "token_weight/fraction",
              "useful/fraction", "grad_norm", "tokens/s")  # of a step's metrics, in its line
 LINES = 100  # steps of a stage that are printed, evenly spaced; metrics.jsonl has all
+OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"
 MINUTE = 60  # seconds between two lines of a bar
 
 
@@ -50,7 +50,9 @@ def exit_code(work, stopped="stopped"):
         return 141
     except (UserError, OSError) as e:
         error = " ".join(str(e).split())
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:  # torch's, of the host's memory, or of the GPU's libraries
+        if not any(words in str(e) for words in OUT_OF_MEMORY):
+            raise
         error = "out of memory: lower --micro-tokens, --sample-batch, --p, --max-length or --memory"
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
