@@ -54,7 +54,7 @@ def refused(command, says: str, place, capsys) -> None:
 
 # ---- rows: what the file holds, what the line says -----------------------------------------------
 
-USER = [{"role": "user", "content": "b"}]
+USER, SO = [{"role": "user", "content": "b"}], {"role": "assistant", "content": "c"}
 ROWS = {
     "broken JSON": (lines(task("a")) + '{"input": "b", \n', "t.jsonl:2"),
     "not UTF-8": (b'{"input": "caf\xe9", "output": "x"}\n', "t.jsonl"), "empty": ("", "t.jsonl"),
@@ -70,12 +70,14 @@ ROWS = {
     "no assistant's turn": (lines(task("a"), {"messages": [USER[0], USER[0]]}), "t.jsonl:2"),
     "a number as completion": (lines({"prompt": "a", "completion": 5}), "t.jsonl:1"),
     **{f"with {key}": (lines(task("a"), task("b") | {key: ["x"]}), f"t.jsonl:2: '{key}' is not read")
-       for key in ("history", "context", "choices", "tools")},
+       for key in ("history", "context", "options", "thinking")},
     "two questions": (lines(task("a"), task("b") | {"question": "c"}), "t.jsonl:2: two names"),
-    "several messages to learn": (lines({"prompt": "a", "completion": 2 * USER}), "t.jsonl:1: not"),
-    "KTO's bad ones": (lines({"prompt": "a", "completion": "b", "label": False}), "t.jsonl:1"),
-    "a thought beside": (lines({"messages": [*USER, {"role": "assistant", "content": "c",
-                         "reasoning_content": "d"}]}), "t.jsonl:1: 'reasoning_content' is not"),
+    "several messages to learn": (lines({"prompt": "a", "completion": 2 * USER}), "t.jsonl:1: sev"),
+    "KTO's bad ones": (lines({"prompt": "a", "completion": "b", "label": False}), "t.jsonl:1: 'la"),
+    "a candidate": (lines({"question": "a", "answer": "b", "output": "c", "label": 0}), "1: 'label'"),
+    "another's role": (lines({"messages": [*USER, {"role": "bard", "content": "b"}]}), "1: 'messages"),
+    "a thought beside": (lines({"messages": [*USER, SO | {"reasoning_content": "d"}]}),
+                         "t.jsonl:1: 'reasoning_content' is not"),
     "no instruction": (lines(task("a"), {"instruction": None, "output": "x"}), "t.jsonl:2"),
     "no answer anywhere": (lines({"input": "a", "output": "four"}), "The answer is X")}
 PAIRS = {
@@ -88,6 +90,8 @@ PAIRS = {
     "too long rows": (lines(*(pair(str(i), "x" * 1300) for i in range(12))), "longer"),
     "another prompt": (lines(pair("c", 2 * USER, 2 * USER)), "p.jsonl:1: 'prompt' is nowhere"),
     "a system prompt": (lines(pair("a") | {"system": "Hm."}), "p.jsonl:1: 'system' is not read"),
+    "a thought beside an answer": (lines(pair(USER, [SO | {"reasoning_content": "d"}], [SO])),
+                                   "p.jsonl:1: 'reasoning_content' is not"),
     "one beside messages": (lines(pair(USER, USER, USER) | {"system": "Hm."}), "p.jsonl:1: 'sys"),
     "a single pair": (lines(pair("a")), "p.jsonl")}
 

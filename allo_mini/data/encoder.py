@@ -127,6 +127,8 @@ class Encoder:
                 return self.drop(f"response with {self.ending} inside, which ends responses")
             if not text.strip():
                 return self.drop("empty response")
+            if HH_TURN in plain(prompt) and HH_TURN in text:
+                return self.drop("response of several turns")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
         asked = plain(prompt)

@@ -24,8 +24,11 @@ OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "soluti
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
     "human": "user", "gpt": "assistant"}
 # of what would be lost beside a prompt or an answer
-UNREAD = "system system_prompt history context choices reasoning_content tools tool_calls".split()
-OTHER_NAMES = "question instruction query input".split()  # of a preference row's prompt
+UNREAD = """system system_prompt chat_template_kwargs tools tool_calls history trajectory parent_id
+    context passage article body Body choices options A image images summary thinking
+    reasoning_content initial_reason_steps""".split()
+OTHER_NAMES = "question instruction query input problem messages".split()  # of a pair's prompt
+ROLES = "system developer user assistant tool function ipython".split()
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
 
@@ -112,6 +115,8 @@ def messages_of(row, key, where):
         text_of(message, "content", place)
         role = text_of(message, "role", place)
         message["role"] = OUR_NAMES.get(role, role)
+        if message["role"] not in ROLES:
+            raise UserError(f"{place}: {role!r} is none of the roles {', '.join(ROLES)}; rename it")
     return messages
 
 
@@ -147,8 +152,10 @@ def task_of(id, where, given, need_output):
     if mark:  # GSM8K's, in which <<...>> are marks of its calculator
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
-    elif need_output and "\n" in answer[1:] and "output" not in row:  # it is a solution
+    elif "\n" in answer[1:] and "output" not in row:  # it is a solution
         row["output"] = row.pop("answer")
+    if row.get("answer") in ("proof", "notfound"):  # NuminaMath-1.5's words for no answer
+        del row["answer"]
     if "instruction" in row:
         texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
         row["input"] = "\n\n".join(filter(None, texts))
@@ -161,11 +168,13 @@ def task_of(id, where, given, need_output):
     elif not plain(prompt).strip():
         raise UserError(f"{where}: 'input' is empty")
     refuse_unread(row, prompt, where)
+    if not alone and given.get("label") == 0:  # KTO's false, or a 0
+        raise UserError(f"{where}: 'label' says that this is no answer to learn; drop such rows")
     if need_output or row.get("output") is not None:  # a completion may be messages
         output = messages_of(row, "output", where)
         refuse_unread(turns_of(output)[-1], prompt, where)
-        if turns_of(output)[1:] or given.get("label") is False:
-            raise UserError(f"{where}: not read: several messages to learn, or label false")
+        if turns_of(output)[1:]:
+            raise UserError(f"{where}: several messages to learn are not read; make a row of each")
         row["output"] = plain(output)
     texts = [text_of(row, key, where, True) for key in ("output", "answer", "rewrite")]
     return Task(id, prompt, *texts, where,
@@ -207,7 +216,8 @@ def pair_of(where, row):
         prompt = prompt or common_prompt(chosen, rejected, where)
         if in_common(prompt, chosen, rejected) == len(prompt):
             chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]  # these began with it
-    refuse_unread(row, prompt, where)
+    for part in (row, *turns_of(chosen)[-1:], *turns_of(rejected)[-1:]):
+        refuse_unread(part, prompt, where)
     task = row.get("task") if "rewrite" in row else None  # a row of pairs.jsonl has both
     return Pair(prompt, chosen, rejected, task, text_of(row, "rewrite", where, True))
 
