@@ -30,7 +30,7 @@ from collections import defaultdict
 import torch
 
 from allo_mini import UserError
-from allo_mini.data.rows import Negative, Pair
+from allo_mini.data.rows import Negative, Pair, turns_of
 from allo_mini.evaluation.answers import label, read_samples, respond
 from allo_mini.evaluation.graders import is_correct
 from allo_mini.evaluation.report import TOKENS, describe_mask, finish, record_tokens, reprint
@@ -146,7 +146,7 @@ def fine_tuned(run, name, policy, examples, artefact=""):
 
 def solutions(run):
     """Examples of questions and their reference solutions; of preferences, of what was chosen."""
-    rows = [(task.prompt, [task.output]) for task in run.tasks]
+    rows = [(task.prompt, [turns_of(task.output, "assistant")]) for task in run.tasks]
     return run.encoded(rows or chosen(run), "training rows")
 
 

@@ -446,6 +446,7 @@ def test_an_empty_thought_of_the_generation_prompt_is_not_learned_an_open_one_is
                      [assistant("<think>\nsum</think>sat")], "<think>sum</think>sat"):
         assert text_of(encoder, encoder.response_ids(ASK, response)) == "sum</think>sat<|im_end|>"
     assert encoder.example(ASK, ["the sum"])
+    assert encoder.report() == "1 with a response that ends inside its thought"
     with pytest.raises(UserError, match="opens a thought with <think>.*does not close"):
         encoder.example(ASK, [[assistant("sat")]])
 
@@ -461,6 +462,14 @@ def test_a_thought_that_a_template_drops_or_moves_is_trained_on_as_it_is(make, k
         said = text_of(encoder, encoder.response_ids(ASK, response))
         assert said == "<think>sum</think>sat<|im_end|>"
     assert text_of(encoder, encoder.response_ids(ASK, "sat")).startswith("sat<|im_end|>")
+
+
+def test_an_end_of_turn_that_is_added_but_not_called_special_ends_a_response(bpe, tmp_path):
+    inner = HFTokenizer.from_str(re.sub('"special": ?true', '"special": false', bpe))
+    folder = save_tokenizer(inner, tmp_path, chat_template=CHATML, eos_token="</s>")
+    encoder = Encoder(Tokenizer(folder), "chat", 400)
+    assert encoder.ending == "<|im_end|>"
+    assert text_of(encoder, encoder.response_ids(ASK, "sat")) == "sat<|im_end|>"
 
 
 @pytest.mark.parametrize("form", ["file", "string", "named"])

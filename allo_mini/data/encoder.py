@@ -39,12 +39,12 @@ class Encoder:
 
     def _closing(self, tokenizer):
         """The id that ends a response."""
-        if self.style == "chat":  # the first special token the template writes after an answer
+        if self.style == "chat":  # the first added token the template writes after an answer
             talk = tokenizer.render(turns_of("a") + turns_of("marker", "assistant"))
             if "marker" not in talk:
                 raise UserError(f"{tokenizer.folder}: the chat template leaves out the answers")
             for id in tokenizer.encode(talk.rpartition("marker")[2]):
-                if id in tokenizer.special:
+                if id in tokenizer.added:
                     return id
         if tokenizer.eos_id is None:
             raise UserError(f"{tokenizer.folder / 'tokenizer_config.json'}: eos_token is missing")
@@ -77,10 +77,12 @@ class Encoder:
                 return rest
         if framed.rstrip().endswith("<think>"):
             text = text.lstrip().removeprefix("<think>").lstrip("\n")  # it is open already
-            if isinstance(response, list) and "</think>" not in text:
-                raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
-                                f"<think>, which {text[:40]!r}... does not close; use rows with "
-                                "thoughts, or a template without")
+            if "</think>" not in text:
+                if isinstance(response, list):
+                    raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought "
+                                    f"with <think>, which {text[:40]!r}... does not close; use "
+                                    "rows with thoughts, or a template without")
+                self.notes["with a response that ends inside its thought"] += 1
         return text
 
     def split(self, prompt, responses):

@@ -57,8 +57,7 @@ class Tokenizer:
         self.inner.no_padding()
         self.inner.no_truncation()
         self.vocab = self.inner.get_vocab()  # added tokens included; it may have gaps
-        self.special = {id for id, token in self.inner.get_added_tokens_decoder().items()
-                        if token.special}
+        self.added = self.inner.get_added_tokens_decoder()  # id -> token, mostly special ones
         self.settings = read_json(folder / "tokenizer_config.json")
         with reading(folder):
             self.bos_token, self.eos_token = map(self._special, ("bos_token", "eos_token"))
