@@ -22,7 +22,8 @@ from allo_mini.run.files import (atomic, open_tensors, read_if_there, read_json,
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
                    "tokenizer.model", "generation_config.json")
-DOWNLOADS = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+DOWNLOADS = ["config.json", "adapter_config.json", "model*.safetensors",
+             "model.safetensors.index.json", *TOKENIZER_FILES]
 NOT_KEPT = ("torch_dtype", "dtype", "_name_or_path", "auto_map")  # somebody's paths and code
 SHARD = 4 << 30  # bytes of one weights file
 
@@ -47,18 +48,25 @@ def find_folder(path_or_id, download=True):
         raise UserError(f"{path_or_id}: no such model folder, and no hub id (owner/name) either")
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
-                                      local_files_only=not download))
+        found = snapshot_download(name, revision=revision or None, allow_patterns=DOWNLOADS,
+                                  local_files_only=not download)
     except Exception as e:  # no network, no such repository, no access, and not in the cache
         why = e if download else f"not cached: `hf download {name} --revision {revision or 'main'}`"
         raise UserError(f"{path_or_id}: no such folder, and not from the hub: {why}") from None
+    return find_folder(found)
 
 
 def shard_files(folder):
-    """{tensor name: the safetensors file that holds it}; where there are shards, of those."""
+    """{tensor name: the safetensors file that holds it}; as in transformers model.safetensors comes
+    before shards. Raises UserError, also for shards of two models."""
     files = {}
-    paths = sorted(folder.glob("model-*-of-*.safetensors")) or [folder / "model.safetensors"]
-    if not paths[0].exists():
+    one = folder / "model.safetensors"
+    paths = [one] if one.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
+    totals = {path.stem.rpartition("-of-")[2] for path in paths}
+    if len(totals) > 1:
+        raise UserError(f"{folder}: shards of two models, of {' and '.join(sorted(totals))}; take "
+                        "those away that model.safetensors.index.json does not name")
+    if not paths:
         raise UserError(f"{folder}: no model.safetensors; transformers' save_pretrained makes one "
                         "of pytorch_model.bin")
     for path in paths:

@@ -33,7 +33,7 @@ ROPE = {"default": (), "linear": ("factor",),  # rope_type -> the numbers it nee
         "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                    "original_max_position_embeddings")}
 USABLE = {"architectures": FAMILIES, "hidden_act": (None, "silu"), "quantization_config": (None,),
-          "rope_type": ROPE}
+          "rope_type": ROPE, "is_causal": (None, True)}
 KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
 BUILDERS = {}  # family -> its class, where that is not CausalLM itself
 KERNELS = {}  # function -> what a GPU runs in its place
@@ -82,13 +82,15 @@ def parse_config(raw, where="config.json"):
     """Hugging Face config dict -> ModelConfig; what is missing or null has its field's default (but
     for the numbers of a rope_type, ROPE).
 
-    Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, `rope_parameters`.
+    Both spellings of the rope settings are read: `rope_theta` + `rope_scaling`, `rope_parameters`;
+    of both the first counts, as in transformers.
     Raises UserError naming the key when something is missing, of the wrong type or not supported.
     """
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    rope = old or new
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     [name] = raw.get("architectures") or [None]
-    given = raw | rope | {"architectures": name, "rope_type": rope_type}
+    given = raw | new | old | {"architectures": name, "rope_type": rope_type}
     for key, usable in USABLE.items():
         value = given.get(key)
         if value not in usable:
@@ -99,7 +101,7 @@ def parse_config(raw, where="config.json"):
         optional = f.default is not MISSING and f.name not in ROPE[rope_type]
         if f.type not in KINDS or (value is None and optional):
             continue
-        most = 1000 if f.name == "num_hidden_layers" else 1e10  # layers are built one by one
+        most = 1000 if f.name == "num_hidden_layers" else 1e12  # layers are built one by one
         if type(value) not in (f.type, int) or not (f.type is bool or 0 < value <= most):
             raise UserError(f"{where}: {f.name} is {value!r}, expected {KINDS[f.type]}")
         values[f.name] = value

@@ -187,7 +187,7 @@ CONFIGS = [  # a key, a value, what the line says
     ("head_dim", 7, "[28, 16]"), ("rope_parameters", [1], "config.json: "),
     ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4}, "'longrope'"),
     *(("rope_scaling", value, "config.json: ") for value in (4, "linear", {"type": ["linear"]})),
-    ("rope_scaling", {"type": "yarn", "factor": 2.0}, "'yarn'"),
+    ("rope_scaling", {"type": "yarn", "factor": 2.0}, "'yarn'"), ("is_causal", False, "is_causal"),
     ("num_attention_heads", 99, "more than hidden_size"),
     ("tie_word_embeddings", True, "true, but model.safetensors holds an lm_head of its own"),
     *(("rope_scaling", {"type": "linear", "factor": value}, "factor is") for value in (None, "2")),

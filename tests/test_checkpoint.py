@@ -145,9 +145,16 @@ def test_a_missing_shard_is_refused_and_swapped_ones_do_no_harm(tmp_path):
     (tmp_path / "first").rename(second)
     model = load_model(folder, torch.bfloat16)
     assert_close(dict(model.named_parameters()), state, atol=0, rtol=0)
+    left = folder / "model-00001-of-00003.safetensors"  # by an earlier upload
+    shutil.copy(first, left)
+    with pytest.raises(UserError, match="shards of two models, of 00002 and 00003"):
+        load_model(folder)
+    left.unlink()
     second.unlink()
     with pytest.raises(UserError, match="is missing"):
         load_model(folder)
+    save_file(state, folder / "model.safetensors")  # as in transformers it comes first
+    assert_close(dict(load_model(folder, torch.bfloat16).named_parameters()), state, atol=0, rtol=0)
 
 
 # ---- patches -----------------------------------------------------------------------------------

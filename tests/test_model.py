@@ -391,6 +391,9 @@ def test_both_spellings_of_rope_settings_mean_the_same():
     for key, value in {**LLAMA3, "rope_theta": 5e5}.items():
         assert getattr(old, key) == getattr(new, key) == value
     assert parse_config({**RAW, "rope_scaling": None}).rope_type == "default"
+    newer = {"rope_type": "default", "rope_theta": 5e5}
+    both = parse_config({**bare, "rope_parameters": newer, "rope_scaling": LLAMA3})
+    assert (both.rope_type, both.rope_theta, both.factor) == ("llama3", 5e5, new.factor)
 
 
 def test_optional_keys_have_hugging_face_defaults():
