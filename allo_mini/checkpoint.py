@@ -95,7 +95,8 @@ def meta_model(folder):
                 raise UserError(f"{path}: tie_word_embeddings is true, but {files[name].name} "
                                 "holds an lm_head of its own; say false, or take it out")
         elif not name.endswith("rotary_emb.inv_freq"):
-            raise UserError(f"{folder}: weight {name} is missing, or not {config.family}'s")
+            what = f"not one of {config.family}'s" if name in files else "missing"
+            raise UserError(f"{folder}: weight {name} is {what}")
     model.folder, model.files = folder, files
     return model.requires_grad_(False)
 
