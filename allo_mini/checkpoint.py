@@ -37,7 +37,8 @@ def find_folder(path_or_id, download=True):
     UserError when there is neither.
     """
     if os.path.isdir(path_or_id):
-        if os.path.exists(f"{path_or_id}/adapter_config.json"):
+        if (os.path.exists(f"{path_or_id}/adapter_config.json")
+                and not any(Path(path_or_id).glob("model*.safetensors"))):
             raise UserError(f"{path_or_id}: adapter_config.json says this is a LoRA adapter; merge "
                             "it into its base model first (peft's merge_and_unload), and save that")
         if os.path.exists(f"{path_or_id}/.lock"):
@@ -57,15 +58,17 @@ def find_folder(path_or_id, download=True):
 
 
 def shard_files(folder):
-    """{tensor name: the safetensors file that holds it}; as in transformers model.safetensors comes
-    before shards. Raises UserError, also for shards of two models."""
+    """{tensor name: the safetensors file that holds it}. Beside others model.safetensors counts, as
+    in transformers, or the shards that the index names, if all are there. Raises UserError."""
     files = {}
-    one = folder / "model.safetensors"
+    one, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     paths = [one] if one.exists() else sorted(folder.glob("model-*-of-*.safetensors"))
-    totals = {path.stem.rpartition("-of-")[2] for path in paths}
-    if len(totals) > 1:
-        raise UserError(f"{folder}: shards of two models, of {' and '.join(sorted(totals))}; take "
-                        "those away that model.safetensors.index.json does not name")
+    with reading(index):
+        named = {folder / name for name in read_if_there(index).get("weight_map", {}).values()}
+    if named and named <= {*paths}:
+        paths = sorted(named)
+    if len({path.stem.rpartition("-of-")[2] for path in paths}) > 1:
+        raise UserError(f"{folder}: shards of different sets; keep one, with its index")
     if not paths:
         raise UserError(f"{folder}: no model.safetensors; transformers' save_pretrained makes one "
                         "of pytorch_model.bin")

@@ -86,11 +86,10 @@ def parse_config(raw, where="config.json"):
     of both the first counts, as in transformers.
     Raises UserError naming the key when something is missing, of the wrong type or not supported.
     """
-    old, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
-    rope = old or new
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     [name] = raw.get("architectures") or [None]
-    given = raw | new | old | {"architectures": name, "rope_type": rope_type}
+    given = raw | rope | {"architectures": name, "rope_type": rope_type}
     for key, usable in USABLE.items():
         value = given.get(key)
         if value not in usable:
@@ -155,8 +154,9 @@ def fused(plain):
         except torch.OutOfMemoryError:
             raise
         except Exception as e:  # there is no Triton, or no compiler and headers that it needs
-            warnings.warn(f"slower, for torch.compile fails: {type(e).__name__}", stacklevel=2)
             KERNELS[plain] = plain
+            warnings.warn(f"slower, for torch.compile fails ({type(e).__name__}); it wants Triton, "
+                          "a C compiler and Python's headers")
             return plain(*values)
     return call
 

@@ -74,7 +74,6 @@ ROWS = {
     "two questions": (lines(task("a"), task("b") | {"question": "c"}), "t.jsonl:2: two names"),
     "several messages to learn": (lines({"prompt": "a", "completion": 2 * USER}), "t.jsonl:1: sev"),
     "KTO's bad ones": (lines({"prompt": "a", "completion": "b", "label": False}), "t.jsonl:1: 'la"),
-    "a candidate": (lines({"question": "a", "answer": "b", "output": "c", "label": 0}), "1: 'label'"),
     "another's role": (lines({"messages": [*USER, {"role": "bard", "content": "b"}]}), "1: 'messages"),
     "a thought beside": (lines({"messages": [*USER, SO | {"reasoning_content": "d"}]}),
                          "t.jsonl:1: 'reasoning_content' is not"),

@@ -548,7 +548,8 @@ def test_fine_tuning_rows(tmp_path, monkeypatch, capsys, name):
 @with_data
 @pytest.mark.parametrize("name, style, used, report", [
     ("ultrafeedback_train", "chat", 994, "4 dropped (identical pair), 2 dropped (empty response)"),
-    ("hh_harmless_pairs", "none", 2304, "4 dropped (empty response)")])
+    ("hh_harmless_pairs", "none", 2303,
+     "4 dropped (empty response), 1 dropped (response of several turns)")])
 def test_whole_files_of_preference_data(make, name, style, used, report):
     """Every row is used, or dropped for a reason; responses follow their prompt, whole."""
     encoder = Encoder(make(chat_template=CHATML, **IM), style, 10**6)

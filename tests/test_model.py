@@ -216,7 +216,7 @@ def test_where_nothing_can_be_compiled_functions_stay_as_they_are(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
     given = []  # a kernel for each of them is more than torch keeps
     asked = fused(lambda x, eps: given.append(x.requires_grad))
-    with pytest.warns(UserWarning, match="slower, for torch.compile fails: TypeError"):
+    with pytest.warns(UserWarning, match="slower, for torch.compile fails .TypeError"):
         assert twice(torch.ones(1)) == twice(torch.ones(1)) == 2 and len(tried) == 1
         asked(torch.ones(1, requires_grad=True), 1e-6)
     assert given == [False]
@@ -391,9 +391,8 @@ def test_both_spellings_of_rope_settings_mean_the_same():
     for key, value in {**LLAMA3, "rope_theta": 5e5}.items():
         assert getattr(old, key) == getattr(new, key) == value
     assert parse_config({**RAW, "rope_scaling": None}).rope_type == "default"
-    newer = {"rope_type": "default", "rope_theta": 5e5}
-    both = parse_config({**bare, "rope_parameters": newer, "rope_scaling": LLAMA3})
-    assert (both.rope_type, both.rope_theta, both.factor) == ("llama3", 5e5, new.factor)
+    both = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3}
+    assert parse_config({**RAW, **both}).rope_type == "llama3"
 
 
 def test_optional_keys_have_hugging_face_defaults():

@@ -77,12 +77,10 @@ class Encoder:
                 return rest
         if framed.rstrip().endswith("<think>"):
             text = text.lstrip().removeprefix("<think>").lstrip("\n")  # it is open already
-            if "</think>" not in text:
-                if isinstance(response, list):
-                    raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought "
-                                    f"with <think>, which {text[:40]!r}... does not close; use "
-                                    "rows with thoughts, or a template without")
-                self.notes["with a response that ends inside its thought"] += 1
+            if isinstance(response, list) and "</think>" not in text:
+                raise UserError(f"{self.tokenizer.folder}: the chat template opens a thought with "
+                                f"<think>, which {text[:40]!r}... does not close; use rows with "
+                                "thoughts, or a template without")
         return text
 
     def split(self, prompt, responses):
@@ -133,9 +131,6 @@ class Encoder:
                 return self.drop("response of several turns")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
-        asked = plain(prompt)
-        if asked and any(plain(response).startswith(asked) for response in responses):
-            self.notes["with a response that repeats the prompt"] += 1
         prompt_ids, answers, changed = self.split(prompt, responses)
         if not prompt_ids and prompt == "" and not answers[1:]:  # a text: its first token is given
             prompt_ids, answers = answers[0][:1], [answers[0][1:]]
@@ -148,6 +143,12 @@ class Encoder:
             return self.drop("response longer than max_length")
         if changed:
             self.notes["with a token that is half prompt, half response"] += 1
+        asked, texts = plain(prompt), list(map(plain, responses))
+        if asked and any(text.startswith(asked) for text in texts):
+            self.notes["with a response that repeats the prompt"] += 1
+        opened = self.style == "chat" and self.frame(prompt).rstrip().endswith("<think>")
+        if opened and not all("</think>" in text for text in texts):
+            self.notes["with a response that ends inside its thought"] += 1
         # 4 bytes a token, where a list has up to 36
         prompt_ids, *answers = (array("i", ids) for ids in (self.trim(prompt_ids, room), *answers))
         return Example(prompt_ids, answers)

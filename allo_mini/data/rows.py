@@ -24,10 +24,10 @@ OUR_NAMES = {"question": "input", "problem": "input", "prompt": "input", "soluti
     "completion": "output", "conversations": "messages", "from": "role", "value": "content",
     "human": "user", "gpt": "assistant"}
 # of what would be lost beside a prompt or an answer
-UNREAD = """system system_prompt chat_template_kwargs tools tool_calls history trajectory parent_id
-    context passage article body Body choices options A image images summary thinking
+UNREAD = """system system_prompt chat_template_kwargs tools tool_calls history trajectory
+    context passage article body Body choices options A image images thinking
     reasoning_content initial_reason_steps""".split()
-OTHER_NAMES = "question instruction query input problem messages".split()  # of a pair's prompt
+OTHER_NAMES = "question instruction query input problem".split()  # of a pair's prompt
 ROLES = "system developer user assistant tool function ipython".split()
 
 Text = str | list[dict]  # a string, or messages {"role", "content"}
@@ -152,9 +152,9 @@ def task_of(id, where, given, need_output):
     if mark:  # GSM8K's, in which <<...>> are marks of its calculator
         row["output"] = re.sub("<<.*?>>", "", f"{solution[1:]}\nThe answer is {answer}")
         row["answer"] = answer.replace(",", "")
-    elif "\n" in answer[1:] and "output" not in row:  # it is a solution
+    elif "\n" in answer.strip() and "output" not in row:  # it is a solution
         row["output"] = row.pop("answer")
-    if row.get("answer") in ("proof", "notfound"):  # NuminaMath-1.5's words for no answer
+    if "problem" in given and row.get("answer") in ("proof", "notfound"):  # NuminaMath's for none
         del row["answer"]
     if "instruction" in row:
         texts = text_of(row, "instruction", where), text_of(row, "input", where, True)
@@ -168,7 +168,7 @@ def task_of(id, where, given, need_output):
     elif not plain(prompt).strip():
         raise UserError(f"{where}: 'input' is empty")
     refuse_unread(row, prompt, where)
-    if not alone and given.get("label") == 0:  # KTO's false, or a 0
+    if given.get("label") is False:  # KTO's
         raise UserError(f"{where}: 'label' says that this is no answer to learn; drop such rows")
     if need_output or row.get("output") is not None:  # a completion may be messages
         output = messages_of(row, "output", where)
@@ -200,8 +200,9 @@ def pair_of(where, row):
     chosen, rejected = messages_of(row, "chosen", where), messages_of(row, "rejected", where)
     name = "prompt" if "prompt" in row else "conversations"
     prompt = messages_of(row, name, where) if name in row else None
-    if prompt is None and row.keys() & OTHER_NAMES:
-        raise UserError(f"{where}: no 'prompt' in {list(row)}; rename or drop what names it")
+    if prompt is None and any(map(row.get, OTHER_NAMES)):
+        raise UserError(f"{where}: no 'prompt' in {list(row)}; rename the column that holds it, or "
+                        "drop it")
     if isinstance(prompt, str) and isinstance(chosen, list):
         # UltraFeedback's conversations have their first turn in `prompt` once more
         if len(chosen) == 1:

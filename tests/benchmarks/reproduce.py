@@ -350,9 +350,9 @@ def by_cell(rows: list[dict]) -> dict[str, list[dict]]:
     return finished
 
 
-def one_start(finished: dict[str, list[dict]]) -> bool:
-    """Whether all seeds answered the same questions: then the start gave the same answers."""
-    return len({row["correct"] for row in finished.get("start", [])}) == 1
+def starts(finished: dict[str, list[dict]]) -> int:
+    """How many sets of answers the start gave: one where all seeds have the same questions."""
+    return len({row["correct"] for row in finished.get("start", [])})
 
 
 def pooled(names: list[str], base: str) -> str:
@@ -360,7 +360,7 @@ def pooled(names: list[str], base: str) -> str:
     that all have the average of the sets and its difference to `base`. Raises UserError."""
     files = [Path(name) if name.endswith(".jsonl") else RESULTS / f"{name}.jsonl" for name in names]
     sets = [by_cell([row for _, row in read_jsonl(file)]) for file in files]
-    if not all(map(one_start, sets)):
+    if max(map(starts, sets)) > 1:
         raise UserError("--pool is for sets whose seeds share the questions and one start")
     head = ["", *(file.stem for file in files), "average", f"against {base}", "p"]
     text = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -402,7 +402,7 @@ def tables(study: Study) -> str:
     """Markdown: a table a part, every cell against DPO (ablations: ALLO; or --against), the loss
     curves, the rates that were tried."""
     finished, text = by_cell(study.done), []
-    shared = bool(study.model) or one_start(finished)
+    shared = bool(study.model) or starts(finished) == 1
     for part, cells in PARTS.items():
         base = study.against or ["DPO", *ABOVE[part]][-1]
         if finished.keys() & cells:
