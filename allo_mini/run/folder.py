@@ -132,9 +132,13 @@ class Run:
 
     def report_change(self, name, optimizer, skipped):
         """Say how far the weights moved, and how many of them still differ in the model's dtype."""
-        change = float(optimizer.moved().max())
-        before, after = (x.cpu().to(self.dtype) for x in (optimizer.start, optimizer.master))
-        share = float((before != after).sum() / len(before))
+        change, changed = 0.0, 0
+        parts = optimizer.start.split(1 << 20), optimizer.master.split(1 << 20)
+        for before, after in zip(*parts):  # whole copies would be the stage's peak
+            after = after.cpu()
+            change = max(change, float((after - before).abs().max()))
+            changed += int((before.to(self.dtype) != after.to(self.dtype)).sum())
+        share = changed / len(optimizer.start)
         warning = "" if share else "   <-- WARNING: no weight moved; raise the learning rate"
         say(f"{name}: {int(optimizer.steps)} steps, {skipped} skipped, largest weight change "
             f"{change:.3g}, {100 * share:.3g} % of the trained weights changed as {self.dtype}"
