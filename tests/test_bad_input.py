@@ -287,7 +287,7 @@ CODE_FROM_DATA = (r"torch\.load\b|pickle|\bdill\b|\bjoblib|\bmarshal\b|\bshelve\
                   r"\bexec\(|(?<![\w.])eval\(|(?<![\w.])compile\(|__import__|importlib\b|yaml\.|"
                   r"\bnp\.load\b|torch\.hub|shell=True")
 OFFERED = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors",
-           "modeling_evil.py", "pytorch_model.bin", "model.py", "model.pt", "model.safetensors.py",
+           "adapter_config.json", "modeling_evil.py", "pytorch_model.bin", "model.py", "model.pt", "model.safetensors.py",
            "requirements.txt", "training_args.bin"]
 
 
@@ -304,7 +304,7 @@ def test_downloads_are_the_named_files_of_the_pinned_revision(tmp_path, monkeypa
     def download(name, revision=None, allow_patterns=(), local_files_only=False):
         asked.append((name, revision, local_files_only))
         wanted = {file for file in OFFERED if any(fnmatch(file, p) for p in allow_patterns)}
-        assert wanted == {*OFFERED[:4]}
+        assert wanted == {*OFFERED[:5]}
         return str(commit)
 
     def fail(*_, **__):
@@ -316,6 +316,11 @@ def test_downloads_are_the_named_files_of_the_pinned_revision(tmp_path, monkeypa
     find_folder("some/model", download=False)
     assert asked == [("some/model", r, False) for r in (None, "v1", "a" * 40)] + [
         ("some/model", None, True)]
+    (commit / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="says this is a LoRA adapter; merge it"):
+        find_folder("some/model")
+    (commit / "model.safetensors").touch()  # merged already
+    assert find_folder("some/model") == commit
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(UserError, match="some/model.*no network"):
         find_folder("some/model")

@@ -20,6 +20,7 @@ from allo_mini.data.encoder import ALPACA, Encoder
 from allo_mini.data.rows import Pair, is_pairs, plain, read_pairs, read_tasks
 from allo_mini.data.tokenizer import Tokenizer
 from allo_mini.evaluation import answers
+from allo_mini.evaluation.graders import gold_answer
 from allo_mini.run.config import parse
 from allo_mini.run.inputs import read_rows, style_of
 from helpers import save_tokenizer, write_folder, write_tokenizer
@@ -257,6 +258,23 @@ def test_responses_that_begin_with_their_prompt_are_counted(make):
     assert encoder.report() == "1 with a response that repeats the prompt"
 
 
+def test_a_dialogue_that_parts_before_its_last_turn_is_dropped(make, tmp_path):
+    """What a human said between would be learned."""
+    asked, end = "\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: Bye\n\nAssistant: Bye"
+    write(tmp_path / "p.jsonl", {"chosen": f"{asked} Hello{end}", "rejected": f"{asked} Go{end}"})
+    [row], encoder = read_pairs([tmp_path / "p.jsonl"]), Encoder(make(), "none", 400)
+    assert encoder.example(*row.sides) is None
+    assert encoder.report() == "1 dropped (response of several turns)"
+
+
+def test_answers_that_are_none_and_whole_solutions_are_no_gold(tmp_path):
+    write(tmp_path / "t.jsonl", {"problem": "a", "solution": "b", "answer": "proof"},
+          {"question": "a", "answer": "b\nThe answer is 4"}, {"question": "a", "answer": " 4\n"})
+    rows = read_tasks([tmp_path / "t.jsonl"], need_output=False)
+    assert [row.answer for row in rows] == [None, None, " 4\n"]
+    assert list(map(gold_answer, rows))[:2] == [None, "4"]
+
+
 # ---- a run's rows ----------------------------------------------------------------------------
 
 @pytest.fixture
@@ -449,6 +467,9 @@ def test_an_empty_thought_of_the_generation_prompt_is_not_learned_an_open_one_is
     assert encoder.report() == "1 with a response that ends inside its thought"
     with pytest.raises(UserError, match="opens a thought with <think>.*does not close"):
         encoder.example(ASK, [[assistant("sat")]])
+    run = Stub(tasks=[Stub(prompt="q", output="sat")], encoded=lambda rows, name: rows)
+    with pytest.raises(UserError, match="does not close"):  # fine-tuning rows are messages
+        encoder.example(*train.solutions(run)[0])
 
 
 @pytest.mark.parametrize("kept", ["m['content'].split('</think>')[-1]",

@@ -121,13 +121,14 @@ class Encoder:
         """
         if turns_of(prompt)[-1]["role"] == "assistant":
             return self.drop("prompt that ends in an answer")
+        asked = plain(prompt)
         for response in responses:
             text, *after = plain(response).split(self.ending)
             if any(map(str.strip, after)):  # at the end it may stand
                 return self.drop(f"response with {self.ending} inside, which ends responses")
             if not text.strip():
                 return self.drop("empty response")
-            if HH_TURN in plain(prompt) and HH_TURN in text:
+            if HH_TURN in asked and HH_TURN in text:
                 return self.drop("response of several turns")
             if [turn["role"] for turn in turns_of(response, "assistant")] != ["assistant"]:
                 return self.drop("response not one message of the assistant")
@@ -143,10 +144,10 @@ class Encoder:
             return self.drop("response longer than max_length")
         if changed:
             self.notes["with a token that is half prompt, half response"] += 1
-        asked, texts = plain(prompt), list(map(plain, responses))
+        texts = list(map(plain, responses))
         if asked and any(text.startswith(asked) for text in texts):
             self.notes["with a response that repeats the prompt"] += 1
-        opened = self.style == "chat" and self.frame(prompt).rstrip().endswith("<think>")
+        opened = self.short.rstrip().endswith("<think>")  # a thought, by the template
         if opened and not all("</think>" in text for text in texts):
             self.notes["with a response that ends inside its thought"] += 1
         # 4 bytes a token, where a list has up to 36
