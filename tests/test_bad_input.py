@@ -287,8 +287,8 @@ CODE_FROM_DATA = (r"torch\.load\b|pickle|\bdill\b|\bjoblib|\bmarshal\b|\bshelve\
                   r"\bexec\(|(?<![\w.])eval\(|(?<![\w.])compile\(|__import__|importlib\b|yaml\.|"
                   r"\bnp\.load\b|torch\.hub|shell=True")
 OFFERED = ["config.json", "tokenizer.json", "model.safetensors", "model-00001-of-00002.safetensors",
-           "adapter_config.json", "modeling_evil.py", "pytorch_model.bin", "model.py", "model.pt", "model.safetensors.py",
-           "requirements.txt", "training_args.bin"]
+           "adapter_config.json", "modeling_evil.py", "pytorch_model.bin", "model.py", "model.pt",
+           "model.safetensors.py", "requirements.txt", "training_args.bin"]
 
 
 def test_no_source_turns_data_into_code():
